@@ -128,3 +128,396 @@ TABLEAUX: dict[str, ButcherTableau] = {
     ),
 }
 """The Runge-Kutta methods by name."""
+
+ADAMS: dict[str, tuple[int, bool]] = {"ab2": (2, False), "ab3": (3, False), "abm2": (2, True), "abm3": (3, True)}
+"""Adams methods by name: the order, and whether a Moulton corrector follows the Bashforth predictor."""
+
+STEP_CONTROLS = ("batch", "per_sample")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """
+    What [`odeint`] returns.
+
+    Args:
+        x (`torch.Tensor` of shape `(batch_size, ...)`):
+            The state at `t1`.
+        nfe (`int`):
+            How often the field was called.
+        evaluations (`torch.LongTensor` of shape `(batch_size,)`):
+            In how many of these calls each sample took part: fewer than `nfe` where samples finish early.
+        accepted (`torch.LongTensor` of shape `(batch_size,)`):
+            The steps made by each sample.
+        rejected (`torch.LongTensor` of shape `(batch_size,)`):
+            The steps that were tried and thrown away, for each sample.
+    """
+
+    x: torch.Tensor
+    nfe: int
+    evaluations: torch.Tensor
+    accepted: torch.Tensor
+    rejected: torch.Tensor
+
+
+def adams_weights(times: Sequence[float], start: float, end: float) -> list[float]:
+    """
+    Weights of the values at `times` in the integral from `start` to `end` of the polynomial through them.
+
+    With the newest times of a solver and the next interval, these are the variable-step Adams-Bashforth weights; with
+    the end of the interval among `times`, the Adams-Moulton ones (Hairer, Norsett, Wanner I, section III.5).
+
+    Args:
+        times (`Sequence[float]`):
+            Different times, in any order.
+        start (`float`):
+            Where the integral begins.
+        end (`float`):
+            Where it ends.
+
+    Returns:
+        `list[float]`: One weight for each time; they sum to `end - start`.
+    """
+    # In units of the interval, so that short steps lose no digits.
+    nodes = [(time - start) / (end - start) for time in times]
+    weights = []
+    for i, node in enumerate(nodes):
+        polynomial = [1.0]
+        for j, other in enumerate(nodes):
+            if j != i:
+                raised = [0.0, *polynomial]
+                lowered = [*(other * coefficient for coefficient in polynomial), 0.0]
+                polynomial = [(high - low) / (node - other) for high, low in zip(raised, lowered)]
+        weights.append((end - start) * sum(value / (power + 1) for power, value in enumerate(polynomial)))
+    return weights
+
+
+def odeint(
+    field: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    t0: float,
+    t1: float,
+    *,
+    method: str | ButcherTableau = "dopri5",
+    num_steps: int | None = None,
+    grid: Sequence[float] | torch.Tensor | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    step_control: str | None = None,
+    first_step: float | None = None,
+    max_steps: int | None = None,
+    norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    args: Sequence[torch.Tensor] = (),
+) -> Solution:
+    """
+    Integrates `dx/dt = field(t, x)` from `t0` to `t1`, which may lie before `t0`.
+
+    With `num_steps` or `grid` the steps are fixed; without, they adapt to `rtol` and `atol`. The field is never called
+    outside the interval. Gradients flow through the solution: call it under `torch.no_grad()` where none is wanted.
+
+    Args:
+        field (`Callable`):
+            `field(t, x, *args)` with `t` of shape `(batch_size,)`, on the device of `x`, in float64 if `x` is and in
+            float32 otherwise. Returns the derivative, of the shape of `x`.
+        x (`torch.Tensor` of shape `(batch_size, ...)`):
+            The state at `t0`. Half precision is integrated, and given to the field, in float32.
+        t0 (`float`):
+            The first time.
+        t1 (`float`):
+            The last time.
+        method (`str` or `ButcherTableau`, *optional*, defaults to `"dopri5"`):
+            A Runge-Kutta method of `TABLEAUX`, or one's own; with fixed steps also an Adams method: `"ab2"`, `"ab3"`
+            (Bashforth) and `"abm2"`, `"abm3"` (Bashforth predictor and Moulton corrector with one call a step; the
+            last step is the predictor's). Adaptive steps need a method with an error estimate: `"dopri5"`, `"bosh3"`.
+        num_steps (`int`, *optional*):
+            The number of equal steps.
+        grid (`Sequence[float]` or `torch.Tensor` of shape `(num_steps + 1,)`, *optional*):
+            The times of the steps, from `t0` to `t1`.
+        rtol (`float`, *optional*, defaults to `1e-5`):
+            Adaptive steps: the tolerated error of a step, relative to the state.
+        atol (`float`, *optional*, defaults to `1e-5`):
+            Adaptive steps: the tolerated error of a step, absolute.
+        step_control (`str`, *optional*, defaults to `"batch"`):
+            Adaptive steps: `"batch"` for one step size, `"per_sample"` for one per sample, which makes the result of a
+            sample independent of the others; samples that have arrived leave the calls of the field.
+        first_step (`float`, *optional*):
+            Adaptive steps: the size of the first step. Chosen by an extra call of the field if not given.
+        max_steps (`int`, *optional*, defaults to `1000`):
+            Adaptive steps: how many steps may be tried.
+        norm (`Callable`, *optional*):
+            Adaptive steps: maps the error over its tolerance, `(batch_size, ...)`, to its size `(batch_size,)`.
+            The root mean square if not given.
+        args (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
+            Tensors with one row per sample that the field is given too; they lose the rows of samples that left.
+
+    Returns:
+        [`Solution`]: The state at `t1` and the work it took.
+
+    Raises:
+        ValueError: If an argument is not among the accepted ones, or does not go with the others.
+        RuntimeError: If `max_steps` do not reach `t1`, or the step size falls below the resolution of time.
+    """
+    tableau = _tableau(method)
+    t0, t1 = float(t0), float(t1)
+    if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
+        raise ValueError(f"The interval must have two different finite ends, not {t0} and {t1}.")
+    if x.ndim == 0 or not x.is_floating_point():
+        raise ValueError(f"`x` must be a floating-point batch, not of shape {tuple(x.shape)} and {x.dtype}.")
+    if any(len(arg) != len(x) for arg in args):
+        raise ValueError(f"Each of `args` must have {len(x)} rows, as `x` has, not {[len(arg) for arg in args]}.")
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    evaluate = _Evaluate(field)
+
+    if num_steps is not None or grid is not None:
+        adaptive = {"rtol": rtol, "atol": atol, "step_control": step_control, "first_step": first_step}
+        adaptive |= {"max_steps": max_steps, "norm": norm}
+        given = [name for name, value in adaptive.items() if value is not None]
+        if given:
+            raise ValueError(f"{given} belong to adaptive steps, but `num_steps` or `grid` ask for fixed ones.")
+        times = _fixed_times(t0, t1, num_steps, grid)
+        if tableau is None:
+            x = _adams(evaluate, x, times, *ADAMS[method], args)
+        else:
+            x = _runge_kutta(evaluate, x, times, tableau.without_error_estimate(), args)
+        accepted = torch.full((len(x),), len(times) - 1)
+        return Solution(x, evaluate.nfe, torch.full_like(accepted, evaluate.nfe), accepted, torch.zeros_like(accepted))
+
+    if tableau is None or tableau.b_error is None:
+        raise ValueError(f"Method {method!r} has no error estimate: give `num_steps` or `grid`, or choose 'dopri5'.")
+    rtol = 1e-5 if rtol is None else rtol
+    atol = 1e-5 if atol is None else atol
+    step_control = "batch" if step_control is None else step_control
+    max_steps = 1000 if max_steps is None else max_steps
+    if not (rtol >= 0.0 and atol >= 0.0 and rtol + atol > 0.0):
+        raise ValueError(f"`rtol` and `atol` must not be negative, nor both zero, but are {rtol} and {atol}.")
+    if step_control not in STEP_CONTROLS:
+        raise ValueError(f"`step_control` must be one of {STEP_CONTROLS}, not {step_control!r}.")
+    if first_step is not None and not 0.0 < first_step <= abs(t1 - t0):
+        raise ValueError(f"`first_step` must lie in (0, {abs(t1 - t0)}], not be {first_step}.")
+    if max_steps < 1:
+        raise ValueError(f"`max_steps` must be at least 1, not {max_steps}.")
+    control = _StepControl(rtol, atol, step_control == "batch", first_step, max_steps, norm or _root_mean_square)
+    return _adaptive(evaluate, x, t0, t1, tableau, control, args)
+
+
+def _tableau(method: str | ButcherTableau) -> ButcherTableau | None:
+    """The tableau of a method, or `None` for an Adams method."""
+    if isinstance(method, ButcherTableau):
+        return method
+    if method not in TABLEAUX and method not in ADAMS:
+        raise ValueError(f"`method` must be one of {[*TABLEAUX, *ADAMS]}, not {method!r}.")
+    return TABLEAUX.get(method)
+
+
+def _fixed_times(
+    t0: float, t1: float, num_steps: int | None, grid: Sequence[float] | torch.Tensor | None
+) -> list[float]:
+    """The checked times of fixed steps, in float64, with exactly `t0` and `t1` at the ends."""
+    if num_steps is not None and grid is not None:
+        raise ValueError("Give `num_steps` or `grid`, not both.")
+    if grid is None:
+        if num_steps < 1:
+            raise ValueError(f"`num_steps` must be at least 1, not {num_steps}.")
+        times = torch.linspace(t0, t1, num_steps + 1, dtype=torch.float64)
+    else:
+        times = torch.as_tensor(grid).to(device="cpu", dtype=torch.float64)
+        if times.ndim != 1 or len(times) < 2 or not ((times[1:] - times[:-1]) * (t1 - t0) > 0).all():
+            raise ValueError(f"`grid` must be a list of times that runs from {t0} to {t1} without turning.")
+        if (times[[0, -1]] - torch.tensor([t0, t1], dtype=torch.float64)).abs().max() > 1e-6 * abs(t1 - t0):
+            raise ValueError(f"`grid` must run from {t0} to {t1}, not from {times[0]:.7g} to {times[-1]:.7g}.")
+    return [t0, *times[1:-1].tolist(), t1]
+
+
+class _Evaluate:
+    """The field with its calls counted, its times in the right precision and its output checked."""
+
+    def __init__(self, field: Callable[..., torch.Tensor]) -> None:
+        self.field = field
+        self.nfe = 0
+
+    def __call__(self, t: float | torch.Tensor, x: torch.Tensor, args: Sequence[torch.Tensor]) -> torch.Tensor:
+        if isinstance(t, torch.Tensor):
+            t = t.to(device=x.device, dtype=x.dtype)
+        else:
+            t = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        derivative = self.field(t, x, *args)
+        if derivative.shape != x.shape:
+            raise ValueError(f"The field returned shape {tuple(derivative.shape)} for `x` of {tuple(x.shape)}.")
+        self.nfe += 1
+        return derivative.to(x.dtype)
+
+
+def _move(
+    x: torch.Tensor, h: float | torch.Tensor, weights: Sequence[float], slopes: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """`x + h * sum_i weights[i] * slopes[i]`, without the terms of weight zero."""
+    terms = [(weight, slope) for weight, slope in zip(weights, slopes) if weight != 0.0]
+    if not terms:
+        return x
+    total = terms[0][0] * terms[0][1]
+    for weight, slope in terms[1:]:
+        total = torch.add(total, slope, alpha=weight)
+    return x + h * total
+
+
+def _runge_kutta(
+    evaluate: _Evaluate, x: torch.Tensor, times: list[float], tableau: ButcherTableau, args: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    for t, t_next in zip(times[:-1], times[1:]):
+        h = t_next - t
+        slopes: list[torch.Tensor] = []
+        for row, c in zip(tableau.a, tableau.c):
+            slopes.append(evaluate(t_next if c == 1.0 else t + c * h, _move(x, h, row, slopes), args))
+        x = _move(x, h, tableau.b, slopes)
+    return x
+
+
+def _adams(
+    evaluate: _Evaluate, x: torch.Tensor, times: list[float], order: int, corrector: bool, args: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    slopes: list[torch.Tensor] = []
+    start = x
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        slopes = [evaluate(t, x, args), *slopes[: order - 1]]
+        known = times[i::-1][: len(slopes)]
+        if corrector and i > 0:
+            # The evaluation that this step makes anyway, at the predicted state, corrects the step before.
+            x = _move(start, 1.0, adams_weights(known, times[i - 1], t), slopes)
+        start = x
+        x = _move(start, 1.0, adams_weights(known, t, t_next), slopes)
+    return x
+
+
+@dataclass(frozen=True)
+class _StepControl:
+    rtol: float
+    atol: float
+    shared: bool
+    first_step: float | None
+    max_steps: int
+    norm: Callable[[torch.Tensor], torch.Tensor]
+
+    def size(self, value: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
+        """The size of `value` in units of the tolerance, in float64 on the CPU; the same for all samples if shared."""
+        size = self.norm((value / tolerance).detach()).to(device="cpu", dtype=torch.float64)
+        return size.square().mean().sqrt().expand(len(size)) if self.shared else size
+
+    def tolerance(self, *states: torch.Tensor) -> torch.Tensor:
+        largest = states[0].detach().abs()
+        for state in states[1:]:
+            largest = torch.maximum(largest, state.detach().abs())
+        return self.atol + self.rtol * largest
+
+
+def _root_mean_square(value: torch.Tensor) -> torch.Tensor:
+    return value.flatten(1).square().mean(1).sqrt() if value.ndim > 1 else value.abs()
+
+
+def _like(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Per-sample values on the CPU, on the device of `x` and lifted to its rank."""
+    values = values.to(device=x.device, dtype=values.dtype if values.dtype == torch.bool else x.dtype)
+    return values.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _first_step(
+    evaluate: _Evaluate,
+    x: torch.Tensor,
+    slope: torch.Tensor,
+    t0: float,
+    t1: float,
+    order: int,
+    control: _StepControl,
+    args: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """A first step size from the sizes of the state and its first two derivatives (Hairer et al. I, section II.4)."""
+    span = abs(t1 - t0)
+    tolerance = control.tolerance(x)
+    d0, d1 = control.size(x, tolerance), control.size(slope, tolerance)
+    trial = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6 * span, 0.01 * d0 / d1).clamp(max=span)
+    signed = math.copysign(1.0, t1 - t0) * trial
+    moved = evaluate(t0 + signed, x + _like(signed, x) * slope, args)
+    d2 = control.size(moved - slope, tolerance) / trial
+    largest = torch.maximum(d1, d2)
+    step = torch.where(largest <= 1e-15, (1e-3 * trial).clamp(min=1e-6 * span), (0.01 / largest) ** (1 / (order + 1)))
+    return torch.minimum(step, 100 * trial).nan_to_num(nan=1e-6 * span).clamp(max=span)
+
+
+def _adaptive(
+    evaluate: _Evaluate,
+    x: torch.Tensor,
+    t0: float,
+    t1: float,
+    tableau: ButcherTableau,
+    control: _StepControl,
+    args: Sequence[torch.Tensor],
+) -> Solution:
+    # Times and step sizes live on the CPU in float64, one of each per sample; with a shared step they are all equal.
+    batch_size = len(x)
+    sign = math.copysign(1.0, t1 - t0)
+    resolution = 10 * torch.finfo(x.dtype).eps * max(abs(t0), abs(t1))
+    result = torch.empty_like(x)
+    evaluations, accepted, rejected = (torch.zeros(batch_size, dtype=torch.long) for _ in range(3))
+    running = torch.arange(batch_size)
+    t = torch.full((batch_size,), t0, dtype=torch.float64)
+    slope = evaluate(t0, x, args)
+    if control.first_step is None:
+        h = _first_step(evaluate, x, slope, t0, t1, tableau.order, control, args)
+    else:
+        h = torch.full_like(t, control.first_step)
+    evaluations += evaluate.nfe
+    last_error = torch.full_like(t, 1e-4)
+    just_rejected = torch.zeros(batch_size, dtype=torch.bool)
+
+    for _ in range(control.max_steps):
+        # A step that nearly arrives is stretched to arrive.
+        arrives = 1.01 * h >= (t1 - t).abs()
+        h = torch.where(arrives, (t1 - t).abs(), h)
+        calls = evaluate.nfe
+        slopes = [slope]
+        for row, c in zip(tableau.a[1:], tableau.c[1:]):
+            time = torch.where(arrives, t1, t + sign * h) if c == 1.0 else t + c * sign * h
+            slopes.append(evaluate(time, _move(x, _like(sign * h, x), row, slopes), args))
+        moved = _move(x, _like(sign * h, x), tableau.b, slopes)
+        error = _move(torch.zeros_like(x), _like(h, x), tableau.b_error, slopes)
+        error = control.size(error, control.tolerance(x, moved))
+
+        accept = error <= 1.0
+        accepted[running] += accept
+        rejected[running] += ~accept
+        evaluations[running] += evaluate.nfe - calls
+        # PI control with the constants of Hairer et al. I, section IV.2; an error that is not a number counts as large.
+        safe = error.nan_to_num(nan=math.inf).clamp(min=1e-10)
+        grow = 0.9 * safe ** (-0.85 / tableau.order) * last_error ** (0.2 / tableau.order)
+        grow = grow.clamp(0.2, 10.0).minimum(torch.where(just_rejected, 1.0, 10.0))
+        shrink = (0.9 * safe ** (-1 / tableau.order)).clamp(0.2, 1.0)
+        t = torch.where(accept, t + sign * h, t)
+        h = h * torch.where(accept, grow, shrink)
+        last_error = torch.where(accept, safe.clamp(min=1e-4), last_error)
+        just_rejected = ~accept
+        x = torch.where(_like(accept, x), moved, x)
+        slope = torch.where(_like(accept, x), slopes[-1], slope) if tableau.first_same_as_last else slope
+
+        keep = ~(accept & arrives)
+        if not keep.all():
+            arrived = (~keep).to(x.device)
+            result[running.to(x.device)[arrived]] = x[arrived]
+            if not keep.any():
+                return Solution(result, evaluate.nfe, evaluations, accepted, rejected)
+            staying = keep.to(x.device)
+            x, slope = x[staying], slope[staying]
+            args = tuple(arg[keep.to(arg.device)] for arg in args)
+            running, t, h, last_error, just_rejected = (
+                values[keep] for values in (running, t, h, last_error, just_rejected)
+            )
+        if (h < resolution).any():
+            raise RuntimeError(
+                f"The step size fell to {h.min():.3g} at t = {t[h.argmin()]:.7g}: the field is not finite, not smooth, "
+                f"or the tolerances (rtol {control.rtol}, atol {control.atol}) are too small for {x.dtype}."
+            )
+        if not tableau.first_same_as_last:
+            slope = evaluate(t, x, args)
+            evaluations[running] += 1
+    raise RuntimeError(
+        f"{control.max_steps} steps reached t = {t[(t1 - t).abs().argmax()]:.7g} of {t1}: allow more `max_steps`, or "
+        f"larger tolerances than rtol {control.rtol} and atol {control.atol}."
+    )
