@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+.DEFAULT_GOAL := help
+.PHONY: help install style quality types floors test docs bench
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
+
+install:  ## install the package in place, with everything a developer needs
+	python -m pip install -e ".[dev]"
+
+style:  ## format the code and mend what the linter can mend
+	ruff format
+	ruff check --fix
+
+quality:  ## check format and lint
+	ruff format --check
+	ruff check
+
+types:  ## check the types
+	pyright
+
+floors:  ## check that every room of the package imports only from the floors below it
+	lint-imports --no-cache --no-logo
+
+test:  ## run the tests
+	python -m pytest
+
+docs:  ## build the documentation; any warning is an error
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
+
+bench:  ## run the benchmarks
+	python -m pytest tests/benchmarks -o "python_files=bench_*.py" -s
