@@ -254,17 +254,22 @@ class ConditionalPath:
         Raises:
             ValueError: As for `convert`.
         """
-        p1, q1, sigma_q1 = self._row(source, t)
-        p2, q2, sigma_q2 = self._row(target, t)
-        if source == target:
-            return torch.zeros_like(t), torch.ones_like(t)
-        alpha, sigma = self.alpha(t), self.sigma(t)
-        by_sigma = ~(torch.isfinite(q1) & torch.isfinite(q2))
-        q1, q2 = torch.where(by_sigma, sigma_q1, q1), torch.where(by_sigma, sigma_q2, q2)
-        sigma = torch.where(by_sigma, sigma.square(), sigma)
-        determinant = alpha * q1 - sigma * p1
-        _refuse(determinant == 0, t, f"The {target!r} that a {source!r} implies on {self}")
-        return (p2 * q1 - p1 * q2) / determinant, (alpha * q2 - sigma * p2) / determinant
+        on_sample, on_output, undetermined = self._solve(t, source, target)
+        _refuse(undetermined, t, f"The {target!r} that a {source!r} implies on {self}")
+        return on_sample, on_output
+
+    def determines(self, t: torch.Tensor, source: str, target: str) -> torch.Tensor:
+        """Whether a prediction of type `source` determines a finite `target`, elementwise; the check of `coefficients`.
+
+        Args:
+            t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
+            source (`str`): One of `PREDICTION_TYPES`.
+            target (`str`): One of `PREDICTION_TYPES`, or `STRAIGHT_VELOCITY` (noise - data).
+
+        Returns:
+            `torch.BoolTensor`: Of the shape of `t`.
+        """
+        return ~self._solve(t, source, target)[2]
 
     def error_scale(self, t: torch.Tensor, source: str, target: str) -> torch.Tensor:
         """How an error of one prediction shows in another: `|target error| = error_scale * |source error|`.
@@ -281,6 +286,19 @@ class ConditionalPath:
             ValueError: As for `convert`.
         """
         return self.coefficients(t, source, target)[1].abs()
+
+    def _solve(self, t: torch.Tensor, source: str, target: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The coefficients of a conversion, and where it has none."""
+        p1, q1, sigma_q1 = self._row(source, t)
+        p2, q2, sigma_q2 = self._row(target, t)
+        if source == target:
+            return torch.zeros_like(t), torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        by_sigma = ~(torch.isfinite(q1) & torch.isfinite(q2))
+        q1, q2 = torch.where(by_sigma, sigma_q1, q1), torch.where(by_sigma, sigma_q2, q2)
+        sigma = torch.where(by_sigma, sigma.square(), sigma)
+        determinant = alpha * q1 - sigma * p1
+        return (p2 * q1 - p1 * q2) / determinant, (alpha * q2 - sigma * p2) / determinant, determinant == 0
 
     def _row(self, prediction_type: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`p`, `q` and `sigma * q` of the prediction `p * data + q * noise`; only `q` may be infinite."""

@@ -1,0 +1,633 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
+from ..solvers import TABLEAUX
+from .sampling_plan import Stage, plan_sampling
+from .stock_configs import translate_stock_config
+
+
+SOLVERS = ("euler", "midpoint", "heun", "rk4")
+SAMPLING_PATHS = ("ot", "native")
+TIMESTEP_SPACINGS = ("trailing", "linspace", "leading")
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+
+
+class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow matching on any Gaussian path: the one carrier of the path for training, sampling and likelihood.
+
+    Time `t` is in [0, 1], 0 = data and 1 = noise; networks are given `timestep = timestep_scale * t`, a float. Samples
+    between steps are points `x_t = alpha(t) * data + sigma(t) * noise` of the configured path. Sampling integrates the
+    straight coordinates, in which each path is the OT path and Euler is DDIM (`sampling_path="ot"`), or the path's own
+    ODE (`"native"`, as in arXiv 2210.02747).
+
+    The shared parameters are those of [`~diffusers.FlowMatchEulerDiscreteScheduler`], with its defaults and meaning;
+    `sigmas` are times of the straight coordinates, `sigma / (alpha + sigma)`, in [0, 1]. [`from_config`] takes the
+    configurations of stock schedulers, flow or diffusion, and then gives their images.
+
+    Args:
+        num_train_timesteps (`int`, *optional*, defaults to 1000): What `t = 1` is called towards the network.
+        shift (`float`, *optional*, defaults to 1.0): Static shift of the grid, `s -> shift s / (1 + (shift - 1) s)`.
+        use_dynamic_shifting (`bool`, *optional*, defaults to `False`): Shift by the `mu` given to `set_timesteps`.
+        base_shift (`float`, *optional*, defaults to 0.5): `mu` at `base_image_seq_len`; read by pipelines.
+        max_shift (`float`, *optional*, defaults to 1.15): `mu` at `max_image_seq_len`; read by pipelines.
+        base_image_seq_len (`int`, *optional*, defaults to 256): Read by pipelines.
+        max_image_seq_len (`int`, *optional*, defaults to 4096): Read by pipelines.
+        invert_sigmas (`bool`, *optional*, defaults to `False`): The network's time and velocity run from noise to data
+            (Mochi). OT path with `flow_prediction` only.
+        shift_terminal (`float`, *optional*): Stretch the shifted grid to end at this value.
+        use_karras_sigmas (`bool`, *optional*, defaults to `False`): Karras grid (arXiv 2206.00364).
+        use_exponential_sigmas (`bool`, *optional*, defaults to `False`): Exponential grid.
+        use_beta_sigmas (`bool`, *optional*, defaults to `False`): Beta grid (arXiv 2407.12173); needs scipy.
+        time_shift_type (`str`, *optional*, defaults to `"exponential"`): `exponential` or `linear` dynamic shift.
+        stochastic_sampling (`bool`, *optional*, defaults to `False`): Replace the noise by fresh noise at each step.
+            Solver `euler` only.
+        path (`str`, *optional*, defaults to `"ot"`): `ot`, `vp`, `ve`, `cosine` or `vp_discrete` (see `paths.PATHS`).
+        path_kwargs (`dict`, *optional*): The parameters of the path, such as `{"sigma_min": 1e-4}`.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers:
+            `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
+        solver (`str`, *optional*, defaults to `"euler"`): `euler`, `midpoint`, `heun` or `rk4`. A solver with more than
+            one stage lists every stage in `timesteps`, and `order` is the number of stages.
+        sampling_path (`str`, *optional*, defaults to `"ot"`): Integrate the straight coordinates, or `native`.
+        timestep_spacing (`str`, *optional*, defaults to `"trailing"`): `trailing`: 1, (N-1)/N, ..., 1/N, then 0.
+            `linspace`: the grid of stock flow schedulers, whose last step spans only 1/1000 (before the shift).
+            On `vp_discrete`, the integer timesteps of diffusion schedulers by that name, `leading` included.
+        final_sigmas_type (`str`, *optional*, defaults to `"zero"`): Where a path whose noise does not vanish at t = 0
+            ends: in the data estimate (`zero`, by one straight step) or at t = 0 (`sigma_min`).
+        steps_offset (`int`, *optional*, defaults to 1): Added to `leading` timesteps.
+        clip_sample (`bool`, *optional*, defaults to `False`): Clip the data estimate at each step. Solver `euler` only.
+        clip_sample_range (`float`, *optional*, defaults to 1.0): The largest magnitude that clipping leaves.
+
+    Raises:
+        ValueError: If a value is not one of those above, or two of them exclude each other.
+    """
+
+    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        shift: float = 1.0,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        invert_sigmas: bool = False,
+        shift_terminal: float | None = None,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        time_shift_type: str = "exponential",
+        stochastic_sampling: bool = False,
+        path: str = "ot",
+        path_kwargs: Mapping[str, Any] | None = None,
+        prediction_type: str = "flow_prediction",
+        solver: str = "euler",
+        sampling_path: str = "ot",
+        timestep_spacing: str = "trailing",
+        final_sigmas_type: str = "zero",
+        steps_offset: int = 1,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+    ):
+        for name, value, accepted in (
+            ("prediction_type", prediction_type, PREDICTION_TYPES),
+            ("solver", solver, SOLVERS),
+            ("sampling_path", sampling_path, SAMPLING_PATHS),
+            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
+            ("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES),
+        ):
+            if value not in accepted:
+                raise ValueError(f"`{name}` must be one of {list(accepted)}, got {value!r}.")
+        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
+            raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {num_train_timesteps!r}.")
+        if not shift > 0:
+            raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")
+        if timestep_spacing == "leading" and path != "vp_discrete":
+            raise ValueError(f"`timestep_spacing` 'leading' needs the path 'vp_discrete', got {path!r}.")
+        if invert_sigmas and (path, prediction_type, sampling_path) != ("ot", "flow_prediction", "ot"):
+            raise ValueError(
+                f"`invert_sigmas` needs the path 'ot', `sampling_path` 'ot' and 'flow_prediction', got path {path!r}, "
+                f"`sampling_path` {sampling_path!r} and {prediction_type!r}."
+            )
+        if (stochastic_sampling or clip_sample) and solver != "euler":
+            raise ValueError(f"`stochastic_sampling` and `clip_sample` need the solver 'euler', got {solver!r}.")
+
+        super().__init__(
+            num_train_timesteps=num_train_timesteps,
+            shift=shift,
+            use_dynamic_shifting=use_dynamic_shifting,
+            base_shift=base_shift,
+            max_shift=max_shift,
+            base_image_seq_len=base_image_seq_len,
+            max_image_seq_len=max_image_seq_len,
+            invert_sigmas=invert_sigmas,
+            shift_terminal=shift_terminal,
+            use_karras_sigmas=use_karras_sigmas,
+            use_exponential_sigmas=use_exponential_sigmas,
+            use_beta_sigmas=use_beta_sigmas,
+            time_shift_type=time_shift_type,
+            stochastic_sampling=stochastic_sampling,
+        )
+        self.path = self.build_path()
+        if path != "ot":
+            # Before `set_timesteps`, every time a network is trained at, as in stock schedulers.
+            t = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
+            self.sigmas, self.timesteps = self.path.ratio(t).float(), (self.timestep_scale * t).float()
+        self.num_inference_steps: int | None = None
+        self._stages: list[Stage] = []
+        # Times that the user gave beside sigmas: (sigmas rising, timesteps), which then tie one to the other.
+        self._given_times: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._step_start: torch.Tensor | None = None
+        self._derivatives: list[torch.Tensor] = []
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "FlowMatchScheduler | tuple[FlowMatchScheduler, dict[str, Any]]":
+        """Build the scheduler from a configuration: its own, or that of a stock scheduler.
+
+        From `FlowMatchEulerDiscreteScheduler` it gives the same images (grid, shift, Euler). From the scheduler of a
+        diffusion checkpoint (DDIM, DDPM, PNDM, Euler, DPM-Solver, ...) it takes the betas, the prediction type and the
+        timesteps, and Euler gives the images of DDIM with eta = 0. `kwargs` change what is taken over, and keys of the
+        source that have no meaning here are kept, so that its class can be built from ours again.
+
+        Args:
+            config (`Mapping[str, Any]`): `scheduler.config`, or the contents of a `scheduler_config.json`.
+            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return the unused `kwargs` too.
+            kwargs: Arguments of `FlowMatchScheduler` that replace those of `config`.
+
+        Returns:
+            `FlowMatchScheduler`, with `return_unused_kwargs` a tuple of it and a `dict`.
+
+        Raises:
+            ValueError: If the configuration cannot be honoured.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(f"`config` must be a configuration dictionary, got {config!r}.")
+        translated = translate_stock_config(config)
+        translated.pop("_use_default_values", None)
+        scheduler, unused = super().from_config(translated, return_unused_kwargs=True, **kwargs)
+        foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
+        scheduler.register_to_config(**foreign)
+        return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def build_path(self) -> ConditionalPath:
+        """Make the path from the configuration; a subclass with a path of its own overrides this one method.
+
+        Returns:
+            `ConditionalPath`: What training, sampling and likelihood all read.
+        """
+        path_kwargs = dict(self.config.path_kwargs or {})
+        if self.config.path == "vp_discrete":
+            path_kwargs["num_train_timesteps"] = self.config.num_train_timesteps
+        return make_path(self.config.path, **path_kwargs)
+
+    # What pipelines read
+
+    @property
+    def order(self) -> int:
+        """Turns of the sampling loop for each step: the stages of the solver."""
+        return TABLEAUX[self.config.solver].stages
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """The scale of the noise from which sampling starts: 1, save on paths that grow (VE)."""
+        return self.path.prior_std
+
+    @property
+    def timestep_scale(self) -> float:
+        """`timestep / t`: `num_train_timesteps`, on `vp_discrete` one less, so that integer timesteps are its knots."""
+        last_knot = self.config.path == "vp_discrete"
+        return float(self.config.num_train_timesteps - last_knot)
+
+    def time(self, timestep: torch.Tensor | float) -> torch.Tensor:
+        """The path's time at a timestep of the network.
+
+        Args:
+            timestep (`torch.Tensor` or `float`): Any shape, in [0, `timestep_scale`].
+
+        Returns:
+            `torch.Tensor`: `t` in [0, 1], 0 = data, 1 = noise, at least float32, on the device of `timestep`.
+        """
+        timestep = torch.as_tensor(timestep)
+        timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
+        if self._given_times is None:
+            return self._untied_time(timestep)
+        ratios, timesteps = (table.to(timestep) for table in self._given_times)
+        return self.path.time_at(_interpolate(timestep, timesteps, ratios))
+
+    def _untied_time(self, timestep: torch.Tensor) -> torch.Tensor:
+        t = timestep / self.timestep_scale
+        return 1 - t if self.config.invert_sigmas else t
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
+        """What the network is given in place of `x_t`: the sample itself, on paths that grow (VE) one of unit variance.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): `x_t`.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, *optional*): Its timestep, needed on VE.
+
+        Returns:
+            `torch.Tensor`: The network's input, in the dtype of `sample`.
+        """
+        if type(self.path).input_scale is ConditionalPath.input_scale:
+            return sample
+        if timestep is None:
+            raise ValueError(f"`timestep` must be given to `scale_model_input` on {self.path}, got None.")
+        t = self.time(timestep)
+        return (sample * lift(self.path.input_scale(t), sample)).to(sample.dtype)
+
+    # Training
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`x_t = alpha(t) * data + sigma(t) * noise` at any continuous per-sample timestep (arXiv 2210.02747, eq. 11).
+
+        Args:
+            original_samples (`torch.Tensor` of shape `(batch_size, ...)`): The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`], float or int;
+                0 = data. On a CPU tensor the range is checked; elsewhere that would stall the device.
+
+        Returns:
+            `torch.Tensor`: `x_t`, in the dtype of `original_samples`.
+
+        Raises:
+            ValueError: If noise is missing or a timestep is out of range.
+        """
+        if noise is None:
+            raise ValueError("`noise` must be a tensor of the shape of the sample, got None.")
+        return self.path.sample(original_samples, noise, self._checked_time(timesteps))
+
+    def scale_noise(
+        self, sample: torch.Tensor, timestep: torch.Tensor | float, noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[`add_noise`] in the argument order of stock flow schedulers.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
+            timestep (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
+            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
+
+        Returns:
+            `torch.Tensor`: `x_t`, in the dtype of `sample`.
+
+        Raises:
+            ValueError: If noise is missing or a timestep is out of range.
+        """
+        return self.add_noise(sample, noise, timestep)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The conditional velocity `dx_t/dt` (arXiv 2210.02747, theorem 3); on OT `noise - data`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
+
+        Returns:
+            `torch.Tensor`: The velocity, in the dtype of `sample`.
+
+        Raises:
+            ValueError: If a timestep is out of range, or the velocity has no limit there (VP at 0).
+        """
+        return self.path.velocity(sample, noise, self._checked_time(timesteps))
+
+    def get_target(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the network should answer at `x_t` by the configured `prediction_type`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
+
+        Returns:
+            `torch.Tensor`: The target of the conditional flow matching loss, in the dtype of `sample`.
+
+        Raises:
+            ValueError: If a timestep is out of range, or the target has no limit there.
+        """
+        target = self.path.target(sample, noise, self._checked_time(timesteps), self.config.prediction_type)
+        return -target if self.config.invert_sigmas else target
+
+    def _checked_time(self, timesteps: torch.Tensor | float) -> torch.Tensor:
+        timesteps = torch.as_tensor(timesteps)
+        if timesteps.device.type == "cpu":
+            outside = (timesteps < 0) | (timesteps > self.timestep_scale * (1 + 1e-6)) | timesteps.isnan()
+            if bool(outside.any()):
+                value = timesteps[outside].flatten()[0].item()
+                raise ValueError(f"`timesteps` must lie in [0, {self.timestep_scale:g}], got {value:g}.")
+        return self.time(timesteps).clamp(0, 1)
+
+    # The sampling grid
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+    ) -> None:
+        """Lay out the sampling loop: `timesteps` for the network, `sigmas` (one longer) for those who look.
+
+        Args:
+            num_inference_steps (`int`, *optional*): Number of steps, each of `order` calls of the network.
+            device (`str` or `torch.device`, *optional*): Where `timesteps` and `sigmas` go.
+            sigmas (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*): A grid of straight times, descending in
+                [0, 1], before shifting; the end is appended. Values above the path's own start are moved to it.
+            mu (`float`, *optional*): The dynamic shift; needed with `use_dynamic_shifting`, ignored without.
+            timesteps (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*): Times for the network, descending in
+                [0, `timestep_scale`]. Alone they are the grid, unshifted (with `timestep_spacing="linspace"` stock
+                shifts the sigmas that belong to them, and so does this); beside `sigmas` they are only handed on.
+
+        Raises:
+            ValueError: If nothing or contradicting things are given, values are out of range or not descending, or the
+                path has no defined derivative at the start of the grid for this `prediction_type`.
+        """
+        sigmas, timesteps = _to_list(sigmas), _to_list(timesteps)
+        self._check_grid(num_inference_steps, sigmas, mu, timesteps)
+        stock_grid = self.config.timestep_spacing == "linspace" and self.config.path != "vp_discrete"
+
+        # 1. Straight times at which steps begin, and where they end
+        if sigmas is None and timesteps is not None and not stock_grid:
+            ratios = self.path.ratio(self._untied_time(torch.tensor(timesteps, dtype=torch.float64)))
+        elif sigmas is not None or (stock_grid and self.config.sampling_path == "ot"):
+            ratios = self._shifted(num_inference_steps, sigmas, mu, timesteps)
+        else:
+            ratios = self._spaced(num_inference_steps)
+            if self._transforms_grid:
+                ratios = self._shifted(None, ratios.tolist(), mu, None)
+        end = 0.0 if self.config.final_sigmas_type == "zero" else self.path.ratio_min
+        ratios = ratios.clamp(self.path.ratio_min, self.path.ratio_max)
+        ratios = torch.cat([ratios, ratios.new_tensor([end])])
+
+        # 2. What each turn of the loop does
+        self._stages = plan_sampling(
+            self.path, self.config.prediction_type, self.config.solver, self.config.sampling_path, ratios
+        )
+
+        # 3. What the network and the pipeline are told
+        stage_ratios = torch.tensor([stage.ratio for stage in self._stages] + [end], dtype=torch.float64)
+        self._given_times = None
+        if timesteps is not None and (sigmas is not None or stock_grid):
+            last = self.timestep_scale if self.config.invert_sigmas else 0.0
+            self._given_times = (ratios.flip(0), torch.tensor([*timesteps, last], dtype=torch.float64).flip(0))
+            network_times = _interpolate(stage_ratios[:-1], *self._given_times)
+        else:
+            t = torch.tensor([stage.t for stage in self._stages], dtype=torch.float64)
+            network_times = self.timestep_scale * (1 - t if self.config.invert_sigmas else t)
+        sigmas_seen = 1 - stage_ratios if self.config.invert_sigmas else stage_ratios
+        self.sigmas = sigmas_seen.to(torch.float32).to(device)
+        self.timesteps = network_times.to(torch.float32).to(device)
+        self.num_inference_steps = len(ratios) - 1
+        self._step_index = None
+        self._begin_index = None
+        self._step_start, self._derivatives = None, []
+
+    def _check_grid(
+        self,
+        num_inference_steps: int | None,
+        sigmas: list[float] | None,
+        mu: float | None,
+        timesteps: list[float] | None,
+    ) -> None:
+        if num_inference_steps is None and sigmas is None and timesteps is None:
+            raise ValueError("One of `num_inference_steps`, `sigmas` and `timesteps` must be given, got none of them.")
+        if num_inference_steps is not None and int(num_inference_steps) < 1:
+            raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+        lengths = {
+            name: length
+            for name, length in (
+                ("num_inference_steps", num_inference_steps),
+                ("sigmas", None if sigmas is None else len(sigmas)),
+                ("timesteps", None if timesteps is None else len(timesteps)),
+            )
+            if length is not None
+        }
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"`sigmas`, `timesteps` and `num_inference_steps` must agree in length, got {lengths}.")
+        if self.config.use_dynamic_shifting and mu is None and not (sigmas is None and timesteps is not None):
+            raise ValueError("`mu` must be passed with `use_dynamic_shifting`, got None.")
+        for name, values, high in (("sigmas", sigmas, 1.0), ("timesteps", timesteps, self.timestep_scale)):
+            if values is None:
+                continue
+            outside = [value for value in values if not 0 <= value <= high * (1 + 1e-6)]
+            if not values or outside:
+                raise ValueError(f"`{name}` must lie in [0, {high:g}], got {(outside or values)[:3]}.")
+            # Where the network's time runs backwards (Mochi), so do the timesteps, but not the sigmas, given by hand.
+            rising = self.config.invert_sigmas and name == "timesteps"
+            ordered = values[::-1] if rising else values
+            if any(b >= a for a, b in zip(ordered, ordered[1:])):
+                direction = "rise" if rising else "descend"
+                raise ValueError(f"`{name}` must strictly {direction}, got {[round(value, 6) for value in values]}.")
+
+    @property
+    def _transforms_grid(self) -> bool:
+        config = self.config
+        grids = (config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas)
+        return self.shift != 1.0 or config.use_dynamic_shifting or bool(config.shift_terminal) or any(grids)
+
+    def _shifted(
+        self,
+        num_inference_steps: int | None,
+        sigmas: list[float] | None,
+        mu: float | None,
+        timesteps: list[float] | None,
+    ) -> torch.Tensor:
+        """Straight times after shift, stretch and Karras-like grids: stock's own code, which also rounds to float32."""
+        super().set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
+        ratios = self.sigmas[:-1].to(torch.float64)
+        return 1 - ratios if self.config.invert_sigmas else ratios
+
+    def _spaced(self, num_inference_steps: int) -> torch.Tensor:
+        """Straight times of `timestep_spacing` before any shift: its timesteps, on `vp_discrete` integers."""
+        n, spacing = num_inference_steps, self.config.timestep_spacing
+        if self.config.path != "vp_discrete":
+            rising = torch.arange(1, n + 1, dtype=torch.float64) / n
+            if spacing == "linspace":
+                rising = torch.linspace(1 / self.config.num_train_timesteps, 1, n, dtype=torch.float64)
+            grid = rising.flip(0)
+            return self.path.ratio(grid) if self.config.sampling_path == "native" else self.path.ratio_max * grid
+        train_steps = self.config.num_train_timesteps
+        if n > train_steps:
+            raise ValueError(f"`num_inference_steps` must be at most {train_steps} on 'vp_discrete', got {n}.")
+        # The three spacings of arXiv 2305.08891, table 2.
+        if spacing == "trailing":
+            timesteps = (train_steps - torch.arange(n, dtype=torch.float64) * (train_steps / n)).round() - 1
+        elif spacing == "linspace":
+            timesteps = torch.linspace(0, train_steps - 1, n, dtype=torch.float64).round().flip(0)
+        else:
+            timesteps = torch.arange(n, dtype=torch.float64).flip(0) * (train_steps // n) + self.config.steps_offset
+        return self.path.ratio(timesteps.clamp(0, train_steps - 1) / self.timestep_scale)
+
+    def stretch_shift_to_terminal(self, t: Any) -> Any:
+        """Stock's stretch to `shift_terminal`; a grid of one step, for which that is 0 / 0, is left alone."""
+        return t if len(t) == 1 else super().stretch_shift_to_terminal(t)
+
+    # The sampling loop
+
+    def index_for_timestep(
+        self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
+    ) -> int:
+        """The turn of the loop that begins a step nearest to a timestep, whether or not that is on the grid.
+
+        Args:
+            timestep (`float` or `torch.Tensor` of shape `()`): A timestep of the network.
+            schedule_timesteps (`torch.Tensor`, *optional*): Timesteps to search in place of the grid.
+
+        Returns:
+            `int`: The index in `timesteps`.
+        """
+        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        distance = (grid.to("cpu", torch.float64) - float(timestep)).abs()
+        if schedule_timesteps is None and self._stages:
+            # A step may begin at the time at which the one before had its last stage.
+            distance[[not stage.first for stage in self._stages]] = float("inf")
+        return int(distance.argmin())
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        per_token_timesteps: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+        """One turn of the sampling loop: from the network's answer to its next input.
+
+        After the last stage of a step the result is the sample at the next grid point, before that the input of the
+        next stage. The arithmetic is in float32 (float64 for float64 samples).
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch_size, ...)`): The network's answer, of `prediction_type`.
+            timestep (`float` or `torch.Tensor` of shape `()`): The current element of `timesteps`; only the first call
+                reads it, to find its place if no begin index was set.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`): What the network was given, `x_t`.
+            s_churn (`float`, *optional*, defaults to 0.0): Only 0 is accepted.
+            s_tmin (`float`, *optional*, defaults to 0.0): Belongs to `s_churn`.
+            s_tmax (`float`, *optional*, defaults to infinity): Belongs to `s_churn`.
+            s_noise (`float`, *optional*, defaults to 1.0): Belongs to `s_churn`.
+            generator (`torch.Generator` or a list of them, *optional*): For `stochastic_sampling`.
+            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): A timestep for each token,
+                as stock does it. OT path with `flow_prediction` and Euler only.
+            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class.
+
+        Returns:
+            `FlowMatchEulerDiscreteSchedulerOutput` or `tuple`: With `prev_sample`, in the dtype of `model_output`.
+
+        Raises:
+            ValueError: If the timestep is an integer index, the loop has not been laid out or is over, it is entered
+                in the middle of a step, or an option is not available.
+        """
+        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
+            raise ValueError(f"`timestep` must be one of the floats in `scheduler.timesteps`, got {timestep!r}.")
+        if s_churn != 0:
+            raise ValueError(f"`s_churn` must be 0, got {s_churn!r}.")
+        if not self._stages:
+            raise ValueError("`set_timesteps` must be called before `step`.")
+        if per_token_timesteps is not None:
+            self._check_per_token()
+            return super().step(
+                model_output,
+                timestep,
+                sample,
+                generator=generator,
+                per_token_timesteps=per_token_timesteps,
+                return_dict=return_dict,
+            )
+        if self._step_index is None:
+            self._init_step_index(timestep)
+        if self._step_index >= len(self._stages):
+            raise ValueError(f"The sampling loop has {len(self._stages)} turns, got one more; call `set_timesteps`.")
+
+        stage = self._stages[self._step_index]
+        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
+        answer = -model_output if self.config.invert_sigmas else model_output
+        if self.config.stochastic_sampling or self.config.clip_sample:
+            result = self._step_through_data(stage, x, answer, generator)
+        else:
+            result = self._integrate(stage, x, answer)
+        self._step_index += 1
+        result = result.to(model_output.dtype)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _integrate(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        if stage.first and stage.last:
+            keep = stage.keep + stage.weights[0] * stage.on_sample
+            return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
+        if stage.first:
+            self._step_start, self._derivatives = x, []
+        if self._step_start is None:
+            raise ValueError(
+                f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages, "
+                f"got index {self._step_index}."
+            )
+        derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
+        if stage.on_sample != 0.0:
+            derivative = torch.add(derivative, x, alpha=stage.on_sample)
+        self._derivatives.append(derivative)
+        result = self._step_start if stage.keep == 1.0 else self._step_start * stage.keep
+        for weight, earlier in zip(stage.weights, self._derivatives):
+            if weight != 0.0:
+                result = torch.add(result, earlier, alpha=weight)
+        if stage.last:
+            self._step_start, self._derivatives = None, []
+        return result
+
+    def _step_through_data(
+        self,
+        stage: Stage,
+        x: torch.Tensor,
+        answer: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> torch.Tensor:
+        """Euler by way of the estimates of data and noise: the data clipped, the noise replaced, as configured."""
+        t = torch.tensor(stage.t, dtype=torch.float64)
+        data = self.path.convert(answer, x, t, self.config.prediction_type, "sample")
+        if self.config.stochastic_sampling:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        else:
+            noise = self.path.convert(answer, x, t, self.config.prediction_type, "epsilon")
+        if self.config.clip_sample:
+            data = data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        alpha, sigma = stage.end
+        return alpha * data + sigma * noise
+
+    def _check_per_token(self) -> None:
+        config = self.config
+        if (config.path, config.prediction_type, config.solver) != ("ot", "flow_prediction", "euler"):
+            raise ValueError(
+                "`per_token_timesteps` needs the path 'ot', 'flow_prediction' and the solver 'euler', got "
+                f"{config.path!r}, {config.prediction_type!r} and {config.solver!r}."
+            )
+
+
+def _to_list(values: Sequence[float] | torch.Tensor | None) -> list[float] | None:
+    return None if values is None else torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+
+
+def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """Piecewise linear interpolation of `ys` over `xs`, both monotone in the same sense or not, `xs` sorted below."""
+    order = xs.argsort(stable=True)
+    xs, ys = xs[order], ys[order]
+    upper = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    width = xs[upper] - xs[upper - 1]
+    part = torch.where(width > 0, (x - xs[upper - 1]) / width, torch.ones_like(x)).clamp(0, 1)
+    return torch.lerp(ys[upper - 1], ys[upper], part)
