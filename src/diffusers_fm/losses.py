@@ -49,7 +49,8 @@ WEIGHTINGS: dict[str, Callable[[ConditionalPath, torch.Tensor, str, float], torc
     "cosmap": _cosmap,
     "min_snr": _min_snr,
 }
-"""Weights of the squared error of a network's answer, by name, each a function of the path, `t` and the answer's type."""
+"""Weights of the squared error of a network's answer, by name, each a function of the path, `t` and the answer's
+type."""
 
 
 def loss_weight(

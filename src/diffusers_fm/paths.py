@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gaussian conditional probability paths (Lipman et al., arXiv 2210.02747, section 4), in one time direction.
 
-Every path is `x_t = alpha(t) * data + sigma(t) * noise` with `t` in [0, 1], 0 = data and 1 = noise (the paper's time is
-`1 - t`). A path that gives `alpha` and `sigma` has everything else: derivatives, samples, velocities, conversions between
-the quantities a network may predict, and the straight coordinates in which each path becomes the optimal transport one.
+Every path is `x_t = alpha(t) * data + sigma(t) * noise` with `t` in [0, 1], 0 = data and 1 = noise (the paper's time
+is `1 - t`). A path that gives `alpha` and `sigma` has everything else: derivatives, samples, velocities, conversions
+between the quantities a network may predict, and the straight coordinates in which each path becomes the optimal
+transport one.
 """
 
 import math
@@ -62,8 +63,9 @@ class ConditionalPath:
     A subclass gives `alpha` and `sigma` as torch functions of `t` that act elementwise; the ratio
     `sigma / (alpha + sigma)` must rise with `t`. Derivatives default to automatic ones; closed forms may replace them.
 
-    `t` is a tensor of shape `(batch_size,)` or `()`, 0 = data and 1 = noise. It may stay on the CPU in float64 while the
-    data lives elsewhere: coefficients are computed where `t` is and cast once. Data has any shape `(batch_size, ...)`.
+    `t` is a tensor of shape `(batch_size,)` or `()`, 0 = data and 1 = noise. It may stay on the CPU in float64 while
+    the data lives elsewhere: coefficients are computed where `t` is and cast once. Data has any shape `(batch_size,
+    ...)`.
     """
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
@@ -230,8 +232,8 @@ class ConditionalPath:
             `torch.Tensor`: The prediction of type `target`, in the dtype of `model_output`.
 
         Raises:
-            ValueError: If a type is unknown, or `source` does not determine `target` at one of the times (the noise does
-                not determine the data at t = 1 on OT).
+            ValueError: If a type is unknown, or `source` does not determine `target` at one of the times (the noise
+                does not determine the data at t = 1 on OT).
         """
         on_sample, on_output = self.coefficients(t, source, target)
         return self._combine(on_output, model_output, on_sample, x_t)
@@ -239,9 +241,9 @@ class ConditionalPath:
     def coefficients(self, t: torch.Tensor, source: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
         """The two numbers per time that convert predictions: `target = on_sample * x_t + on_output * source`.
 
-        A prediction is a row `p * data + q * noise`; with `x_t = alpha * data + sigma * noise` it makes a 2x2 system, so
-        one formula serves every path and every pair of types. Where a rate is infinite (VP's velocity and every path's
-        score at sigma = 0), rows are multiplied by sigma, which leaves the finite limits.
+        A prediction is a row `p * data + q * noise`; with `x_t = alpha * data + sigma * noise` it makes a 2x2 system,
+        so one formula serves every path and every pair of types. Where a rate is infinite (VP's velocity and every
+        path's score at sigma = 0), rows are multiplied by sigma, which leaves the finite limits.
 
         Args:
             t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
@@ -259,7 +261,8 @@ class ConditionalPath:
         return on_sample, on_output
 
     def determines(self, t: torch.Tensor, source: str, target: str) -> torch.Tensor:
-        """Whether a prediction of type `source` determines a finite `target`, elementwise; the check of `coefficients`.
+        """Whether a prediction of type `source` determines a finite `target`, elementwise; the check of
+        `coefficients`.
 
         Args:
             t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
@@ -474,9 +477,9 @@ class CosinePath(ConditionalPath):
 class DiscreteVPPath(ConditionalPath):
     """The path of a diffusion checkpoint, from its own betas (DDPM, arXiv 2006.11239), at continuous times.
 
-    Knot i of `num_train_timesteps` lies at `t = i / (num_train_timesteps - 1)` and has `alpha^2` = the cumulated product
-    of `1 - beta`. Between knots the angle `atan2(sigma, alpha)` is linear, which keeps `alpha^2 + sigma^2 = 1` and is
-    finite for zero terminal SNR too, where the log-SNR is not.
+    Knot i of `num_train_timesteps` lies at `t = i / (num_train_timesteps - 1)` and has `alpha^2` = the cumulated
+    product of `1 - beta`. Between knots the angle `atan2(sigma, alpha)` is linear, which keeps `alpha^2 + sigma^2 = 1`
+    and is finite for zero terminal SNR too, where the log-SNR is not.
 
     Args:
         num_train_timesteps (`int`, *optional*, defaults to 1000): Number of knots, at least 2.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densities of the training time, as inverse distribution functions, and the shift that training and sampling share."""
+"""Densities of the training time, as inverse distribution functions, and the shift that training and sampling
+share."""
 
 import math
 from collections.abc import Callable
@@ -85,9 +86,10 @@ def sample_timesteps(
     steps that pass equal generators and their own offset share one stratified draw.
 
     Args:
-        density (`str`): One of `DENSITIES`. `logit_normal`: `sigmoid(logit_mean + logit_std * normal)`; a positive mean
-            lies towards the noise, as in the paper (the diffusers scripts have the opposite sign). `mode`: heavy at the
-            middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path. `beta`: `Beta(alpha, beta)`.
+        density (`str`): One of `DENSITIES`. `logit_normal`: `sigmoid(logit_mean + logit_std * normal)`; a positive
+            mean lies towards the noise, as in the paper (the diffusers scripts have the opposite sign). `mode`: heavy
+            at the middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path. `beta`: `Beta(alpha,
+            beta)`.
         batch_size (`int`): Number of times to return, at least 1.
         generator (`torch.Generator`, *optional*): A CPU generator.
         shift (`float`, *optional*, defaults to 1.0): `shift_time` after the draw.

@@ -2,7 +2,8 @@
 """One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -55,8 +56,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         path_kwargs (`dict`, *optional*): The parameters of the path, such as `{"sigma_min": 1e-4}`.
         prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers:
             `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
-        solver (`str`, *optional*, defaults to `"euler"`): `euler`, `midpoint`, `heun` or `rk4`. A solver with more than
-            one stage lists every stage in `timesteps`, and `order` is the number of stages.
+        solver (`str`, *optional*, defaults to `"euler"`): `euler`, `midpoint`, `heun` or `rk4`. A solver with more
+            than one stage lists every stage in `timesteps`, and `order` is the number of stages.
         sampling_path (`str`, *optional*, defaults to `"ot"`): Integrate the straight coordinates, or `native`.
         timestep_spacing (`str`, *optional*, defaults to `"trailing"`): `trailing`: 1, (N-1)/N, ..., 1/N, then 0.
             `linspace`: the grid of stock flow schedulers, whose last step spans only 1/1000 (before the shift).
@@ -64,14 +65,15 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         final_sigmas_type (`str`, *optional*, defaults to `"zero"`): Where a path whose noise does not vanish at t = 0
             ends: in the data estimate (`zero`, by one straight step) or at t = 0 (`sigma_min`).
         steps_offset (`int`, *optional*, defaults to 1): Added to `leading` timesteps.
-        clip_sample (`bool`, *optional*, defaults to `False`): Clip the data estimate at each step. Solver `euler` only.
+        clip_sample (`bool`, *optional*, defaults to `False`): Clip the data estimate at each step. Solver `euler`
+            only.
         clip_sample_range (`float`, *optional*, defaults to 1.0): The largest magnitude that clipping leaves.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
     """
 
-    _compatibles = ["FlowMatchEulerDiscreteScheduler"]
+    _compatibles: ClassVar = ["FlowMatchEulerDiscreteScheduler"]
 
     @register_to_config
     def __init__(
@@ -208,7 +210,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
     @property
     def timestep_scale(self) -> float:
-        """`timestep / t`: `num_train_timesteps`, on `vp_discrete` one less, so that integer timesteps are its knots."""
+        """`timestep / t`: `num_train_timesteps`, on `vp_discrete` one less: integer timesteps are its knots."""
         last_knot = self.config.path == "vp_discrete"
         return float(self.config.num_train_timesteps - last_knot)
 
@@ -233,7 +235,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return 1 - t if self.config.invert_sigmas else t
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """What the network is given in place of `x_t`: the sample itself, on paths that grow (VE) one of unit variance.
+        """What the network is given in place of `x_t`: the sample itself, on paths that grow (VE) one of unit
+        variance.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, ...)`): `x_t`.
@@ -257,8 +260,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         Args:
             original_samples (`torch.Tensor` of shape `(batch_size, ...)`): The data.
             noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`], float or int;
-                0 = data. On a CPU tensor the range is checked; elsewhere that would stall the device.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`], float or
+                int; 0 = data. On a CPU tensor the range is checked; elsewhere that would stall the device.
 
         Returns:
             `torch.Tensor`: `x_t`, in the dtype of `original_samples`.
@@ -429,7 +432,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             # Where the network's time runs backwards (Mochi), so do the timesteps, but not the sigmas, given by hand.
             rising = self.config.invert_sigmas and name == "timesteps"
             ordered = values[::-1] if rising else values
-            if any(b >= a for a, b in zip(ordered, ordered[1:])):
+            if any(b >= a for a, b in pairwise(ordered)):
                 direction = "rise" if rising else "descend"
                 raise ValueError(f"`{name}` must strictly {direction}, got {[round(value, 6) for value in values]}.")
 
@@ -446,7 +449,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None,
         timesteps: list[float] | None,
     ) -> torch.Tensor:
-        """Straight times after shift, stretch and Karras-like grids: stock's own code, which also rounds to float32."""
+        """Straight times after shift, stretch and Karras-like grids, by stock's own code, in its float32."""
         super().set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
         ratios = self.sigmas[:-1].to(torch.float64)
         return 1 - ratios if self.config.invert_sigmas else ratios
@@ -525,8 +528,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             s_tmax (`float`, *optional*, defaults to infinity): Belongs to `s_churn`.
             s_noise (`float`, *optional*, defaults to 1.0): Belongs to `s_churn`.
             generator (`torch.Generator` or a list of them, *optional*): For `stochastic_sampling`.
-            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): A timestep for each token,
-                as stock does it. OT path with `flow_prediction` and Euler only.
+            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): A timestep for each
+                token, as stock does it. OT path with `flow_prediction` and Euler only.
             return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class.
 
         Returns:
@@ -576,8 +579,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             self._step_start, self._derivatives = x, []
         if self._step_start is None:
             raise ValueError(
-                f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages, "
-                f"got index {self._step_index}."
+                f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages,"
+                f" got index {self._step_index}."
             )
         derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
         if stage.on_sample != 0.0:
