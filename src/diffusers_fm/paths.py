@@ -19,9 +19,6 @@ import torch
 PREDICTION_TYPES = ("flow_prediction", "epsilon", "sample", "v_prediction", "score")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
-# The velocity of the straight coordinates, noise - data. It is no prediction type (on OT it is `flow_prediction`).
-STRAIGHT_VELOCITY = "straight_velocity"
-
 
 def lift(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Give per-sample coefficients the device and rank of a batch, in at least float32.
@@ -238,7 +235,9 @@ class ConditionalPath:
         on_sample, on_output = self.coefficients(t, source, target)
         return self._combine(on_output, model_output, on_sample, x_t)
 
-    def coefficients(self, t: torch.Tensor, source: str, target: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def coefficients(
+        self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The two numbers per time that convert predictions: `target = on_sample * x_t + on_output * source`.
 
         A prediction is a row `p * data + q * noise`; with `x_t = alpha * data + sigma * noise` it makes a 2x2 system,
@@ -248,7 +247,8 @@ class ConditionalPath:
         Args:
             t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
             source (`str`): One of `PREDICTION_TYPES`.
-            target (`str`): One of `PREDICTION_TYPES`, or `STRAIGHT_VELOCITY` (noise - data).
+            target (`str` or `tuple[torch.Tensor, torch.Tensor]`): One of `PREDICTION_TYPES`, or `p` and `q`
+                themselves, finite and of the shape of `t`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `on_sample` and `on_output`, of the shape of `t`.
@@ -257,17 +257,19 @@ class ConditionalPath:
             ValueError: As for `convert`.
         """
         on_sample, on_output, undetermined = self._solve(t, source, target)
-        _refuse(undetermined, t, f"The {target!r} that a {source!r} implies on {self}")
+        name = repr(target) if isinstance(target, str) else "derivative"
+        _refuse(undetermined, t, f"The {name} that a {source!r} implies on {self}")
         return on_sample, on_output
 
-    def determines(self, t: torch.Tensor, source: str, target: str) -> torch.Tensor:
-        """Whether a prediction of type `source` determines a finite `target`, elementwise; the check of
-        `coefficients`.
+    def determines(
+        self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """Whether a prediction of type `source` determines a finite `target`: the check of `coefficients`.
 
         Args:
             t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
             source (`str`): One of `PREDICTION_TYPES`.
-            target (`str`): One of `PREDICTION_TYPES`, or `STRAIGHT_VELOCITY` (noise - data).
+            target (`str` or `tuple[torch.Tensor, torch.Tensor]`): As for `coefficients`.
 
         Returns:
             `torch.BoolTensor`: Of the shape of `t`.
@@ -290,10 +292,12 @@ class ConditionalPath:
         """
         return self.coefficients(t, source, target)[1].abs()
 
-    def _solve(self, t: torch.Tensor, source: str, target: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _solve(
+        self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The coefficients of a conversion, and where it has none."""
         p1, q1, sigma_q1 = self._row(source, t)
-        p2, q2, sigma_q2 = self._row(target, t)
+        p2, q2, sigma_q2 = self._row(target, t) if isinstance(target, str) else (*target, self.sigma(t) * target[1])
         if source == target:
             return torch.zeros_like(t), torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
         alpha, sigma = self.alpha(t), self.sigma(t)
@@ -319,8 +323,6 @@ class ConditionalPath:
             return -sigma / norm, alpha / norm, sigma * alpha / norm
         if prediction_type == "score":
             return zero, -1 / sigma, -one
-        if prediction_type == STRAIGHT_VELOCITY:
-            return -one, one, sigma
         raise ValueError(f"`prediction_type` must be one of {list(PREDICTION_TYPES)}, got {prediction_type!r}.")
 
     @staticmethod

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A grid of times and a solver, turned into numbers: what each turn of a sampling loop does to the sample.
+"""
+A grid of times and a solver, turned into numbers: what each turn of a sampling loop does to the sample.
 
 All of it is computed once, in float64 on the CPU, before the loop begins; a turn is then a sum of tensors with scalar
 weights, whatever the path, the prediction type and the solver.
@@ -7,32 +8,69 @@ weights, whatever the path, the prediction type and the solver.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..paths import STRAIGHT_VELOCITY, ConditionalPath
-from ..solvers import TABLEAUX, ButcherTableau
+from ..paths import ConditionalPath
+from ..solvers import ADAMS, TABLEAUX, ButcherTableau, adams_weights
+
+
+RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
+SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "euler_maruyama")
+SAMPLING_PATHS = ("ot", "native", "angle")
+DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
+
+Row = tuple[torch.Tensor, torch.Tensor]
+
+
+def runge_kutta_tableau(solver: str) -> ButcherTableau:
+    """
+    The tableau of a solver in a sampling loop.
+
+    Args:
+        solver (`str`):
+            A name in `SOLVERS`.
+
+    Returns:
+        `ButcherTableau`: Its stages; one stage for solvers that are no Runge-Kutta method.
+    """
+    return TABLEAUX[solver if solver in RUNGE_KUTTA else "euler"].without_error_estimate()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One turn of the loop: a call of the network at `x` and what becomes of its answer.
+    """
+    One turn of the loop: a call of the network at `x` and what becomes of its answer.
 
     The derivative is `on_sample * x + on_output * model_output`. The turn's result is `keep` times the point at which
-    the step began, plus the step's derivatives so far, each by its weight: the input of the next stage, or after the
-    last stage the end of the step. Points are in the path's own coordinates, derivatives in those of the integration.
+    the step began, plus the latest `len(weights)` derivatives, each by its weight, plus `noise` times fresh noise. It
+    is the input of the step's next stage or, after the last stage, the step's end. Points are in the path's own
+    coordinates, derivatives in those of the integration.
 
     Args:
-        t (`float`): The path's time, 0 = data, 1 = noise.
-        ratio (`float`): The straight time, `sigma / (alpha + sigma)`.
-        on_sample (`float`): Weight of `x` in the derivative.
-        on_output (`float`): Weight of the network's answer in the derivative.
-        keep (`float`): Weight of the step's beginning in the result.
-        weights (`tuple[float, ...]`): Weights of the step's derivatives in the result, this stage's last.
-        first (`bool`): Whether the stage begins a step.
-        last (`bool`): Whether the stage ends a step.
-        end (`tuple[float, float]`): `alpha` and `sigma` where the step ends.
+        t (`float`):
+            The path's time, 0 = data, 1 = noise.
+        ratio (`float`):
+            The straight time, `sigma / (alpha + sigma)`.
+        on_sample (`float`):
+            Weight of `x` in the derivative.
+        on_output (`float`):
+            Weight of the network's answer in the derivative.
+        keep (`float`):
+            Weight of the step's beginning in the result.
+        weights (`tuple[float, ...]`):
+            Weights of the latest derivatives in the result, this stage's last.
+        first (`bool`):
+            Whether the stage begins a step.
+        last (`bool`):
+            Whether the stage ends a step.
+        end (`tuple[float, float]`):
+            `alpha` and `sigma` where the step ends.
+        noise (`float`):
+            Standard deviation of the noise that is added.
+        retain (`int`):
+            How many of the latest derivatives later stages still need.
     """
 
     t: float
@@ -44,41 +82,111 @@ class Stage:
     first: bool
     last: bool
     end: tuple[float, float]
+    noise: float = 0.0
+    retain: int = 0
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Coordinates in which a path is integrated: `x = scale * X` and `dX/du` is a linear prediction.
+    """
+    Coordinates in which a path is integrated: `x = scale * X`, and `dX/du` is a linear combination of data and noise.
 
     Args:
-        derivative (`str`): The prediction that is `dX/du`.
-        node (`Callable`): `u` at a straight time.
-        time (`Callable`): `t` at `u`.
-        scale (`Callable`): The scale of `x` at `(alpha, sigma)`.
+        derivative (`Callable`):
+            `dX/du` at `t`, as a prediction type or as the weights of data and noise.
+        node (`Callable`):
+            `u` at a straight time.
+        time (`Callable`):
+            `t` at `u`.
+        scale (`Callable`):
+            The scale of `x` at `(alpha, sigma)`.
     """
 
-    derivative: str
+    derivative: Callable[[torch.Tensor], str | Row]
     node: Callable[[torch.Tensor], torch.Tensor]
     time: Callable[[torch.Tensor], torch.Tensor]
     scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def straight_coordinates(path: ConditionalPath) -> Coordinates:
-    """`u = sigma / (alpha + sigma)` and `X = x / (alpha + sigma)`: every path is the OT path."""
-    return Coordinates(STRAIGHT_VELOCITY, lambda ratio: ratio, path.time_at, lambda alpha, sigma: alpha + sigma)
+def ratio_of_angle(angle: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """
+    The straight time at an angle `atan2(sigma, alpha * sigma_data)`.
+
+    Args:
+        angle (`torch.Tensor`):
+            Angles in [0, pi / 2], 0 = data, any shape.
+        sigma_data (`float`):
+            The standard deviation of the data.
+
+    Returns:
+        `torch.Tensor`: `sigma / (alpha + sigma)`.
+    """
+    noise = sigma_data * torch.sin(angle)
+    # The sine of the complement is exactly 0 at pi / 2; the cosine is not.
+    return noise / (torch.sin(math.pi / 2 - angle) + noise)
 
 
-def native_coordinates(path: ConditionalPath) -> Coordinates:
-    """`u = t` and `X = x`: the path's own ODE (arXiv 2210.02747)."""
-    return Coordinates("flow_prediction", path.time_at, lambda u: u, lambda alpha, sigma: torch.ones_like(alpha))
+def angle_of_ratio(ratio: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """
+    The inverse of [`ratio_of_angle`].
+
+    Args:
+        ratio (`torch.Tensor`):
+            Straight times in [0, 1], any shape.
+        sigma_data (`float`):
+            The standard deviation of the data.
+
+    Returns:
+        `torch.Tensor`: `atan2(sigma, alpha * sigma_data)`.
+    """
+    return torch.atan2(ratio, sigma_data * (1 - ratio))
+
+
+def make_coordinates(path: ConditionalPath, sampling_path: str, sigma_data: float) -> Coordinates:
+    """
+    The coordinates in which a path is integrated.
+
+    Args:
+        path (`ConditionalPath`):
+            The path.
+        sampling_path (`str`):
+            `ot`: `u = sigma / (alpha + sigma)` and `X = x / (alpha + sigma)`, in which every path is the OT path.
+            `native`: `u = t` and `X = x`, the path's own ODE (arXiv 2210.02747).
+            `angle`: `u = atan2(sigma, alpha * sigma_data)` and `X = x / sqrt(sigma^2 + (alpha * sigma_data)^2)`, in
+            which every path is the trigonometric one and `X` keeps unit variance.
+        sigma_data (`float`):
+            The standard deviation of the data, for `angle`.
+
+    Returns:
+        `Coordinates`: The coordinates.
+    """
+    if sampling_path == "native":
+        return Coordinates(lambda t: "flow_prediction", path.time_at, lambda u: u, lambda a, s: torch.ones_like(a))
+    if sampling_path == "ot":
+        return Coordinates(lambda t: (-torch.ones_like(t), torch.ones_like(t)), lambda r: r, path.time_at, torch.add)
+
+    def rotation(t: torch.Tensor) -> Row:
+        alpha, sigma = sigma_data * path.alpha(t), path.sigma(t)
+        norm = torch.hypot(alpha, sigma)
+        return -sigma / (norm * sigma_data), alpha / norm
+
+    return Coordinates(
+        rotation,
+        lambda ratio: angle_of_ratio(ratio, sigma_data),
+        lambda angle: path.time_at(ratio_of_angle(angle, sigma_data)),
+        lambda alpha, sigma: torch.hypot(sigma_data * alpha, sigma),
+    )
 
 
 def end_point(path: ConditionalPath, ratios: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`alpha` and `sigma` at straight times; below the path's own end, that of clean data.
+    """
+    `alpha` and `sigma` at straight times; below the path's own end, those of clean data.
 
     Args:
-        path (`ConditionalPath`): The path.
-        ratios (`torch.Tensor`): Straight times, any shape.
+        path (`ConditionalPath`):
+            The path.
+        ratios (`torch.Tensor`):
+            Straight times, any shape.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: `alpha` and `sigma`, of that shape.
@@ -89,76 +197,280 @@ def end_point(path: ConditionalPath, ratios: torch.Tensor) -> tuple[torch.Tensor
     return torch.where(beyond, torch.ones_like(alpha), alpha), torch.where(beyond, torch.zeros_like(sigma), sigma)
 
 
-def defined_at_data(path: ConditionalPath, prediction_type: str, coordinates: Coordinates) -> bool:
-    """Whether a stage may lie at t = 0: the prediction determines the derivative there, and both are finite."""
-    zero = torch.zeros((), dtype=torch.float64)
-    if coordinates.derivative == "flow_prediction" and not math.isfinite(path.d_sigma(zero).item()):
-        return False
-    return bool(path.determines(zero, prediction_type, coordinates.derivative))
-
-
-def _runge_kutta(
-    path: ConditionalPath,
-    prediction_type: str,
-    coordinates: Coordinates,
-    tableau: ButcherTableau,
-    ratios: torch.Tensor,
-) -> list[Stage]:
-    nodes = coordinates.node(ratios)
-    steps = nodes.diff()
-    t = coordinates.time(nodes[:-1, None] + steps[:, None] * nodes.new_tensor(tableau.c))
-    scale = coordinates.scale(path.alpha(t), path.sigma(t))
-    on_sample, on_output = path.coefficients(t, prediction_type, coordinates.derivative)
-    end_alpha, end_sigma = end_point(path, ratios[1:])
-    # Stage j leads to stage j + 1, the last one to the end of the step.
-    arrival = torch.cat([scale[:, 1:], coordinates.scale(end_alpha, end_sigma)[:, None]], dim=1)
-    keep = arrival / scale[:, :1]
-    keep = torch.where((keep - 1).abs() < 1e-14, torch.ones_like(keep), keep)
-    increments = arrival * steps[:, None]
-
-    rows = [*tableau.a[1:], tableau.b]
-    columns = [tensor.tolist() for tensor in (t, path.ratio(t), on_sample, on_output, keep, increments)]
-    ends = list(zip(end_alpha.tolist(), end_sigma.tolist()))
-    return [
-        Stage(
-            *(column[i][j] for column in columns[:5]),
-            weights=tuple(columns[5][i][j] * weight for weight in rows[j]),
-            first=j == 0,
-            last=j == tableau.stages - 1,
-            end=ends[i],
-        )
-        for i in range(len(steps))
-        for j in range(tableau.stages)
-    ]
-
-
-def plan_sampling(
-    path: ConditionalPath, prediction_type: str, solver: str, sampling_path: str, ratios: torch.Tensor
-) -> list[Stage]:
-    """Lay out a solver over a grid.
-
-    Where the last step leads beyond the path's own end (`ratio_min` above 0), or its last stage would lie where the
-    derivative is undefined, it is one straight Euler step: a jump to the data estimate.
+@dataclass(frozen=True)
+class SamplingPlan:
+    """
+    What is fixed before a grid is known: the path, the network's answer and the way of sampling.
 
     Args:
-        path (`ConditionalPath`): The path.
-        prediction_type (`str`): What the network answers.
-        solver (`str`): A name in `TABLEAUX`.
-        sampling_path (`str`): `"ot"` (straight coordinates) or `"native"`.
-        ratios (`torch.Tensor` of shape `(steps + 1,)`): Straight times in float64, descending, the end included.
-
-    Returns:
-        `list[Stage]`: The turns of the loop.
-
-    Raises:
-        ValueError: If the derivative is undefined where the grid begins.
+        path (`ConditionalPath`):
+            The path.
+        prediction_type (`str`):
+            What the network answers.
+        solver (`str`):
+            A name in `SOLVERS`.
+        sampling_path (`str`):
+            The coordinates, a name in `SAMPLING_PATHS`.
+        sigma_data (`float`):
+            The standard deviation of the data, for `angle`.
+        eta (`float`):
+            Of the noise, the share that a step replaces by fresh noise, in units of the ancestral step; infinite
+            replaces all of it.
+        churn (`tuple[float, float, float, float]`):
+            `s_churn`, `s_tmin`, `s_tmax`, `s_noise` of EDM (arXiv 2206.00364, algorithm 2), on `sigma / alpha`.
+        diffusion (`tuple[str, float]`):
+            Form and scale of the diffusion coefficient of `euler_maruyama`.
     """
-    tableau = TABLEAUX[solver]
-    straight = straight_coordinates(path)
-    coordinates = straight if sampling_path == "ot" else native_coordinates(path)
-    end = ratios[-1].item()
-    reaches_data = end == 0.0 and max(tableau.c) == 1.0
-    if end < path.ratio_min or (reaches_data and not defined_at_data(path, prediction_type, coordinates)):
-        body = _runge_kutta(path, prediction_type, coordinates, tableau, ratios[:-1])
-        return body + _runge_kutta(path, prediction_type, straight, TABLEAUX["euler"], ratios[-2:])
-    return _runge_kutta(path, prediction_type, coordinates, tableau, ratios)
+
+    path: ConditionalPath
+    prediction_type: str
+    solver: str
+    sampling_path: str
+    sigma_data: float
+    eta: float
+    churn: tuple[float, float, float, float]
+    diffusion: tuple[str, float]
+
+    def stages(self, ratios: torch.Tensor) -> list[Stage]:
+        """
+        Lay out the solver over a grid.
+
+        Where the last step of a Runge-Kutta method leads beyond the path's own end (`ratio_min` above 0), or its last
+        stage would lie where the derivative is undefined, it is one straight Euler step: a jump to the data estimate.
+
+        Args:
+            ratios (`torch.Tensor` of shape `(steps + 1,)`):
+                Straight times in float64, descending, the end included.
+
+        Returns:
+            `list[Stage]`: The turns of the loop.
+
+        Raises:
+            ValueError: If the derivative is undefined where the grid begins.
+        """
+        coordinates = make_coordinates(self.path, self.sampling_path, self.sigma_data)
+        if self.solver == "euler_maruyama":
+            return self._euler_maruyama(coordinates, ratios)
+        if self.eta > 0:
+            return self._renoised(ratios)
+        if self.solver == "dpmpp_2m":
+            return _with_retention(self._dpmpp_2m(ratios))
+
+        starts, ends = self._churned(ratios), ratios[1:]
+        tableau = runge_kutta_tableau(self.solver)
+        if self.solver in ADAMS:
+            # Its calls all lie before the end: only the path's own time, which stops there, cannot lead beyond.
+            jumps = ratios[-1].item() < self.path.ratio_min and self.sampling_path == "native"
+            body = self._adams(coordinates, ratios[:-1] if jumps else ratios)
+        else:
+            jumps = self._jumps(coordinates, tableau, ratios[-1].item())
+            steps = len(ends) - jumps
+            body = self._runge_kutta(coordinates, tableau, starts[:steps], ends[:steps])
+        if jumps:
+            straight = make_coordinates(self.path, "ot", self.sigma_data)
+            body += self._runge_kutta(straight, TABLEAUX["euler"], starts[-1:], ends[-1:])
+        if self.churn[0] > 0:
+            body = self._with_churn(body, starts, ratios)
+        return _with_retention(body)
+
+    def _coefficients(self, t: torch.Tensor, target: str | Row) -> Row:
+        return self.path.coefficients(t, self.prediction_type, target)
+
+    def _jumps(self, coordinates: Coordinates, tableau: ButcherTableau, end: float) -> bool:
+        if end < self.path.ratio_min:
+            return True
+        zero = torch.zeros((), dtype=torch.float64)
+        if end > 0.0 or max(tableau.c) < 1.0:
+            return False
+        if self.sampling_path == "native" and not math.isfinite(self.path.d_sigma(zero).item()):
+            return True
+        return not bool(self.path.determines(zero, self.prediction_type, coordinates.derivative(zero)))
+
+    def _runge_kutta(
+        self, coordinates: Coordinates, tableau: ButcherTableau, starts: torch.Tensor, ends: torch.Tensor
+    ) -> list[Stage]:
+        u = coordinates.node(starts)
+        steps = coordinates.node(ends) - u
+        t = coordinates.time(u[:, None] + steps[:, None] * u.new_tensor(tableau.c))
+        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
+        on_sample, on_output = self._coefficients(t, coordinates.derivative(t))
+        end_alpha, end_sigma = end_point(self.path, ends)
+        # Stage j leads to stage j + 1, the last one to the end of the step.
+        arrival = torch.cat([scale[:, 1:], coordinates.scale(end_alpha, end_sigma)[:, None]], dim=1)
+        keep = _exact_one(arrival / scale[:, :1])
+        increments = arrival * steps[:, None]
+
+        rows = [*tableau.a[1:], tableau.b]
+        columns = [tensor.tolist() for tensor in (t, self.path.ratio(t), on_sample, on_output, keep, increments)]
+        points = list(zip(end_alpha.tolist(), end_sigma.tolist()))
+        return [
+            Stage(
+                *(column[i][j] for column in columns[:5]),
+                weights=tuple(columns[5][i][j] * weight for weight in _without_leading_zeros(rows[j])),
+                first=j == 0,
+                last=j == tableau.stages - 1,
+                end=points[i],
+            )
+            for i in range(len(steps))
+            for j in range(tableau.stages)
+        ]
+
+    def _adams(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
+        """
+        Adams-Bashforth with variable steps; with the Moulton corrector, each call also corrects the step that led to
+        it.
+
+        The correction is the difference of the two integrals over the step before, so that it is an increment to the
+        sample at hand, whatever a pipeline has done to it in between.
+        """
+        order, corrector = ADAMS[self.solver]
+        nodes = coordinates.node(ratios).tolist()
+        t = coordinates.time(coordinates.node(ratios[:-1]))
+        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
+        arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
+        integrals: list[list[float]] = []
+        predictor: dict[int, float] = {}
+        for i in range(len(nodes) - 1):
+            # The newest points of the grid, without those at which it stands still.
+            known: list[int] = []
+            for j in range(i, -1, -1):
+                if len(known) < order and (not known or nodes[j] != nodes[known[-1]]):
+                    known.append(j)
+            total: dict[int, float] = {}
+            if corrector and i > 0 and nodes[i] != nodes[i - 1]:
+                total = dict(zip(known, adams_weights([nodes[j] for j in known], nodes[i - 1], nodes[i])))
+                total = {j: total.get(j, 0.0) - predictor.get(j, 0.0) for j in {*total, *predictor}}
+            predictor = {}
+            if nodes[i + 1] != nodes[i]:
+                predictor = dict(zip(known, adams_weights([nodes[j] for j in known], nodes[i], nodes[i + 1])))
+            oldest = min([i, *total, *predictor])
+            integrals.append([total.get(j, 0.0) + predictor.get(j, 0.0) for j in range(oldest, i + 1)])
+        weights = [tuple(factor * part for part in parts) for factor, parts in zip(arrival.tolist(), integrals)]
+        return self._single_stages(ratios, t, coordinates.derivative(t), arrival / scale, weights)
+
+    def _dpmpp_2m(self, ratios: torch.Tensor) -> list[Stage]:
+        """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), with no logarithm at either end."""
+        t = self.path.time_at(ratios[:-1])
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        end_alpha, end_sigma = end_point(self.path, ratios[1:])
+        keep = torch.where(sigma > 0, end_sigma / sigma, torch.ones_like(sigma))
+        gain = end_alpha - alpha * keep
+        log_snr = torch.log(torch.cat([alpha, end_alpha[-1:]]) / torch.cat([sigma, end_sigma[-1:]]))
+        steps = log_snr.diff()
+        weights: list[tuple[float, ...]] = [(gain[0].item(),)]
+        for i in range(1, len(t)):
+            # Towards clean data, from pure noise, and where the grid stands still, the older estimate has no say.
+            older = (steps[i] / (2 * steps[i - 1])).item()
+            older = older if math.isfinite(older) else 0.0
+            weights.append((-gain[i].item() * older, gain[i].item() * (1 + older)))
+        return self._single_stages(ratios, t, "sample", keep, weights)
+
+    def _renoised(self, ratios: torch.Tensor) -> list[Stage]:
+        """
+        To the data estimate with part of the noise estimate replaced by fresh noise: DDIM's family (arXiv 2010.02502,
+        equation 12) on any path. `eta` 0 is the ODE's Euler step, 1 the ancestral step of DDPM.
+        """
+        t = self.path.time_at(ratios[:-1])
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        end_alpha, end_sigma = end_point(self.path, ratios[1:])
+        if math.isinf(self.eta):
+            fresh = end_sigma
+        else:
+            kept = alpha * end_sigma / (end_alpha * sigma)
+            fresh = self.eta * end_sigma * torch.sqrt((1 - kept.square()).clamp(min=0))
+        noise = torch.sqrt((end_sigma.square() - fresh.square()).clamp(min=0))
+        data_sample, data_output = self._coefficients(t, "sample")
+        noise_sample, noise_output = self._coefficients(t, "epsilon")
+        keep = end_alpha * data_sample + noise * noise_sample
+        weights = [(weight,) for weight in (end_alpha * data_output + noise * noise_output).tolist()]
+        return self._single_stages(ratios, t, self.prediction_type, keep, weights, fresh)
+
+    def _euler_maruyama(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
+        """
+        Euler-Maruyama of the SDE with the ODE's marginals, `dX = (dX/du - w / 2 score) du + sqrt(w) dW` (arXiv
+        2401.08740, equation 4), backwards in `u`. The last step is the ODE's.
+        """
+        u = coordinates.node(ratios)
+        h = -u.diff()
+        t = coordinates.time(u[:-1])
+        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
+        level = self.path.sigma(t) / scale
+        arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
+        form, size = self.diffusion
+        w = size * level ** {"sigma": 1, "sigma_squared": 2, "constant": 0}[form]
+        w = torch.cat([w[:-1], w.new_zeros(1)])
+        slope_sample, slope_output = self._coefficients(t, coordinates.derivative(t))
+        noise_sample, noise_output = self._coefficients(t, "epsilon")
+        # The score in these coordinates is minus the noise estimate over its level.
+        drift = h * w / (2 * level)
+        keep = arrival * (1 / scale - h * slope_sample - drift * noise_sample)
+        weights = [(weight,) for weight in (arrival * (-h * slope_output - drift * noise_output)).tolist()]
+        return self._single_stages(ratios, t, self.prediction_type, keep, weights, arrival * torch.sqrt(w * h))
+
+    def _single_stages(
+        self,
+        ratios: torch.Tensor,
+        t: torch.Tensor,
+        derivative: str | Row,
+        keep: torch.Tensor,
+        weights: list[tuple[float, ...]],
+        noise: torch.Tensor | None = None,
+    ) -> list[Stage]:
+        on_sample, on_output = self._coefficients(t, derivative)
+        noise = torch.zeros_like(t) if noise is None else noise
+        ends = torch.stack(end_point(self.path, ratios[1:]), dim=1).tolist()
+        table = torch.stack([t, self.path.ratio(t), on_sample, on_output, _exact_one(keep)], dim=1).tolist()
+        return [
+            Stage(*row, weights=weight, first=True, last=True, end=(end[0], end[1]), noise=level)
+            for row, weight, end, level in zip(table, weights, ends, noise.tolist())
+        ]
+
+    def _churned(self, ratios: torch.Tensor) -> torch.Tensor:
+        """Where steps begin once noise has been added: `sigma / alpha` times `1 + gamma`, from the second step on."""
+        starts = ratios[:-1]
+        s_churn, s_tmin, s_tmax, _ = self.churn
+        if s_churn == 0:
+            return starts
+        level = starts / (1 - starts)
+        gamma = min(s_churn / len(starts), math.sqrt(2) - 1)
+        churned = torch.where((level >= s_tmin) & (level <= s_tmax), level * (1 + gamma), level)
+        churned[0] = level[0]
+        return torch.where(starts < 1, churned / (1 + churned), starts).clamp(max=self.path.ratio_max)
+
+    def _with_churn(self, stages: list[Stage], starts: torch.Tensor, ratios: torch.Tensor) -> list[Stage]:
+        """Add to the end of each step the noise that lifts it to where the next one begins."""
+        alpha, sigma = end_point(self.path, ratios[1:-1])
+        up_alpha, up_sigma = end_point(self.path, starts[1:])
+        lift = up_alpha / alpha
+        noise = torch.sqrt((up_sigma.square() - (lift * sigma).square()).clamp(min=0)) * self.churn[3]
+        churn = iter(zip(lift.tolist(), noise.tolist()))
+        return [
+            replace(
+                stage,
+                keep=stage.keep * factor,
+                weights=tuple(factor * weight for weight in stage.weights),
+                noise=level,
+            )
+            for stage in stages
+            for factor, level in [next(churn, (1.0, 0.0)) if stage.last else (1.0, 0.0)]
+        ]
+
+
+def _exact_one(keep: torch.Tensor) -> torch.Tensor:
+    """Ones that are ones but for rounding, so that a turn can leave out a multiplication."""
+    return torch.where((keep - 1).abs() < 1e-14, torch.ones_like(keep), keep)
+
+
+def _without_leading_zeros(row: tuple[float, ...]) -> tuple[float, ...]:
+    first = next(i for i, weight in enumerate(row) if weight != 0.0)
+    return row[first:]
+
+
+def _with_retention(stages: list[Stage]) -> list[Stage]:
+    """Note for each stage how many derivatives those after it look back on."""
+    retain = 0
+    counted: list[Stage] = []
+    for stage in reversed(stages):
+        counted.append(replace(stage, retain=retain))
+        retain = max(len(stage.weights) - 1, retain - 1, 0)
+    return counted[::-1]

@@ -12,14 +12,21 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
-from ..solvers import TABLEAUX
-from .sampling_plan import Stage, plan_sampling
+from .sampling_plan import (
+    DIFFUSION_FORMS,
+    RUNGE_KUTTA,
+    SAMPLING_PATHS,
+    SOLVERS,
+    SamplingPlan,
+    Stage,
+    angle_of_ratio,
+    ratio_of_angle,
+    runge_kutta_tableau,
+)
 from .stock_configs import translate_stock_config
 
 
-SOLVERS = ("euler", "midpoint", "heun", "rk4")
-SAMPLING_PATHS = ("ot", "native")
-TIMESTEP_SPACINGS = ("trailing", "linspace", "leading")
+TIMESTEP_SPACINGS = ("trailing", "linspace", "leading", "graded")
 FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 
@@ -56,18 +63,34 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         path_kwargs (`dict`, *optional*): The parameters of the path, such as `{"sigma_min": 1e-4}`.
         prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers:
             `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
-        solver (`str`, *optional*, defaults to `"euler"`): `euler`, `midpoint`, `heun` or `rk4`. A solver with more
-            than one stage lists every stage in `timesteps`, and `order` is the number of stages.
-        sampling_path (`str`, *optional*, defaults to `"ot"`): Integrate the straight coordinates, or `native`.
+        solver (`str`, *optional*, defaults to `"euler"`): With one call of the network a step: `euler`; `ab2`, `ab3`
+            (Adams-Bashforth of order 2 and 3); `abm2`, `abm3` (the same, each call also correcting the step before,
+            best with `sampling_path="angle"`); `dpmpp_2m` (arXiv 2211.01095); `euler_maruyama` (stochastic). With
+            several: `midpoint`, `heun` (2), `rk4` (4), `dopri5` (6); these list every stage in `timesteps`, and
+            `order` is the number of stages.
+        sampling_path (`str`, *optional*, defaults to `"ot"`): The coordinates of the integration: `ot`, the straight
+            ones; `native`, the path's own; `angle`, those of `atan2(sigma, alpha * sigma_data)`.
         timestep_spacing (`str`, *optional*, defaults to `"trailing"`): `trailing`: 1, (N-1)/N, ..., 1/N, then 0.
-            `linspace`: the grid of stock flow schedulers, whose last step spans only 1/1000 (before the shift).
-            On `vp_discrete`, the integer timesteps of diffusion schedulers by that name, `leading` included.
+            `graded`: finer towards the data, angles `(pi / 2) (1 - i / N)^1.5`. `linspace`: the grid of stock flow
+            schedulers, whose last step spans only 1/1000 (before the shift). On `vp_discrete`, the integer timesteps
+            of diffusion schedulers by that name, `leading` included.
         final_sigmas_type (`str`, *optional*, defaults to `"zero"`): Where a path whose noise does not vanish at t = 0
             ends: in the data estimate (`zero`, by one straight step) or at t = 0 (`sigma_min`).
         steps_offset (`int`, *optional*, defaults to 1): Added to `leading` timesteps.
         clip_sample (`bool`, *optional*, defaults to `False`): Clip the data estimate at each step. Solver `euler`
             only.
         clip_sample_range (`float`, *optional*, defaults to 1.0): The largest magnitude that clipping leaves.
+        sigma_data (`float`, *optional*, defaults to 1.0): Standard deviation of the data, for `angle` and `graded`.
+        eta (`float`, *optional*, defaults to 0.0): Stochastic sampling between the ODE (0) and the ancestral step of
+            DDPM (1), in [0, 1]. Solver `euler` only.
+        s_churn (`float`, *optional*, defaults to 0.0): Noise added before each step, as in EDM (arXiv 2206.00364,
+            algorithm 2), with the network called at the raised time. Runge-Kutta solvers only.
+        s_tmin (`float`, *optional*, defaults to 0.0): Least `sigma / alpha` at which to churn.
+        s_tmax (`float`, *optional*): Greatest `sigma / alpha` at which to churn; no bound by default.
+        s_noise (`float`, *optional*, defaults to 1.0): Scale of the churned noise; 1 keeps the marginals.
+        diffusion_form (`str`, *optional*, defaults to `"sigma"`): Diffusion coefficient of `euler_maruyama`, with
+            `sigma` the noise level of the integration's coordinates: `sigma`, `sigma_squared` or `constant`.
+        diffusion_scale (`float`, *optional*, defaults to 1.0): Its factor, at least 0.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
@@ -102,6 +125,14 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         steps_offset: int = 1,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
+        sigma_data: float = 1.0,
+        eta: float = 0.0,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float | None = None,
+        s_noise: float = 1.0,
+        diffusion_form: str = "sigma",
+        diffusion_scale: float = 1.0,
     ):
         for name, value, accepted in (
             ("prediction_type", prediction_type, PREDICTION_TYPES),
@@ -109,13 +140,21 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             ("sampling_path", sampling_path, SAMPLING_PATHS),
             ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
             ("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES),
+            ("diffusion_form", diffusion_form, DIFFUSION_FORMS),
         ):
             if value not in accepted:
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, got {value!r}.")
         if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {num_train_timesteps!r}.")
-        if not shift > 0:
-            raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")
+        for name, value, valid, accepted in (
+            ("shift", shift, shift > 0, "above 0"),
+            ("sigma_data", sigma_data, sigma_data > 0, "above 0"),
+            ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
+            ("s_churn", s_churn, s_churn >= 0, "of at least 0"),
+            ("diffusion_scale", diffusion_scale, diffusion_scale >= 0, "of at least 0"),
+        ):
+            if not valid:
+                raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
         if timestep_spacing == "leading" and path != "vp_discrete":
             raise ValueError(f"`timestep_spacing` 'leading' needs the path 'vp_discrete', got {path!r}.")
         if invert_sigmas and (path, prediction_type, sampling_path) != ("ot", "flow_prediction", "ot"):
@@ -123,8 +162,28 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 f"`invert_sigmas` needs the path 'ot', `sampling_path` 'ot' and 'flow_prediction', got path {path!r}, "
                 f"`sampling_path` {sampling_path!r} and {prediction_type!r}."
             )
-        if (stochastic_sampling or clip_sample) and solver != "euler":
-            raise ValueError(f"`stochastic_sampling` and `clip_sample` need the solver 'euler', got {solver!r}.")
+        # These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
+        by_estimates = [
+            name
+            for name, used in (
+                ("stochastic_sampling", stochastic_sampling),
+                ("clip_sample", clip_sample),
+                ("eta", eta),
+            )
+            if used
+        ]
+        if by_estimates and (solver, sampling_path) != ("euler", "ot"):
+            raise ValueError(
+                f"`{by_estimates[0]}` needs the solver 'euler' and `sampling_path` 'ot', got {solver!r} and "
+                f"{sampling_path!r}."
+            )
+        if solver == "dpmpp_2m" and sampling_path != "ot":
+            raise ValueError(f"The solver 'dpmpp_2m' needs `sampling_path` 'ot', got {sampling_path!r}.")
+        if s_churn > 0 and (solver not in RUNGE_KUTTA or by_estimates):
+            raise ValueError(
+                f"`s_churn` needs one of the solvers {list(RUNGE_KUTTA)} and none of `stochastic_sampling`, `eta` and "
+                f"`clip_sample`, got {[solver, *by_estimates]}."
+            )
 
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -148,6 +207,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             t = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
             self.sigmas, self.timesteps = self.path.ratio(t).float(), (self.timestep_scale * t).float()
         self.num_inference_steps: int | None = None
+        self._ratios = torch.empty(0, dtype=torch.float64)
         self._stages: list[Stage] = []
         # Times that the user gave beside sigmas: (sigmas rising, timesteps), which then tie one to the other.
         self._given_times: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -201,7 +261,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     @property
     def order(self) -> int:
         """Turns of the sampling loop for each step: the stages of the solver."""
-        return TABLEAUX[self.config.solver].stages
+        return runge_kutta_tableau(self.config.solver).stages
 
     @property
     def init_noise_sigma(self) -> float:
@@ -377,9 +437,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         ratios = torch.cat([ratios, ratios.new_tensor([end])])
 
         # 2. What each turn of the loop does
-        self._stages = plan_sampling(
-            self.path, self.config.prediction_type, self.config.solver, self.config.sampling_path, ratios
-        )
+        self._ratios = ratios
+        self._stages = self._plan().stages(ratios)
 
         # 3. What the network and the pipeline are told
         stage_ratios = torch.tensor([stage.ratio for stage in self._stages] + [end], dtype=torch.float64)
@@ -398,6 +457,20 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         self._step_index = None
         self._begin_index = None
         self._step_start, self._derivatives = None, []
+
+    def _plan(self) -> SamplingPlan:
+        config = self.config
+        s_tmax = float("inf") if config.s_tmax is None else config.s_tmax
+        return SamplingPlan(
+            path=self.path,
+            prediction_type=config.prediction_type,
+            solver=config.solver,
+            sampling_path=config.sampling_path,
+            sigma_data=config.sigma_data,
+            eta=float("inf") if config.stochastic_sampling else config.eta,
+            churn=(config.s_churn, config.s_tmin, s_tmax, config.s_noise),
+            diffusion=(config.diffusion_form, config.diffusion_scale),
+        )
 
     def _check_grid(
         self,
@@ -456,13 +529,20 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
     def _spaced(self, num_inference_steps: int) -> torch.Tensor:
         """Straight times of `timestep_spacing` before any shift: its timesteps, on `vp_discrete` integers."""
-        n, spacing = num_inference_steps, self.config.timestep_spacing
+        n, spacing, path = num_inference_steps, self.config.timestep_spacing, self.path
+        if spacing == "graded":
+            falling = (1 - torch.arange(n, dtype=torch.float64) / n) ** 1.5
+            ends = torch.tensor([path.ratio_min, path.ratio_max], dtype=torch.float64)
+            low, high = angle_of_ratio(ends, self.config.sigma_data)
+            return ratio_of_angle(low + (high - low) * falling, self.config.sigma_data)
         if self.config.path != "vp_discrete":
             rising = torch.arange(1, n + 1, dtype=torch.float64) / n
             if spacing == "linspace":
                 rising = torch.linspace(1 / self.config.num_train_timesteps, 1, n, dtype=torch.float64)
             grid = rising.flip(0)
-            return self.path.ratio(grid) if self.config.sampling_path == "native" else self.path.ratio_max * grid
+            if self.config.sampling_path == "native":
+                return path.ratio(grid)
+            return path.ratio_min + (path.ratio_max - path.ratio_min) * grid
         train_steps = self.config.num_train_timesteps
         if n > train_steps:
             raise ValueError(f"`num_inference_steps` must be at most {train_steps} on 'vp_discrete', got {n}.")
@@ -542,7 +622,9 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
             raise ValueError(f"`timestep` must be one of the floats in `scheduler.timesteps`, got {timestep!r}.")
         if s_churn != 0:
-            raise ValueError(f"`s_churn` must be 0, got {s_churn!r}.")
+            raise ValueError(
+                f"Churn is set in the scheduler's configuration; `step` takes `s_churn` 0, got {s_churn!r}."
+            )
         if not self._stages:
             raise ValueError("`set_timesteps` must be called before `step`.")
         if per_token_timesteps is not None:
@@ -563,55 +645,57 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         stage = self._stages[self._step_index]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         answer = -model_output if self.config.invert_sigmas else model_output
-        if self.config.stochastic_sampling or self.config.clip_sample:
-            result = self._step_through_data(stage, x, answer, generator)
+        if self.config.clip_sample:
+            result = self._clipped(stage, x, answer)
         else:
             result = self._integrate(stage, x, answer)
+        if stage.noise != 0.0:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            result = torch.add(result, noise, alpha=stage.noise)
         self._step_index += 1
         result = result.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
 
+    def _init_step_index(self, timestep: float | torch.Tensor) -> None:
+        super()._init_step_index(timestep)
+        index = self._step_index
+        self._derivatives = []
+        if index > 0 and self._stages[index].first and len(self._stages[index].weights) > 1:
+            # A multistep method that begins later has no earlier derivatives: it starts up from there.
+            self._stages[index:] = self._plan().stages(self._ratios[index:])
+
     def _integrate(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        if stage.first and stage.last:
-            keep = stage.keep + stage.weights[0] * stage.on_sample
-            return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
-        if stage.first:
-            self._step_start, self._derivatives = x, []
-        if self._step_start is None:
+        if not stage.first and self._step_start is None:
             raise ValueError(
                 f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages,"
                 f" got index {self._step_index}."
             )
+        start = x if stage.first else self._step_start
+        self._step_start = None if stage.last else start
+        if start is x and len(stage.weights) == 1 and stage.retain == 0:
+            keep = stage.keep + stage.weights[0] * stage.on_sample
+            return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
+
         derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
         if stage.on_sample != 0.0:
             derivative = torch.add(derivative, x, alpha=stage.on_sample)
-        self._derivatives.append(derivative)
-        result = self._step_start if stage.keep == 1.0 else self._step_start * stage.keep
-        for weight, earlier in zip(stage.weights, self._derivatives):
+        derivatives = [*self._derivatives, derivative]
+        result = start if stage.keep == 1.0 else start * stage.keep
+        for weight, earlier in zip(stage.weights, derivatives[-len(stage.weights) :]):
             if weight != 0.0:
                 result = torch.add(result, earlier, alpha=weight)
-        if stage.last:
-            self._step_start, self._derivatives = None, []
+        self._derivatives = derivatives[len(derivatives) - stage.retain :]
         return result
 
-    def _step_through_data(
-        self,
-        stage: Stage,
-        x: torch.Tensor,
-        answer: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.Tensor:
-        """Euler by way of the estimates of data and noise: the data clipped, the noise replaced, as configured."""
+    def _clipped(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+        """Euler by way of the estimates of data and noise, the data clipped, the noise as it was before that."""
         t = torch.tensor(stage.t, dtype=torch.float64)
         data = self.path.convert(answer, x, t, self.config.prediction_type, "sample")
-        if self.config.stochastic_sampling:
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        else:
-            noise = self.path.convert(answer, x, t, self.config.prediction_type, "epsilon")
-        if self.config.clip_sample:
-            data = data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+        noise = self.path.convert(answer, x, t, self.config.prediction_type, "epsilon")
+        data = data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         alpha, sigma = stage.end
-        return alpha * data + sigma * noise
+        # Of the noise, the share that is drawn afresh is left out here.
+        return alpha * data + max(sigma**2 - stage.noise**2, 0.0) ** 0.5 * noise
 
     def _check_per_token(self) -> None:
         config = self.config
