@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 
@@ -167,6 +168,7 @@ def test_python_examples_import_what_exists(page: Path) -> None:
 
 def test_examples_of_the_paths_page_run() -> None:
     # This page needs no trained model; its asserts are its claims.
+    torch.manual_seed(0)
     code = "\n".join(code_blocks(ROOT / "docs" / "paths.md", "python"))
     exec(compile(code, "docs/paths.md", "exec"), {})
 
