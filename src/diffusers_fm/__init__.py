@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flow matching for diffusers: a scheduler that carries the probability path, and a pipeline that samples from it."""
+
+# diffusers looks up the base classes of a component among the names of the library that model_index.json gives.
+from diffusers import ModelMixin as ModelMixin
+from diffusers import SchedulerMixin as SchedulerMixin
+
+from ._register import register
+from .models import ClassEmbedder, decode_latents, encode_latents
+from .paths import (
+    PATHS,
+    PREDICTION_TYPES,
+    ConditionalPath,
+    CosinePath,
+    DiscreteVPPath,
+    OTPath,
+    VEPath,
+    VPPath,
+    make_path,
+)
+from .pipelines import FlowMatchPipeline, FlowMatchPipelineOutput, init_pipeline
+from .schedulers.scheduling_flow_match import FlowMatchScheduler
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PATHS",
+    "PREDICTION_TYPES",
+    "ClassEmbedder",
+    "ConditionalPath",
+    "CosinePath",
+    "DiscreteVPPath",
+    "FlowMatchPipeline",
+    "FlowMatchPipelineOutput",
+    "FlowMatchScheduler",
+    "OTPath",
+    "VEPath",
+    "VPPath",
+    "__version__",
+    "decode_latents",
+    "encode_latents",
+    "init_pipeline",
+    "make_path",
+]
+
+register()

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+from .autoencoding import decode_latents, encode_latents, spatial_scale_factor
+from .class_embedder import ClassEmbedder
+
+
+__all__ = ["ClassEmbedder", "decode_latents", "encode_latents", "spatial_scale_factor"]

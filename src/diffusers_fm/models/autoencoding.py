@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to latents and back: the one place of the scaling, shift and mean factors of an autoencoder."""
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
+from diffusers.models.autoencoders.vae import EncoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+
+def spatial_scale_factor(vae: ModelMixin) -> int:
+    """
+    Pixels per latent along height and width.
+
+    Args:
+        vae (`ModelMixin`):
+            An `AutoencoderKL`, `AutoencoderTiny` or `AutoencoderDC`: each level after the first halves the size.
+
+    Returns:
+        `int`: the factor, 8 for the autoencoders of Stable Diffusion.
+    """
+    levels = vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels
+    return 2 ** (len(levels) - 1)
+
+
+def encode_latents(
+    vae: ModelMixin,
+    images: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sample: bool = True,
+) -> torch.Tensor:
+    """
+    Latents of images as a flow matching model sees them: `(z - shift) * scaling_factor / std`.
+
+    `shift` is the config's `latents_mean` where there is one, else its `shift_factor`, else 0; `std` is `latents_std`
+    or 1; a `scaling_factor` that is missing or `None` counts as 1. Rombach et al. (arXiv 2112.10752, appendix G)
+    introduced the scaling so that latents have about unit variance.
+
+    Args:
+        vae (`ModelMixin`):
+            The autoencoder; it runs in its own dtype.
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Images with values in [-1, 1].
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            Source of the posterior's noise: one, or one for each image.
+        sample (`bool`, *optional*, defaults to `True`):
+            Whether to draw from the posterior of a variational autoencoder, or to take its mode. The deterministic
+            autoencoders have nothing to draw.
+
+    Returns:
+        `torch.Tensor`: float32 latents of shape `(batch_size, latent_channels, height / factor, width / factor)`.
+
+    Raises:
+        ValueError: if the autoencoder's `encode` returns a kind of output that is not known here.
+    """
+    encoded = vae.encode(images.to(vae.dtype))
+    if isinstance(encoded, AutoencoderKLOutput):
+        posterior = encoded.latent_dist
+        latents = posterior.sample(generator) if sample else posterior.mode()
+    elif isinstance(encoded, AutoencoderTinyOutput):
+        latents = encoded.latents
+    elif isinstance(encoded, EncoderOutput):
+        latents = encoded.latent
+    else:
+        raise ValueError(
+            f"{vae.__class__.__name__}.encode returned {encoded.__class__.__name__}; the autoencoders that can be used"
+            " are those that return AutoencoderKLOutput, AutoencoderTinyOutput or EncoderOutput."
+        )
+    shift, scale = _shift_and_scale(vae, latents)
+    return (latents.float() - shift) * scale
+
+
+def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Images of latents, the inverse of [`encode_latents`].
+
+    Args:
+        vae (`ModelMixin`):
+            The autoencoder; it runs in its own dtype.
+        latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`):
+            Latents in the scale of the flow matching model.
+
+    Returns:
+        `torch.Tensor`: float32 images of shape `(batch_size, channels, factor * height, factor * width)`, mostly in
+        [-1, 1].
+    """
+    shift, scale = _shift_and_scale(vae, latents)
+    return vae.decode((latents.float() / scale + shift).to(vae.dtype)).sample.float()
+
+
+def _shift_and_scale(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift and scale as float32 tensors that broadcast over `(batch_size, channels, ...)`."""
+    config = vae.config
+    shift = config.get("latents_mean")
+    if shift is None:
+        shift = config.get("shift_factor")
+    shift = torch.tensor(0.0 if shift is None else shift, dtype=torch.float32, device=latents.device)
+    scaling_factor = config.get("scaling_factor")
+    scale = torch.tensor(1.0 if scaling_factor is None else scaling_factor, dtype=torch.float32, device=latents.device)
+    if config.get("latents_std") is not None:
+        scale = scale / torch.tensor(config.latents_std, dtype=torch.float32, device=latents.device)
+    broadcast = (-1,) + (1,) * (latents.ndim - 2)
+    return shift.reshape(broadcast), scale.reshape(broadcast)

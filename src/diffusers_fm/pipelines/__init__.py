@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+from .init_pipeline import init_pipeline
+from .pipeline_flow_match import FlowMatchPipeline, FlowMatchPipelineOutput
+
+
+__all__ = ["FlowMatchPipeline", "FlowMatchPipelineOutput", "init_pipeline"]
