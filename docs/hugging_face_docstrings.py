@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shows docstrings in the grammar of Hugging Face as mkdocstrings expects them: types and defaults are in the signature."""
+"""Shows Hugging Face docstrings without the types and defaults, which mkdocstrings reads off the signature."""
 
 import re
 from typing import Any
