@@ -28,5 +28,6 @@ test:  ## run the tests
 docs:  ## build the documentation; any warning is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
-bench:  ## run the benchmarks
-	python -m pytest tests/benchmarks -o "python_files=bench_*.py" -s
+MODEL ?= runs/unet-digits
+bench:  ## judge the samples of a trained digits pipeline, MODEL=folder
+	python tests/benchmarks/digits_quality.py $(MODEL)

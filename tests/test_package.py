@@ -77,7 +77,7 @@ def test_version_is_a_literal() -> None:
 
 def test_one_licence() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    assert citation["license"] == setup_cfg()["metadata"]["license"] == "Apache-2.0"
+    assert citation["license"] == setup_cfg()["metadata"]["license_expression"] == "Apache-2.0"
     assert "Apache License\n                           Version 2.0" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
