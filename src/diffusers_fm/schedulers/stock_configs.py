@@ -26,11 +26,38 @@ FLOW_KEYS = (
 )
 """The configuration of `FlowMatchEulerDiscreteScheduler`, all of which `FlowMatchScheduler` shares."""
 
+OWN_KEYS = (
+    "path_kwargs",
+    "prediction_type",
+    "solver",
+    "sampling_path",
+    "timestep_spacing",
+    "final_sigmas_type",
+    "steps_offset",
+    "clip_sample",
+    "clip_sample_range",
+    "sigma_data",
+    "eta",
+    "s_churn",
+    "s_tmin",
+    "s_tmax",
+    "s_noise",
+    "diffusion_form",
+    "diffusion_scale",
+)
+"""What `FlowMatchScheduler` adds, apart from `path`."""
+
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
 """What a diffusion checkpoint's configuration says of its noise schedule."""
 
 # Options that change the images and have no counterpart here, with the value at which they do nothing.
-UNSUPPORTED = {"thresholding": False, "use_lu_lambdas": False, "scale_factors": None}
+UNSUPPORTED = {
+    "thresholding": False,
+    "use_lu_lambdas": False,
+    "scale_factors": None,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+}
 
 
 def _pick(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
@@ -76,8 +103,9 @@ def translate_stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if "beta_start" in config:
         return _translate_diffusion(config)
     if "shift" in config:
-        # `linspace` is stock's own grid.
-        flow = _pick(config, FLOW_KEYS) | {"path": "ot", "timestep_spacing": "linspace"}
+        # `linspace` is stock's own grid. A configuration that was ours once carries our keys on, save those that were
+        # at their defaults.
+        flow = {"path": "ot", "timestep_spacing": "linspace"} | _pick(config, FLOW_KEYS + OWN_KEYS)
         if class_name == "FlowMatchHeunDiscreteScheduler":
             flow["solver"] = "heun"
         if class_name == "FlowMatchLCMScheduler":
