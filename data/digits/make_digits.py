@@ -21,6 +21,7 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+
 NUM_TEST = 297
 SEED = 0
 

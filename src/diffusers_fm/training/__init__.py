@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training scripts share: everything that is dull and tested, so that a script shows its loop."""
+
+from .arguments import parse_arguments, saved_arguments, weighting_scheme
+from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
+from .data import (
+    ImageData,
+    ImageTransform,
+    StreamSampler,
+    choose_split,
+    class_names,
+    held_out_split_name,
+    load_splits,
+    make_loader,
+)
+from .evaluation import held_out_loss, make_grid, normalize, sample_grid
+from .launch import StopSignal, make_accelerator
+from .logs import LossMeter, RunLog
+from .optimisation import TrainableModel, averaged_weights, make_optimizer
+from .publishing import create_repo, model_card, save_arguments, upload
+from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
+
+
+__all__ = [
+    "BatchSlice",
+    "ImageData",
+    "ImageTransform",
+    "LossMeter",
+    "RunLog",
+    "StopSignal",
+    "StreamSampler",
+    "TrainableModel",
+    "averaged_weights",
+    "choose_split",
+    "class_names",
+    "create_repo",
+    "derive_seed",
+    "epoch_order",
+    "find_checkpoint",
+    "handle_model_files",
+    "held_out_loss",
+    "held_out_split_name",
+    "load_checkpoint",
+    "load_splits",
+    "make_accelerator",
+    "make_generator",
+    "make_grid",
+    "make_loader",
+    "make_optimizer",
+    "model_card",
+    "normalize",
+    "parse_arguments",
+    "read_manifest",
+    "sample_grid",
+    "save_arguments",
+    "save_checkpoint",
+    "saved_arguments",
+    "seed_layers",
+    "upload",
+    "weighting_scheme",
+]

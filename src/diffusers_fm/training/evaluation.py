@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What training looks at without learning from it: the held-out loss and sampled pictures."""
+
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..losses import flow_matching_loss
+from ..models import encode_latents
+from ..pipelines import FlowMatchPipeline
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from .data import ImageData
+from .logs import TIME_BINS, rounded
+from .randomness import make_generator
+
+
+# The seed of noise and times in evaluation is not the run's: runs with different seeds can be compared.
+EVALUATION_SEED = 0
+
+# The fractional parts of multiples of the golden ratio are spread evenly, and unlike an even grid they do not rise
+# with the row, which in many data sets goes with the class.
+_GOLDEN = (5**0.5 - 1) / 2
+
+MAX_ROWS = 10
+MIN_TILE = 48
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """
+    Bytes to the range of models.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            uint8.
+
+    Returns:
+        `torch.Tensor` of the same shape: float32 in [-1, 1].
+    """
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def held_out_loss(
+    accelerator: Accelerator, model: nn.Module, pipeline: FlowMatchPipeline, data: ImageData, batch_size: int
+) -> dict[str, Any]:
+    """
+    The velocity loss on held-out images at fixed noise and evenly spread times, each image at one time.
+
+    It does not depend on the run's seed, density and weighting, nor on the number of processes (but for rounding).
+    Called by every process.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        model (`nn.Module`):
+            What is evaluated, a `TrainableModel`.
+        pipeline ([`FlowMatchPipeline`]):
+            With the path, the prediction type and the autoencoder.
+        data ([`ImageData`]):
+            The held-out images.
+        batch_size (`int`):
+            Images at once.
+
+    Returns:
+        `dict[str, Any]`: `validation_loss` and `validation_loss_by_time`, the means of ten bins from data to noise.
+    """
+    path, prediction_type = pipeline.scheduler.path, pipeline.scheduler.config.prediction_type
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(2, TIME_BINS)
+    starts = range(0, len(data), batch_size)
+    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        rows = range(start, min(start + batch_size, len(data)))
+        batch = data[np.stack([np.zeros(len(rows), dtype=np.int64), np.array(rows)], axis=1)]
+        clean = normalize(batch["images"]).to(accelerator.device)
+        if pipeline.vae is not None:
+            clean = encode_latents(pipeline.vae, clean, sample=False)
+        t = (torch.arange(start, start + len(rows), dtype=torch.float64) * _GOLDEN + 0.5) % 1
+        noise = torch.stack(
+            [torch.randn(clean.shape[1:], generator=make_generator(EVALUATION_SEED, "held-out", row)) for row in rows]
+        ).to(clean)
+        labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
+        with accelerator.autocast():
+            timesteps = (pipeline.scheduler.timestep_scale * t).float().to(accelerator.device)
+            prediction = model(path.sample(clean, noise, t), timesteps, labels)
+        losses = flow_matching_loss(path, prediction, clean, noise, t, prediction_type).float().cpu()
+        bins = (t * TIME_BINS).long()
+        sums[0].index_add_(0, bins, losses)
+        sums[1].index_add_(0, bins, torch.ones_like(losses))
+    model.train(was_training)
+    sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").double().cpu()
+    by_time = [rounded(total / count) if count else None for total, count in zip(*sums.tolist())]
+    mean = (sums[0].sum() / sums[1].sum()).item()
+    return {"validation_loss": rounded(mean), "validation_loss_by_time": by_time}
+
+
+def make_grid(rows: list[list[PIL.Image.Image]], padding: int = 2) -> PIL.Image.Image:
+    """
+    A picture of pictures. Small ones are enlarged, pixel by pixel, to be seen.
+
+    Args:
+        rows (`list[list[PIL.Image.Image]]`):
+            Rows of equally large pictures.
+        padding (`int`, *optional*, defaults to 2):
+            White pixels between and around them.
+
+    Returns:
+        `PIL.Image.Image`: the grid.
+    """
+    width, height = rows[0][0].size
+    factor = max(1, -(-MIN_TILE // min(width, height)))
+    width, height = factor * width, factor * height
+    columns = max(len(row) for row in rows)
+    size = (padding + columns * (width + padding), padding + len(rows) * (height + padding))
+    grid = PIL.Image.new(rows[0][0].mode, size, "white")
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            tile = image.resize((width, height), PIL.Image.Resampling.NEAREST)
+            grid.paste(tile, (padding + j * (width + padding), padding + i * (height + padding)))
+    return grid
+
+
+def sample_grid(
+    pipeline: FlowMatchPipeline,
+    num_images: int,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+) -> PIL.Image.Image:
+    """
+    Sampled pictures from fixed noise: a row for each class, of ten classes at most; or one row without classes.
+
+    Args:
+        pipeline ([`FlowMatchPipeline`]):
+            What is sampled. Its scheduler is left as it is.
+        num_images (`int`):
+            Pictures in a row.
+        num_inference_steps (`int`):
+            Steps of the solver.
+        guidance_scale (`float`, *optional*, defaults to 1.0):
+            Scale of classifier-free guidance, 1 is off.
+        batch_size (`int`, *optional*, defaults to 64):
+            Pictures at once.
+
+    Returns:
+        `PIL.Image.Image`: the grid.
+    """
+    sampler = FlowMatchPipeline(
+        scheduler=FlowMatchScheduler.from_config(pipeline.scheduler.config),
+        **{name: getattr(pipeline, name) for name in ("unet", "transformer", "vae", "class_embedder")},
+        num_classes=pipeline.config.num_classes,
+    )
+    sampler.set_progress_bar_config(disable=True)
+    models = [model for model in (pipeline.denoiser, pipeline.class_embedder) if model is not None]
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    num_rows = min(pipeline.num_classes, MAX_ROWS) or 1
+    classes = np.linspace(0, max(pipeline.num_classes - 1, 0), num_rows).round().astype(int).tolist()
+    labels = np.repeat(classes, num_images).tolist()
+    images = []
+    for start in range(0, len(labels), batch_size):
+        numbers = range(start, min(start + batch_size, len(labels)))
+        output = sampler(
+            class_labels=[labels[number] for number in numbers] if pipeline.num_classes else None,
+            batch_size=len(numbers),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            generator=[make_generator(EVALUATION_SEED, "grid", number) for number in numbers],
+        )
+        images += list(output.images)
+    for model, training in zip(models, was_training):
+        model.train(training)
+    return make_grid([images[i : i + num_images] for i in range(0, len(images), num_images)])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a training script starts, and how it is asked to stop."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available
+
+
+def make_accelerator(
+    output_dir: Path,
+    logging_dir: str = "logs",
+    mixed_precision: str | None = None,
+    gradient_accumulation_steps: int = 1,
+    report_to: str | None = None,
+    use_cpu: bool = False,
+) -> Accelerator:
+    """
+    The accelerator of a script, on the CPU where there is nothing else, with as many processes as were launched.
+
+    Args:
+        output_dir (`Path`):
+            Folder of the run.
+        logging_dir (`str`, *optional*, defaults to `"logs"`):
+            Folder of the trackers in it.
+        mixed_precision (`str`, *optional*):
+            `"no"`, `"fp16"` or `"bf16"`; by default what `accelerate launch` or its configuration says.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
+            Batches to an optimizer step.
+        report_to (`str`, *optional*):
+            Tracker, `"all"` or `"none"`; by default TensorBoard, if it is installed.
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Use the CPU although there is an accelerator.
+
+    Returns:
+        `Accelerator`: ready for `prepare`.
+
+    Raises:
+        ValueError: if accelerate runs another number of processes than was launched, the tracker is not installed, or
+            `accelerate launch` was told another number of accumulation steps.
+    """
+    launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if launched not in ("1", str(gradient_accumulation_steps)):
+        raise ValueError(
+            f"accelerate was launched for {launched} accumulation steps, the script for {gradient_accumulation_steps}:"
+            " give --gradient_accumulation_steps to the script."
+        )
+    if report_to is None:
+        report_to = "tensorboard" if is_tensorboard_available() else "none"
+    # Without `cpu=True` accelerate runs several CPU processes as so many independent runs of one.
+    accelerator = Accelerator(
+        cpu=use_cpu or not torch.accelerator.is_available(),
+        mixed_precision=mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
+        ),
+        log_with=None if report_to == "none" else report_to,
+        project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
+    )
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    # Without --multi_gpu, `accelerate launch` of several processes on the CPU starts one, and this is all it leaves.
+    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        if (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")) == ("127.0.0.1", "29500"):
+            world_size = "several"
+    if world_size != str(accelerator.num_processes):
+        raise ValueError(
+            f"Of the processes that were launched ({world_size}), accelerate runs {accelerator.num_processes}: on the"
+            " CPU, use `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`."
+        )
+    return accelerator
+
+
+class StopSignal:
+    """
+    Turns SIGTERM and SIGINT into a question that the loop asks after each step, with one answer for all processes.
+
+    The processes of a run get the signal at different moments. So each step starts an exchange of what they know,
+    which is looked at after the next step: nobody waits for it, and all stop at the same step. A second signal ends
+    the process at once.
+
+    Args:
+        accelerator (`Accelerator`):
+            Tells how many processes there are.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.signum = 0
+        self._former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._exchange: tuple[torch.Tensor, dist.Work] | None = None
+        # A group of its own: the exchange must not stand between the collectives of the model.
+        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "StopSignal":
+        for number in self._former:
+            signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+        # After an error the other processes may be gone, and nobody would answer.
+        if self._exchange is not None and exception[0] is None:
+            self._exchange[1].wait()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        signal.signal(signum, self._former[signum])
+
+    def received(self) -> int:
+        """
+        Whether to stop now. Called by every process after each step.
+
+        Returns:
+            `int`: the number of the signal, or 0 to go on.
+        """
+        if self._group is None:
+            return self.signum
+        answer = 0
+        if self._exchange is not None:
+            self._exchange[1].wait()
+            answer = int(self._exchange[0].item())
+        known = torch.tensor([self.signum])
+        work = dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._exchange = (known, work)
+        return answer

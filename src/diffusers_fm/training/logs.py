@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run writes down: losses by time, a log of lines, and the trackers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+
+
+TIME_BINS = 10
+
+
+def rounded(value: float) -> float:
+    """Seven significant digits: what a float32 holds."""
+    return float(f"{value:.7g}")
+
+
+class LossMeter:
+    """
+    The mean loss since the last report, over all and by time. It asks nothing of the device until it reports.
+
+    Args:
+        bins (`int`, *optional*, defaults to `TIME_BINS`):
+            Number of equal parts of [0, 1] that times are sorted into.
+    """
+
+    def __init__(self, bins: int = TIME_BINS) -> None:
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._sums = torch.zeros(2, bins, dtype=torch.float64)
+
+    def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """
+        Note the losses of a batch.
+
+        Args:
+            t (`torch.Tensor` of shape `(batch_size,)`):
+                Times, 0 = data, 1 = noise, on the CPU.
+            losses (`torch.Tensor` of shape `(batch_size,)`):
+                Losses of the samples, on any device.
+        """
+        self._pending.append((t, losses.detach()))
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Gather what all processes have noted into the main one. Called by every process."""
+        if self._pending:
+            t = torch.cat([t for t, _ in self._pending]).double()
+            losses = torch.cat([losses for _, losses in self._pending]).double().cpu()
+            bins = (t * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
+            self._sums[0].index_add_(0, bins, losses)
+            self._sums[1].index_add_(0, bins, torch.ones_like(losses))
+            self._pending.clear()
+        if accelerator.num_processes > 1:
+            # Losses are of order one: float32, which every device can add, is exact enough for them.
+            sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum")
+            self._sums = sums.double().cpu() if accelerator.is_main_process else torch.zeros_like(self._sums)
+
+    def report(self) -> dict[str, Any]:
+        """
+        What has been reduced, after which the meter starts anew.
+
+        Returns:
+            `dict[str, Any]`: `loss`, the mean, and `loss_by_time`, the means of the bins from data to noise, `None`
+            where a bin is empty.
+        """
+        sums, counts = self._sums.tolist()
+        self._sums = torch.zeros_like(self._sums)
+        by_time = [rounded(total / count) if count else None for total, count in zip(sums, counts)]
+        return {"loss": rounded(sum(sums) / sum(counts)) if sum(counts) else None, "loss_by_time": by_time}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What has been reduced since the last report."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take up what [`state_dict`] gave; the other processes' part is in the main one's already."""
+        self._sums = state_dict["sums"].clone()
+
+
+class RunLog:
+    """
+    `log.jsonl` in the output folder, one JSON object a line, and the same numbers to the trackers.
+
+    Args:
+        accelerator (`Accelerator`):
+            Whose trackers are used. Only the main process writes.
+        output_dir (`Path`):
+            Folder of the run.
+        first_step (`int`, *optional*, defaults to 0):
+            Where the run goes on: lines of later steps, of a run that went further than its last checkpoint, are taken
+            out.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int = 0) -> None:
+        self._accelerator = accelerator
+        self._output_dir = output_dir
+        self._file = output_dir / "log.jsonl"
+        if accelerator.is_main_process and self._file.exists():
+            kept = []
+            for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True):
+                # A line that was being written when the run was killed is incomplete.
+                if line.endswith("\n") and json.loads(line)["step"] <= first_step:
+                    kept.append(line)
+            self._file.write_text("".join(kept), encoding="utf-8")
+
+    def start_trackers(self, project_name: str, arguments: dict[str, Any], first_step: int) -> None:
+        """
+        Open the trackers.
+
+        Args:
+            project_name (`str`):
+                What the run is called there.
+            arguments (`dict[str, Any]`):
+                Arguments of the script; TensorBoard takes no lists and no `None`.
+            first_step (`int`):
+                Steps that the trackers have seen already.
+        """
+        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in arguments.items()}
+        init_kwargs = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
+        self._accelerator.init_trackers(project_name, config=config, init_kwargs=init_kwargs)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """
+        Write numbers of a step.
+
+        Args:
+            step (`int`):
+                Optimizer steps done.
+            values (`dict[str, Any]`):
+                Numbers, and lists of numbers by time bin.
+        """
+        if not self._accelerator.is_main_process:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        flat = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                for i, entry in enumerate(value):
+                    if entry is not None:
+                        flat[f"{name}/{i / len(value):.1f}-{(i + 1) / len(value):.1f}"] = entry
+            elif value is not None:
+                flat[name] = value
+        self._accelerator.log(flat, step=step)
+
+    def write_grid(self, step: int, grid: PIL.Image.Image, name: str | None = None) -> None:
+        """
+        Save a picture grid and show it to the trackers that take pictures.
+
+        Args:
+            step (`int`):
+                Optimizer steps done.
+            grid (`PIL.Image.Image`):
+                The picture.
+            name (`str`, *optional*):
+                File name in the output folder; by default `samples/step-STEP.png`.
+        """
+        file = self._output_dir / (name or f"samples/step-{step}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        grid.save(file)
+        for tracker in self._accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                pictures = np.asarray(grid.convert("RGB"))[None] if tracker.name == "tensorboard" else [grid]
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pictures}, step=step, **options)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainable part of a pipeline, its optimizer and its running average."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from ..pipelines import FlowMatchPipeline
+
+
+class TrainableModel(nn.Module):
+    """
+    All trainable models of a pipeline as one, for `accelerator.prepare`: the network and, where there is one, the
+    class embedder. A call is the pipeline's own `predict`.
+
+    Args:
+        pipeline ([`FlowMatchPipeline`]):
+            Whose models are trained in place.
+    """
+
+    def __init__(self, pipeline: FlowMatchPipeline) -> None:
+        super().__init__()
+        self.denoiser = pipeline.denoiser
+        self.class_embedder = pipeline.class_embedder
+        # In a tuple because a pipeline is no part of a module: its autoencoder is not trained.
+        self._predict = (pipeline.predict,)
+
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        The network's answer at x_t.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                x_t, float32.
+            timestep (`torch.Tensor` of shape `(batch_size,)`):
+                `timestep_scale * t`, continuous.
+            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels, for a model with classes.
+
+        Returns:
+            `torch.Tensor` of the shape of `sample`: of the scheduler's `prediction_type`.
+        """
+        return self._predict[0](sample, timestep, class_labels)
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 1e-2,
+    epsilon: float = 1e-8,
+    use_8bit_adam: bool = False,
+) -> torch.optim.Optimizer:
+    """
+    AdamW.
+
+    Args:
+        parameters (`Iterable[nn.Parameter]`):
+            What is trained, in float32.
+        learning_rate (`float`):
+            Its step size.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
+            Decay of its two averages.
+        weight_decay (`float`, *optional*, defaults to 0.01):
+            Decoupled weight decay.
+        epsilon (`float`, *optional*, defaults to 1e-8):
+            Added to the denominator.
+        use_8bit_adam (`bool`, *optional*, defaults to `False`):
+            Keep its state in 8 bits, with bitsandbytes.
+
+    Returns:
+        `torch.optim.Optimizer`: the optimizer.
+
+    Raises:
+        ValueError: if bitsandbytes is wanted and not installed.
+    """
+    if use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise ValueError(
+                'bitsandbytes is not installed: --use_8bit_adam needs `pip install "diffusers-fm[8bit]"`.'
+            ) from error
+        return AdamW8bit(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
+    return torch.optim.AdamW(
+        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+    )
+
+
+@contextmanager
+def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """
+    Within this context the model has the weights of its running average.
+
+    Args:
+        model (`nn.Module`):
+            The bare model.
+        ema (`EMAModel`, *optional*):
+            Its average; without it the weights stay as they are.
+    """
+    if ema is None:
+        yield
+        return
+    parameters = list(model.parameters())
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
