@@ -290,6 +290,16 @@ def test_given_timesteps_of_a_scheduler_made_afresh_agree_with_its_sigmas() -> N
     torch.testing.assert_close(scheduler.sigmas, torch.tensor([0.9, 0.6, 0.03, 0.0]), rtol=0, atol=1e-6)
 
 
+def test_networks_trained_on_times_up_to_one_are_told_such_times() -> None:
+    # ACE-Step: one train timestep, sigmas from the pipeline.
+    stock = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=3.0)
+    ours = FlowMatchScheduler.from_config(stock.config)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.3])
+    torch.testing.assert_close(ours.timesteps, stock.timesteps, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=0, atol=1e-6)
+
+
 def test_mu_is_ignored_without_dynamic_shifting_and_needed_with_it() -> None:
     plain, with_mu = FlowMatchScheduler(shift=3.0), FlowMatchScheduler(shift=3.0)
     plain.set_timesteps(5)
