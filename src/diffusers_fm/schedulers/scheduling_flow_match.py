@@ -659,7 +659,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def _init_step_index(self, timestep: float | torch.Tensor) -> None:
         super()._init_step_index(timestep)
         index = self._step_index
-        self._derivatives = []
+        self._step_start, self._derivatives = None, []
         if index > 0 and self._stages[index].first and len(self._stages[index].weights) > 1:
             # A multistep method that begins later has no earlier derivatives: it starts up from there.
             self._stages[index:] = self._plan().stages(self._ratios[index:])
@@ -681,9 +681,10 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             derivative = torch.add(derivative, x, alpha=stage.on_sample)
         derivatives = [*self._derivatives, derivative]
         result = start if stage.keep == 1.0 else start * stage.keep
-        for weight, earlier in zip(stage.weights, derivatives[-len(stage.weights) :]):
+        result = torch.add(result, derivative, alpha=stage.weights[-1])
+        for weight, earlier in zip(stage.weights[-2::-1], self._derivatives[::-1]):
             if weight != 0.0:
-                result = torch.add(result, earlier, alpha=weight)
+                result.add_(earlier, alpha=weight)
         self._derivatives = derivatives[len(derivatives) - stage.retain :]
         return result
 
