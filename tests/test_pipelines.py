@@ -258,7 +258,7 @@ def test_unconditional_transformers_see_the_null_class(kind: str) -> None:
     assert images_of(pipeline).shape == (3, 4, 8, 8)
 
 
-# Training mode and wrapped networks
+# Training mode
 
 
 @pytest.mark.parametrize("kind", ["unet-classes", "dit", "sd3"])
@@ -280,27 +280,6 @@ def test_stock_dit_drops_labels_by_itself() -> None:
     table = next(module for module in tiny_dit().train().modules() if isinstance(module, LabelEmbedding))
     torch.manual_seed(0)
     assert (table.token_drop(torch.zeros(128, dtype=torch.int64)) == NUM_CLASSES).any()
-
-
-@pytest.mark.parametrize("kind", ["unet-classes", "dit", "sd3"])
-def test_predict_calls_wrapped_networks(kind: str) -> None:
-    class Wrapper(torch.nn.Module):
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__()
-            self.module, self.calls = module, 0
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            return self.module(*args, **kwargs)
-
-    pipeline = tiny_pipeline(kind)
-    labels, x = torch.tensor([1, 2]), torch.randn(2, *pipeline.sample_shape)
-    denoiser = Wrapper(pipeline.denoiser)
-    class_embedder = None if pipeline.class_embedder is None else Wrapper(pipeline.class_embedder)
-    got = pipeline.predict(x, torch.tensor([1.0, 999.0]), labels, denoiser=denoiser, class_embedder=class_embedder)
-    torch.testing.assert_close(got, pipeline.predict(x, torch.tensor([1.0, 999.0]), labels))
-    assert denoiser.calls == 1
-    assert class_embedder is None or class_embedder.calls == 1
 
 
 @pytest.mark.parametrize("kind", ["unet-classes", "dit", "sd3"])

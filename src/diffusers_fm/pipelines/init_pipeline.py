@@ -14,7 +14,7 @@ from diffusers import AutoModel, DiTTransformer2DModel, ModelMixin, SD3Transform
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import nn
 
-from .components import has_weights
+from .components import check_one_network, has_weights
 from .pipeline_flow_match import FlowMatchPipeline
 
 
@@ -68,11 +68,12 @@ def init_pipeline(
         for name in ("scheduler", *FlowMatchPipeline._optional_components)
         if index.get(name, [None])[0] is not None
     }
+    check_one_network(declared.get("unet"), declared.get("transformer"))
     if vae is not None and "vae" not in declared:
         raise ValueError(f"`vae` was given, but the pipeline {str(folder)!r} works on pixels.")
     components: dict[str, Any] = {}
     if vae is not None:
-        components["vae"] = AutoModel.from_pretrained(vae) if isinstance(vae, (str, os.PathLike)) else vae
+        components["vae"] = AutoModel.from_pretrained(str(vae)) if isinstance(vae, (str, os.PathLike)) else vae
 
     untrained = [
         name for name in declared if name != "scheduler" and name not in components and not has_weights(path / name)
@@ -97,6 +98,10 @@ def init_pipeline(
 def _untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin:
     if library not in LIBRARIES:
         raise ValueError(f"A model of an untrained pipeline must be from {' or '.join(LIBRARIES)}, got {library!r}.")
+    if not (folder / ModelMixin.config_name).is_file():
+        raise ValueError(
+            f"The pipeline's model_index.json names a {class_name}, but there is no config in {str(folder)!r}."
+        )
     model_class = getattr(importlib.import_module(library), class_name)
     model = model_class.from_config(model_class.load_config(folder))
     _zero_output_layers(model)

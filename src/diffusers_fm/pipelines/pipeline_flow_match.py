@@ -310,8 +310,6 @@ class FlowMatchPipeline(DiffusionPipeline):
         sample: torch.Tensor,
         timestep: torch.Tensor | float,
         class_labels: torch.Tensor | None = None,
-        denoiser: torch.nn.Module | None = None,
-        class_embedder: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """
         One call of the network at x_t, as in sampling: what comes out is of the scheduler's `prediction_type`.
@@ -327,29 +325,14 @@ class FlowMatchPipeline(DiffusionPipeline):
                 `num_train_timesteps * t`, continuous. It stays in float32: in bfloat16 it would be off by up to 2.
             class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Integer labels, [`null_class`] among them. Needed exactly if the model has classes.
-            denoiser (`torch.nn.Module`, *optional*):
-                What to call instead of the pipeline's network: the same network, wrapped for distributed training.
-            class_embedder (`torch.nn.Module`, *optional*):
-                What to call instead of the pipeline's class embedder, likewise.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`, without channels of a learned variance.
         """
-        return self._call_network(
-            self.scheduler.scale_model_input(sample, timestep),
-            timestep,
-            class_labels,
-            self.denoiser if denoiser is None else denoiser,
-            self.class_embedder if class_embedder is None else class_embedder,
-        )
+        return self._call_network(self.scheduler.scale_model_input(sample, timestep), timestep, class_labels)
 
     def _call_network(
-        self,
-        model_input: torch.Tensor,
-        timestep: torch.Tensor | float,
-        class_labels: torch.Tensor | None,
-        denoiser: torch.nn.Module,
-        class_embedder: torch.nn.Module | None,
+        self, model_input: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
         network = unwrap_module(self.denoiser)
         batch_size, device = model_input.shape[0], model_input.device
@@ -362,9 +345,9 @@ class FlowMatchPipeline(DiffusionPipeline):
         elif self.null_class is not None:
             class_labels = torch.full((batch_size,), self.null_class, dtype=torch.int64, device=device)
 
-        if class_embedder is not None:
-            tokens, pooled = class_embedder(class_labels)
-            model_output = denoiser(
+        if self.class_embedder is not None:
+            tokens, pooled = self.class_embedder(class_labels)
+            model_output = self.denoiser(
                 hidden_states=model_input,
                 timestep=timestep,
                 encoder_hidden_states=tokens.to(network.dtype),
@@ -376,7 +359,7 @@ class FlowMatchPipeline(DiffusionPipeline):
                 for module in network.modules():
                     if isinstance(module, LabelEmbedding):
                         module.eval()
-            model_output = denoiser(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
+            model_output = self.denoiser(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
         return model_output[:, : network.config.in_channels]
 
     def check_inputs(
@@ -600,8 +583,6 @@ class FlowMatchPipeline(DiffusionPipeline):
                     torch.cat([model_input, model_input]) if guided else model_input,
                     timestep,
                     torch.cat([null_labels, labels]) if guided else labels,
-                    self.denoiser,
-                    self.class_embedder,
                 ).float()
                 nfe += 1
                 if guided:

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DiTPipeline
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from tiny_pipelines import KINDS, tiny_dit, tiny_pipeline, tiny_unet, tiny_vae
+
+import diffusers_fm
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+
+
+def run_python(code: str, *arguments: Path) -> str:
+    """Runs code in a fresh interpreter, as a user's script would, and returns what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(diffusers_fm.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_names_that_the_loader_looks_up() -> None:
+    assert diffusers.FlowMatchPipeline is FlowMatchPipeline
+    assert set(LOADABLE_CLASSES["diffusers_fm"]) == {"ModelMixin", "SchedulerMixin"}
+    assert diffusers_fm.ModelMixin is diffusers.ModelMixin
+    assert diffusers_fm.SchedulerMixin is diffusers.SchedulerMixin
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_of_model_index(kind: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(kind)
+    pipeline.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "FlowMatchPipeline"
+    assert index["scheduler"] == ["diffusers_fm", "FlowMatchScheduler"]
+    for name in ("unet", "transformer", "vae", "class_embedder"):
+        model = getattr(pipeline, name)
+        library = "diffusers_fm" if name == "class_embedder" else "diffusers"
+        assert index[name] == ([None, None] if model is None else [library, type(model).__name__])
+
+
+@pytest.mark.parametrize("kind", ["unet-classes", "sd3-vae"])
+def test_fresh_process_loads_with_the_stock_loader(kind: str, tmp_path: Path) -> None:
+    tiny_pipeline(kind).save_pretrained(tmp_path)
+    printed = run_python(
+        "import sys, diffusers_fm\n"
+        "from diffusers import DiffusionPipeline\n"
+        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
+        "assert type(pipeline) is diffusers_fm.FlowMatchPipeline\n"
+        "assert type(pipeline.scheduler) is diffusers_fm.FlowMatchScheduler\n"
+        "print(pipeline(class_labels=1, num_inference_steps=1, output_type='np').images.shape)\n",
+        tmp_path,
+    )
+    assert printed.strip() == ("(1, 8, 8, 1)" if kind == "unet-classes" else "(1, 16, 16, 3)")
+
+
+def test_fresh_process_loads_stock_pipelines_that_carry_our_scheduler(tmp_path: Path) -> None:
+    DDPMPipeline(tiny_unet(), FlowMatchScheduler(solver="heun")).save_pretrained(tmp_path / "ddpm")
+    dit = DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler())
+    dit.scheduler = FlowMatchScheduler.from_config(dit.scheduler.config)
+    dit.save_pretrained(tmp_path / "dit")
+    for name in ("ddpm", "dit"):
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert index["scheduler"] == ["diffusers_fm", "FlowMatchScheduler"]
+    printed = run_python(
+        "import sys, diffusers_fm\n"
+        "from diffusers import DDPMPipeline, DiffusionPipeline\n"
+        "loaded = [DDPMPipeline.from_pretrained(sys.argv[1]), *map(DiffusionPipeline.from_pretrained, sys.argv[1:])]\n"
+        "for pipeline in loaded:\n"
+        "    print(type(pipeline).__name__, type(pipeline.scheduler).__name__, pipeline.scheduler.config.solver)\n",
+        tmp_path / "ddpm",
+        tmp_path / "dit",
+    )
+    assert printed.splitlines() == [
+        "DDPMPipeline FlowMatchScheduler heun",
+        "DDPMPipeline FlowMatchScheduler heun",
+        "DiTPipeline FlowMatchScheduler euler",
+    ]
+
+
+def test_a_name_that_is_taken_stays(tmp_path: Path) -> None:
+    tiny_pipeline("unet").save_pretrained(tmp_path)
+    printed = run_python(
+        "import sys, diffusers\n"
+        "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES\n"
+        "diffusers.FlowMatchPipeline = taken = type('FlowMatchPipeline', (), {})\n"
+        "LOADABLE_CLASSES['diffusers_fm'] = entry = {'ModelMixin': ['save_pretrained', 'from_pretrained'],\n"
+        "    'SchedulerMixin': ['save_pretrained', 'from_pretrained']}\n"
+        "import diffusers_fm\n"
+        "assert diffusers.FlowMatchPipeline is taken\n"
+        "assert LOADABLE_CLASSES['diffusers_fm'] is entry\n"
+        "print(type(diffusers_fm.FlowMatchPipeline.from_pretrained(sys.argv[1])).__module__)\n",
+        tmp_path,
+    )
+    assert printed.strip() == "diffusers_fm.pipelines.pipeline_flow_match"
+
+
+def test_registering_twice_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    before = dict(LOADABLE_CLASSES)
+    diffusers_fm.register()
+    assert before == LOADABLE_CLASSES
+    assert diffusers.FlowMatchPipeline is FlowMatchPipeline
+    assert caplog.text == ""
+
+
+def test_device_map_loads_our_components(tmp_path: Path) -> None:
+    tiny_pipeline("sd3").save_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path, device_map="cpu")
+    assert type(pipeline) is FlowMatchPipeline
+    assert pipeline(1, num_inference_steps=1, output_type="latent").images.isfinite().all()
