@@ -49,8 +49,10 @@ WEIGHTINGS: dict[str, Callable[[ConditionalPath, torch.Tensor, str, float], torc
     "cosmap": _cosmap,
     "min_snr": _min_snr,
 }
-"""Weights of the squared error of a network's answer, by name, each a function of the path, `t` and the answer's
-type."""
+"""
+Weights of the squared error of a network's answer, by name, each a function of the path, `t` and the answer's
+type.
+"""
 
 
 def loss_weight(
@@ -60,7 +62,8 @@ def loss_weight(
     weighting: str = "none",
     snr_gamma: float = 5.0,
 ) -> torch.Tensor:
-    """What the squared error of a network's answer is multiplied by.
+    """
+    What the squared error of a network's answer is multiplied by.
 
     At one `x_t` the errors of all prediction types are multiples of each other (`ConditionalPath.error_scale`), so the
     objective is set by the weighting alone, whatever the network predicts:
@@ -73,11 +76,16 @@ def loss_weight(
     - `min_snr`: the data's error times `min(SNR, snr_gamma)` (arXiv 2303.09556).
 
     Args:
-        path (`ConditionalPath`): The path.
-        t (`torch.Tensor` of shape `(batch_size,)`): Time, 0 = data, 1 = noise.
-        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers.
-        weighting (`str`, *optional*, defaults to `"none"`): One of `WEIGHTINGS`.
-        snr_gamma (`float`, *optional*, defaults to 5.0): For `min_snr`.
+        path (`ConditionalPath`):
+            The path.
+        t (`torch.Tensor` of shape `(batch_size,)`):
+            Time, 0 = data, 1 = noise.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
+            What the network answers.
+        weighting (`str`, *optional*, defaults to `"none"`):
+            One of `WEIGHTINGS`.
+        snr_gamma (`float`, *optional*, defaults to 5.0):
+            For `min_snr`.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: The weights.
@@ -100,17 +108,26 @@ def flow_matching_loss(
     weighting: str = "none",
     snr_gamma: float = 5.0,
 ) -> torch.Tensor:
-    """The conditional flow matching loss of each sample (arXiv 2210.02747, equation 9), weighted.
+    """
+    The conditional flow matching loss of each sample (arXiv 2210.02747, equation 9), weighted.
 
     Args:
-        path (`ConditionalPath`): The path that made `x_t`.
-        model_output (`torch.Tensor` of shape `(batch_size, ...)`): The network's answer at `x_t`.
-        data (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples.
-        noise (`torch.Tensor` of shape `(batch_size, ...)`): The noise in `x_t`.
-        t (`torch.Tensor` of shape `(batch_size,)`): Time, 0 = data, 1 = noise; best on the CPU in float64.
-        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers.
-        weighting (`str`, *optional*, defaults to `"none"`): One of `WEIGHTINGS` (see [`loss_weight`]).
-        snr_gamma (`float`, *optional*, defaults to 5.0): For `min_snr`.
+        path (`ConditionalPath`):
+            The path that made `x_t`.
+        model_output (`torch.Tensor` of shape `(batch_size, ...)`):
+            The network's answer at `x_t`.
+        data (`torch.Tensor` of shape `(batch_size, ...)`):
+            Clean samples.
+        noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            The noise in `x_t`.
+        t (`torch.Tensor` of shape `(batch_size,)`):
+            Time, 0 = data, 1 = noise; best on the CPU in float64.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
+            What the network answers.
+        weighting (`str`, *optional*, defaults to `"none"`):
+            One of `WEIGHTINGS` (see [`loss_weight`]).
+        snr_gamma (`float`, *optional*, defaults to 5.0):
+            For `min_snr`.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: Mean squared error over each sample times its weight, in float32.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian conditional probability paths (Lipman et al., arXiv 2210.02747, section 4), in one time direction.
+"""
+Gaussian conditional probability paths (Lipman et al., arXiv 2210.02747, section 4), in one time direction.
 
 Every path is `x_t = alpha(t) * data + sigma(t) * noise` with `t` in [0, 1], 0 = data and 1 = noise (the paper's time
 is `1 - t`). A path that gives `alpha` and `sigma` has everything else: derivatives, samples, velocities, conversions
@@ -21,11 +22,14 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
 
 
 def lift(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Give per-sample coefficients the device and rank of a batch, in at least float32.
+    """
+    Give per-sample coefficients the device and rank of a batch, in at least float32.
 
     Args:
-        coefficient (`torch.Tensor` of shape `(batch_size,)` or `()`): Any leading part of the shape of `like`.
-        like (`torch.Tensor` of shape `(batch_size, ...)`): The batch that will be multiplied.
+        coefficient (`torch.Tensor` of shape `(batch_size,)` or `()`):
+            Any leading part of the shape of `like`.
+        like (`torch.Tensor` of shape `(batch_size, ...)`):
+            The batch that will be multiplied.
 
     Returns:
         `torch.Tensor`: The coefficients with trailing dimensions of size one.
@@ -55,7 +59,8 @@ def _is_number(value: Any) -> bool:
 
 
 class ConditionalPath:
-    """A Gaussian conditional path `x_t = alpha(t) * data + sigma(t) * noise` (arXiv 2210.02747, equation 10).
+    """
+    A Gaussian conditional path `x_t = alpha(t) * data + sigma(t) * noise` (arXiv 2210.02747, equation 10).
 
     A subclass gives `alpha` and `sigma` as torch functions of `t` that act elementwise; the ratio
     `sigma / (alpha + sigma)` must rise with `t`. Derivatives default to automatic ones; closed forms may replace them.
@@ -97,12 +102,14 @@ class ConditionalPath:
         return sigma / (self.alpha(t) + sigma)
 
     def time_at(self, ratio: torch.Tensor) -> torch.Tensor:
-        """The inverse of `ratio`, elementwise. Ratios outside `[ratio_min, ratio_max]` give the nearer end.
+        """
+        The inverse of `ratio`, elementwise. Ratios outside `[ratio_min, ratio_max]` give the nearer end.
 
         A path without a closed form is inverted by bisection to the last bit of `ratio`'s dtype.
 
         Args:
-            ratio (`torch.Tensor`): Any shape.
+            ratio (`torch.Tensor`):
+                Any shape.
 
         Returns:
             `torch.Tensor`: `t` in [0, 1], of the shape of `ratio`.
@@ -131,11 +138,14 @@ class ConditionalPath:
         return math.hypot(self.alpha(one).item(), self.sigma(one).item())
 
     def to_straight(self, x_t: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map a point of this path to the straight (OT) path.
+        """
+        Map a point of this path to the straight (OT) path.
 
         Args:
-            x_t (`torch.Tensor` of shape `(batch_size, ...)`): A point at `t`.
-            t (`torch.Tensor` of shape `(batch_size,)` or `()`): Time, 0 = data, 1 = noise.
+            x_t (`torch.Tensor` of shape `(batch_size, ...)`):
+                A point at `t`.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Time, 0 = data, 1 = noise.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The point `(1 - s) * data + s * noise` and its time `s`.
@@ -144,11 +154,14 @@ class ConditionalPath:
         return (x_t / lift(scale, x_t)).to(x_t.dtype), self.sigma(t) / scale
 
     def from_straight(self, x: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map a point of the straight (OT) path to this path; the inverse of `to_straight`.
+        """
+        Map a point of the straight (OT) path to this path; the inverse of `to_straight`.
 
         Args:
-            x (`torch.Tensor` of shape `(batch_size, ...)`): A point `(1 - s) * data + s * noise`.
-            s (`torch.Tensor` of shape `(batch_size,)` or `()`): Its time, in `[ratio_min, ratio_max]`.
+            x (`torch.Tensor` of shape `(batch_size, ...)`):
+                A point `(1 - s) * data + s * noise`.
+            s (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Its time, in `[ratio_min, ratio_max]`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: The point of this path and its time `t`.
@@ -159,12 +172,16 @@ class ConditionalPath:
     # Samples and targets
 
     def sample(self, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`x_t = alpha(t) * data + sigma(t) * noise` (arXiv 2210.02747, equation 11).
+        """
+        `x_t = alpha(t) * data + sigma(t) * noise` (arXiv 2210.02747, equation 11).
 
         Args:
-            data (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            t (`torch.Tensor` of shape `(batch_size,)` or `()`): Time, 0 = data, 1 = noise.
+            data (`torch.Tensor` of shape `(batch_size, ...)`):
+                Clean samples.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Time, 0 = data, 1 = noise.
 
         Returns:
             `torch.Tensor`: `x_t`, in the dtype of `data`.
@@ -172,14 +189,18 @@ class ConditionalPath:
         return self._combine(self.alpha(t), data, self.sigma(t), noise)
 
     def velocity(self, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """`dx_t/dt = d_alpha(t) * data + d_sigma(t) * noise`, the conditional velocity (arXiv 2210.02747, theorem 3).
+        """
+        `dx_t/dt = d_alpha(t) * data + d_sigma(t) * noise`, the conditional velocity (arXiv 2210.02747, theorem 3).
 
         The paper's time runs the other way, so its u_t is minus this one. On OT it is `noise - data`.
 
         Args:
-            data (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            t (`torch.Tensor` of shape `(batch_size,)` or `()`): Time, 0 = data, 1 = noise.
+            data (`torch.Tensor` of shape `(batch_size, ...)`):
+                Clean samples.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Time, 0 = data, 1 = noise.
 
         Returns:
             `torch.Tensor`: The velocity, in the dtype of `data`.
@@ -192,16 +213,20 @@ class ConditionalPath:
     def target(
         self, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prediction_type: str = "flow_prediction"
     ) -> torch.Tensor:
-        """What a network of this `prediction_type` should answer at `x_t`.
+        """
+        What a network of this `prediction_type` should answer at `x_t`.
 
         Args:
-            data (`torch.Tensor` of shape `(batch_size, ...)`): Clean samples.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            t (`torch.Tensor` of shape `(batch_size,)` or `()`): Time, 0 = data, 1 = noise.
-            prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): One of `PREDICTION_TYPES`:
-                `flow_prediction` (the velocity), `epsilon` (the noise), `sample` (the data), `v_prediction`
-                (`(alpha * noise - sigma * data) / sqrt(alpha^2 + sigma^2)`, arXiv 2202.00512) and `score`
-                (the gradient of the conditional log-density, `-noise / sigma`).
+            data (`torch.Tensor` of shape `(batch_size, ...)`):
+                Clean samples.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Time, 0 = data, 1 = noise.
+            prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
+                One of `PREDICTION_TYPES`: `flow_prediction` (the velocity), `epsilon` (the noise), `sample` (the
+                data), `v_prediction` (`(alpha * noise - sigma * data) / sqrt(alpha^2 + sigma^2)`, arXiv 2202.00512)
+                and `score` (the gradient of the conditional log-density, `-noise / sigma`).
 
         Returns:
             `torch.Tensor`: The target, in the dtype of `data`.
@@ -216,14 +241,20 @@ class ConditionalPath:
     def convert(
         self, model_output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, source: str, target: str
     ) -> torch.Tensor:
-        """Turn a prediction of one type into another at the same `x_t`.
+        """
+        Turn a prediction of one type into another at the same `x_t`.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, ...)`): A prediction of type `source`.
-            x_t (`torch.Tensor` of shape `(batch_size, ...)`): Where it was made.
-            t (`torch.Tensor` of shape `(batch_size,)` or `()`): When, 0 = data, 1 = noise.
-            source (`str`): One of `PREDICTION_TYPES`.
-            target (`str`): One of `PREDICTION_TYPES`.
+            model_output (`torch.Tensor` of shape `(batch_size, ...)`):
+                A prediction of type `source`.
+            x_t (`torch.Tensor` of shape `(batch_size, ...)`):
+                Where it was made.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                When, 0 = data, 1 = noise.
+            source (`str`):
+                One of `PREDICTION_TYPES`.
+            target (`str`):
+                One of `PREDICTION_TYPES`.
 
         Returns:
             `torch.Tensor`: The prediction of type `target`, in the dtype of `model_output`.
@@ -238,17 +269,20 @@ class ConditionalPath:
     def coefficients(
         self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two numbers per time that convert predictions: `target = on_sample * x_t + on_output * source`.
+        """
+        The two numbers per time that convert predictions: `target = on_sample * x_t + on_output * source`.
 
         A prediction is a row `p * data + q * noise`; with `x_t = alpha * data + sigma * noise` it makes a 2x2 system,
         so one formula serves every path and every pair of types. Where a rate is infinite (VP's velocity and every
         path's score at sigma = 0), rows are multiplied by sigma, which leaves the finite limits.
 
         Args:
-            t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
-            source (`str`): One of `PREDICTION_TYPES`.
-            target (`str` or `tuple[torch.Tensor, torch.Tensor]`): One of `PREDICTION_TYPES`, or `p` and `q`
-                themselves, finite and of the shape of `t`.
+            t (`torch.Tensor`):
+                Time, any shape, 0 = data, 1 = noise.
+            source (`str`):
+                One of `PREDICTION_TYPES`.
+            target (`str` or `tuple[torch.Tensor, torch.Tensor]`):
+                One of `PREDICTION_TYPES`, or `p` and `q` themselves, finite and of the shape of `t`.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `on_sample` and `on_output`, of the shape of `t`.
@@ -264,12 +298,16 @@ class ConditionalPath:
     def determines(
         self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """Whether a prediction of type `source` determines a finite `target`: the check of `coefficients`.
+        """
+        Whether a prediction of type `source` determines a finite `target`: the check of `coefficients`.
 
         Args:
-            t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
-            source (`str`): One of `PREDICTION_TYPES`.
-            target (`str` or `tuple[torch.Tensor, torch.Tensor]`): As for `coefficients`.
+            t (`torch.Tensor`):
+                Time, any shape, 0 = data, 1 = noise.
+            source (`str`):
+                One of `PREDICTION_TYPES`.
+            target (`str` or `tuple[torch.Tensor, torch.Tensor]`):
+                As for `coefficients`.
 
         Returns:
             `torch.BoolTensor`: Of the shape of `t`.
@@ -277,12 +315,16 @@ class ConditionalPath:
         return ~self._solve(t, source, target)[2]
 
     def error_scale(self, t: torch.Tensor, source: str, target: str) -> torch.Tensor:
-        """How an error of one prediction shows in another: `|target error| = error_scale * |source error|`.
+        """
+        How an error of one prediction shows in another: `|target error| = error_scale * |source error|`.
 
         Args:
-            t (`torch.Tensor`): Time, any shape, 0 = data, 1 = noise.
-            source (`str`): One of `PREDICTION_TYPES`.
-            target (`str`): One of `PREDICTION_TYPES`.
+            t (`torch.Tensor`):
+                Time, any shape, 0 = data, 1 = noise.
+            source (`str`):
+                One of `PREDICTION_TYPES`.
+            target (`str`):
+                One of `PREDICTION_TYPES`.
 
         Returns:
             `torch.Tensor`: The factor, of the shape of `t`.
@@ -332,11 +374,12 @@ class ConditionalPath:
 
 @dataclass(frozen=True)
 class OTPath(ConditionalPath):
-    """The optimal transport path: `alpha = 1 - t`, `sigma = sigma_min + (1 - sigma_min) t` (equation 20).
+    """
+    The optimal transport path: `alpha = 1 - t`, `sigma = sigma_min + (1 - sigma_min) t` (equation 20).
 
     Args:
-        sigma_min (`float`, *optional*, defaults to `0.0`): Standard deviation left at the data end, in [0, 1). Zero is
-            the rectified flow of SD3 and Flux.
+        sigma_min (`float`, *optional*, defaults to `0.0`):
+            Standard deviation left at the data end, in [0, 1). Zero is the rectified flow of SD3 and Flux.
     """
 
     sigma_min: float = 0.0
@@ -364,14 +407,17 @@ class OTPath(ConditionalPath):
 
 @dataclass(frozen=True)
 class VPPath(ConditionalPath):
-    """The variance-preserving diffusion path with linear beta: `alpha = exp(-T(t) / 2)` (equation 19).
+    """
+    The variance-preserving diffusion path with linear beta: `alpha = exp(-T(t) / 2)` (equation 19).
 
     `T(t) = beta_min t + (beta_max - beta_min) t^2 / 2` and `sigma = sqrt(1 - alpha^2)`. The velocity is infinite at
     t = 0; conversions from it are not.
 
     Args:
-        beta_min (`float`, *optional*, defaults to `0.1`): The rate at t = 0, above 0.
-        beta_max (`float`, *optional*, defaults to `20.0`): The rate at t = 1, at least `beta_min`.
+        beta_min (`float`, *optional*, defaults to `0.1`):
+            The rate at t = 0, above 0.
+        beta_max (`float`, *optional*, defaults to `20.0`):
+            The rate at t = 1, at least `beta_min`.
     """
 
     beta_min: float = 0.1
@@ -413,13 +459,16 @@ class VPPath(ConditionalPath):
 
 @dataclass(frozen=True)
 class VEPath(ConditionalPath):
-    """The variance-exploding diffusion path: `alpha = 1`, `sigma = sigma_min (sigma_max / sigma_min)^t` (equation 16).
+    """
+    The variance-exploding diffusion path: `alpha = 1`, `sigma = sigma_min (sigma_max / sigma_min)^t` (equation 16).
 
     Its points grow to `sigma_max`, so networks are given `x_t / sqrt(1 + sigma^2)` (`input_scale`).
 
     Args:
-        sigma_min (`float`, *optional*, defaults to `0.01`): Noise at the data end, above 0.
-        sigma_max (`float`, *optional*, defaults to `50.0`): Noise at the noise end, above `sigma_min`.
+        sigma_min (`float`, *optional*, defaults to `0.01`):
+            Noise at the data end, above 0.
+        sigma_max (`float`, *optional*, defaults to `50.0`):
+            Noise at the noise end, above `sigma_min`.
     """
 
     sigma_min: float = 0.01
@@ -477,21 +526,26 @@ class CosinePath(ConditionalPath):
 
 @dataclass(frozen=True)
 class DiscreteVPPath(ConditionalPath):
-    """The path of a diffusion checkpoint, from its own betas (DDPM, arXiv 2006.11239), at continuous times.
+    """
+    The path of a diffusion checkpoint, from its own betas (DDPM, arXiv 2006.11239), at continuous times.
 
     Knot i of `num_train_timesteps` lies at `t = i / (num_train_timesteps - 1)` and has `alpha^2` = the cumulated
     product of `1 - beta`. Between knots the angle `atan2(sigma, alpha)` is linear, which keeps `alpha^2 + sigma^2 = 1`
     and is finite for zero terminal SNR too, where the log-SNR is not.
 
     Args:
-        num_train_timesteps (`int`, *optional*, defaults to 1000): Number of knots, at least 2.
-        beta_start (`float`, *optional*, defaults to 0.0001): The first beta, in (0, 1).
-        beta_end (`float`, *optional*, defaults to 0.02): The last beta, in (0, 1).
-        beta_schedule (`str`, *optional*, defaults to `"linear"`): `linear`, `scaled_linear` (Stable Diffusion),
-            `squaredcos_cap_v2` (arXiv 2102.09672) or `sigmoid`.
-        trained_betas (`list[float]`, *optional*): The betas themselves, in place of a schedule.
-        rescale_betas_zero_snr (`bool`, *optional*, defaults to `False`): Rescale to pure noise at t = 1
-            (arXiv 2305.08891, algorithm 1).
+        num_train_timesteps (`int`, *optional*, defaults to 1000):
+            Number of knots, at least 2.
+        beta_start (`float`, *optional*, defaults to 0.0001):
+            The first beta, in (0, 1).
+        beta_end (`float`, *optional*, defaults to 0.02):
+            The last beta, in (0, 1).
+        beta_schedule (`str`, *optional*, defaults to `"linear"`):
+            `linear`, `scaled_linear` (Stable Diffusion), `squaredcos_cap_v2` (arXiv 2102.09672) or `sigmoid`.
+        trained_betas (`list[float]`, *optional*):
+            The betas themselves, in place of a schedule.
+        rescale_betas_zero_snr (`bool`, *optional*, defaults to `False`):
+            Rescale to pure noise at t = 1 (arXiv 2305.08891, algorithm 1).
     """
 
     num_train_timesteps: int = 1000
@@ -588,10 +642,12 @@ PATHS: dict[str, type[ConditionalPath]] = {
 
 
 def make_path(name: str, **path_kwargs: Any) -> ConditionalPath:
-    """Build a path by its name in `scheduler_config.json`.
+    """
+    Build a path by its name in `scheduler_config.json`.
 
     Args:
-        name (`str`): One of `PATHS`: `ot`, `vp`, `ve`, `cosine`, `vp_discrete`.
+        name (`str`):
+            One of `PATHS`: `ot`, `vp`, `ve`, `cosine`, `vp_discrete`.
         path_kwargs: The parameters of that path's class.
 
     Returns:

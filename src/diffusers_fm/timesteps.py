@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Densities of the training time, as inverse distribution functions, and the shift that training and sampling
-share."""
+"""
+Densities of the training time, as inverse distribution functions, and the shift that training and sampling
+share.
+"""
 
 import math
 from collections.abc import Callable
@@ -43,14 +45,17 @@ DENSITIES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move times towards the noise: `shift t / (1 + (shift - 1) t)`, that is `logit(t) + log(shift)`.
+    """
+    Move times towards the noise: `shift t / (1 + (shift - 1) t)`, that is `logit(t) + log(shift)`.
 
     SD3 takes `shift = sqrt(tokens / base_tokens)` (arXiv 2403.03206, equation 23), Flux `shift = exp(mu)`. The same
     function shifts the grid of `FlowMatchScheduler.set_timesteps`.
 
     Args:
-        t (`torch.Tensor`): Times in [0, 1], 0 = data, 1 = noise, any shape.
-        shift (`float`): Above 0; 1 changes nothing.
+        t (`torch.Tensor`):
+            Times in [0, 1], 0 = data, 1 = noise, any shape.
+        shift (`float`):
+            Above 0; 1 changes nothing.
 
     Returns:
         `torch.Tensor`: Shifted times.
@@ -79,29 +84,42 @@ def sample_timesteps(
     beta: float = 1.0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Draw training times, stratified over a batch of any extent.
+    """
+    Draw training times, stratified over a batch of any extent.
 
     All `total` times of a global batch are drawn from `generator`, one from each of `total` strata of equal
     probability, in random order, and `[offset, offset + batch_size)` of them are returned. Processes and accumulation
     steps that pass equal generators and their own offset share one stratified draw.
 
     Args:
-        density (`str`): One of `DENSITIES`. `logit_normal`: `sigmoid(logit_mean + logit_std * normal)`; a positive
-            mean lies towards the noise, as in the paper (the diffusers scripts have the opposite sign). `mode`: heavy
-            at the middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path. `beta`: `Beta(alpha,
-            beta)`.
-        batch_size (`int`): Number of times to return, at least 1.
-        generator (`torch.Generator`, *optional*): A CPU generator.
-        shift (`float`, *optional*, defaults to 1.0): `shift_time` after the draw.
-        stratified (`bool`, *optional*, defaults to `True`): Whether to stratify.
-        offset (`int`, *optional*, defaults to 0): Where the returned part of the global batch begins.
-        total (`int`, *optional*): Size of the global batch, by default `offset + batch_size`.
-        logit_mean (`float`, *optional*, defaults to 0.0): For `logit_normal`.
-        logit_std (`float`, *optional*, defaults to 1.0): For `logit_normal`, above 0.
-        mode_scale (`float`, *optional*, defaults to 1.29): For `mode`, in [-1, 2 / (pi - 2)].
-        alpha (`float`, *optional*, defaults to 1.0): For `beta`, above 0.
-        beta (`float`, *optional*, defaults to 1.0): For `beta`, above 0.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float64`): Of the result.
+        density (`str`):
+            One of `DENSITIES`. `logit_normal`: `sigmoid(logit_mean + logit_std * normal)`; a positive mean lies
+            towards the noise, as in the paper (the diffusers scripts have the opposite sign). `mode`: heavy at the
+            middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path. `beta`: `Beta(alpha, beta)`.
+        batch_size (`int`):
+            Number of times to return, at least 1.
+        generator (`torch.Generator`, *optional*):
+            A CPU generator.
+        shift (`float`, *optional*, defaults to 1.0):
+            `shift_time` after the draw.
+        stratified (`bool`, *optional*, defaults to `True`):
+            Whether to stratify.
+        offset (`int`, *optional*, defaults to 0):
+            Where the returned part of the global batch begins.
+        total (`int`, *optional*):
+            Size of the global batch, by default `offset + batch_size`.
+        logit_mean (`float`, *optional*, defaults to 0.0):
+            For `logit_normal`.
+        logit_std (`float`, *optional*, defaults to 1.0):
+            For `logit_normal`, above 0.
+        mode_scale (`float`, *optional*, defaults to 1.29):
+            For `mode`, in [-1, 2 / (pi - 2)].
+        alpha (`float`, *optional*, defaults to 1.0):
+            For `beta`, above 0.
+        beta (`float`, *optional*, defaults to 1.0):
+            For `beta`, above 0.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float64`):
+            Of the result.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: Times strictly inside (0, 1), 0 = data, 1 = noise, on the CPU.

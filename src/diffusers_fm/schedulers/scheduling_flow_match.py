@@ -31,7 +31,8 @@ FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 
 class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
-    """Flow matching on any Gaussian path: the one carrier of the path for training, sampling and likelihood.
+    """
+    Flow matching on any Gaussian path: the one carrier of the path for training, sampling and likelihood.
 
     Time `t` is in [0, 1], 0 = data and 1 = noise; networks are given `timestep = timestep_scale * t`, a float. Samples
     between steps are points `x_t = alpha(t) * data + sigma(t) * noise` of the configured path. Sampling integrates the
@@ -43,54 +44,79 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     configurations of stock schedulers, flow or diffusion, and then gives their images.
 
     Args:
-        num_train_timesteps (`int`, *optional*, defaults to 1000): What `t = 1` is called towards the network.
-        shift (`float`, *optional*, defaults to 1.0): Static shift of the grid, `s -> shift s / (1 + (shift - 1) s)`.
-        use_dynamic_shifting (`bool`, *optional*, defaults to `False`): Shift by the `mu` given to `set_timesteps`.
-        base_shift (`float`, *optional*, defaults to 0.5): `mu` at `base_image_seq_len`; read by pipelines.
-        max_shift (`float`, *optional*, defaults to 1.15): `mu` at `max_image_seq_len`; read by pipelines.
-        base_image_seq_len (`int`, *optional*, defaults to 256): Read by pipelines.
-        max_image_seq_len (`int`, *optional*, defaults to 4096): Read by pipelines.
-        invert_sigmas (`bool`, *optional*, defaults to `False`): The network's time and velocity run from noise to data
-            (Mochi). OT path with `flow_prediction` only.
-        shift_terminal (`float`, *optional*): Stretch the shifted grid to end at this value.
-        use_karras_sigmas (`bool`, *optional*, defaults to `False`): Karras grid (arXiv 2206.00364).
-        use_exponential_sigmas (`bool`, *optional*, defaults to `False`): Exponential grid.
-        use_beta_sigmas (`bool`, *optional*, defaults to `False`): Beta grid (arXiv 2407.12173); needs scipy.
-        time_shift_type (`str`, *optional*, defaults to `"exponential"`): `exponential` or `linear` dynamic shift.
-        stochastic_sampling (`bool`, *optional*, defaults to `False`): Replace the noise by fresh noise at each step.
-            Solver `euler` only.
-        path (`str`, *optional*, defaults to `"ot"`): `ot`, `vp`, `ve`, `cosine` or `vp_discrete` (see `paths.PATHS`).
-        path_kwargs (`dict`, *optional*): The parameters of the path, such as `{"sigma_min": 1e-4}`.
-        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`): What the network answers:
-            `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
-        solver (`str`, *optional*, defaults to `"euler"`): With one call of the network a step: `euler`; `ab2`, `ab3`
-            (Adams-Bashforth of order 2 and 3); `abm2`, `abm3` (the same, each call also correcting the step before,
-            best with `sampling_path="angle"`); `dpmpp_2m` (arXiv 2211.01095); `euler_maruyama` (stochastic). With
-            several: `midpoint`, `heun` (2), `rk4` (4), `dopri5` (6); these list every stage in `timesteps`, and
-            `order` is the number of stages.
-        sampling_path (`str`, *optional*, defaults to `"ot"`): The coordinates of the integration: `ot`, the straight
-            ones; `native`, the path's own; `angle`, those of `atan2(sigma, alpha * sigma_data)`.
-        timestep_spacing (`str`, *optional*, defaults to `"trailing"`): `trailing`: 1, (N-1)/N, ..., 1/N, then 0.
-            `graded`: finer towards the data, angles `(pi / 2) (1 - i / N)^1.5`. `linspace`: the grid of stock flow
-            schedulers, whose last step spans only 1/1000 (before the shift). On `vp_discrete`, the integer timesteps
-            of diffusion schedulers by that name, `leading` included.
-        final_sigmas_type (`str`, *optional*, defaults to `"zero"`): Where a path whose noise does not vanish at t = 0
-            ends: in the data estimate (`zero`, by one straight step) or at t = 0 (`sigma_min`).
-        steps_offset (`int`, *optional*, defaults to 1): Added to `leading` timesteps.
-        clip_sample (`bool`, *optional*, defaults to `False`): Clip the data estimate at each step. Solver `euler`
-            only.
-        clip_sample_range (`float`, *optional*, defaults to 1.0): The largest magnitude that clipping leaves.
-        sigma_data (`float`, *optional*, defaults to 1.0): Standard deviation of the data, for `angle` and `graded`.
-        eta (`float`, *optional*, defaults to 0.0): Stochastic sampling between the ODE (0) and the ancestral step of
-            DDPM (1), in [0, 1]. Solver `euler` only.
-        s_churn (`float`, *optional*, defaults to 0.0): Noise added before each step, as in EDM (arXiv 2206.00364,
-            algorithm 2), with the network called at the raised time. Runge-Kutta solvers only.
-        s_tmin (`float`, *optional*, defaults to 0.0): Least `sigma / alpha` at which to churn.
-        s_tmax (`float`, *optional*): Greatest `sigma / alpha` at which to churn; no bound by default.
-        s_noise (`float`, *optional*, defaults to 1.0): Scale of the churned noise; 1 keeps the marginals.
-        diffusion_form (`str`, *optional*, defaults to `"sigma"`): Diffusion coefficient of `euler_maruyama`, with
-            `sigma` the noise level of the integration's coordinates: `sigma`, `sigma_squared` or `constant`.
-        diffusion_scale (`float`, *optional*, defaults to 1.0): Its factor, at least 0.
+        num_train_timesteps (`int`, *optional*, defaults to 1000):
+            What `t = 1` is called towards the network.
+        shift (`float`, *optional*, defaults to 1.0):
+            Static shift of the grid, `s -> shift s / (1 + (shift - 1) s)`.
+        use_dynamic_shifting (`bool`, *optional*, defaults to `False`):
+            Shift by the `mu` given to `set_timesteps`.
+        base_shift (`float`, *optional*, defaults to 0.5):
+            `mu` at `base_image_seq_len`; read by pipelines.
+        max_shift (`float`, *optional*, defaults to 1.15):
+            `mu` at `max_image_seq_len`; read by pipelines.
+        base_image_seq_len (`int`, *optional*, defaults to 256):
+            Read by pipelines.
+        max_image_seq_len (`int`, *optional*, defaults to 4096):
+            Read by pipelines.
+        invert_sigmas (`bool`, *optional*, defaults to `False`):
+            The network's time and velocity run from noise to data (Mochi). OT path with `flow_prediction` only.
+        shift_terminal (`float`, *optional*):
+            Stretch the shifted grid to end at this value.
+        use_karras_sigmas (`bool`, *optional*, defaults to `False`):
+            Karras grid (arXiv 2206.00364).
+        use_exponential_sigmas (`bool`, *optional*, defaults to `False`):
+            Exponential grid.
+        use_beta_sigmas (`bool`, *optional*, defaults to `False`):
+            Beta grid (arXiv 2407.12173); needs scipy.
+        time_shift_type (`str`, *optional*, defaults to `"exponential"`):
+            `exponential` or `linear` dynamic shift.
+        stochastic_sampling (`bool`, *optional*, defaults to `False`):
+            Replace the noise by fresh noise at each step. Solver `euler` only.
+        path (`str`, *optional*, defaults to `"ot"`):
+            `ot`, `vp`, `ve`, `cosine` or `vp_discrete` (see `paths.PATHS`).
+        path_kwargs (`dict`, *optional*):
+            The parameters of the path, such as `{"sigma_min": 1e-4}`.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
+            What the network answers: `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
+        solver (`str`, *optional*, defaults to `"euler"`):
+            With one call of the network a step: `euler`; `ab2`, `ab3` (Adams-Bashforth of order 2 and 3); `abm2`,
+            `abm3` (the same, each call also correcting the step before, best with `sampling_path="angle"`); `dpmpp_2m`
+            (arXiv 2211.01095); `euler_maruyama` (stochastic). With several: `midpoint`, `heun` (2), `rk4` (4),
+            `dopri5` (6); these list every stage in `timesteps`, and `order` is the number of stages.
+        sampling_path (`str`, *optional*, defaults to `"ot"`):
+            The coordinates of the integration: `ot`, the straight ones; `native`, the path's own; `angle`, those of
+            `atan2(sigma, alpha * sigma_data)`.
+        timestep_spacing (`str`, *optional*, defaults to `"trailing"`):
+            `trailing`: 1, (N-1)/N, ..., 1/N, then 0. `graded`: finer towards the data, angles `(pi / 2) (1 - i /
+            N)^1.5`. `linspace`: the grid of stock flow schedulers, whose last step spans only 1/1000 (before the
+            shift). On `vp_discrete`, the integer timesteps of diffusion schedulers by that name, `leading` included.
+        final_sigmas_type (`str`, *optional*, defaults to `"zero"`):
+            Where a path whose noise does not vanish at t = 0 ends: in the data estimate (`zero`, by one straight step)
+            or at t = 0 (`sigma_min`).
+        steps_offset (`int`, *optional*, defaults to 1):
+            Added to `leading` timesteps.
+        clip_sample (`bool`, *optional*, defaults to `False`):
+            Clip the data estimate at each step. Solver `euler` only.
+        clip_sample_range (`float`, *optional*, defaults to 1.0):
+            The largest magnitude that clipping leaves.
+        sigma_data (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the data, for `angle` and `graded`.
+        eta (`float`, *optional*, defaults to 0.0):
+            Stochastic sampling between the ODE (0) and the ancestral step of DDPM (1), in [0, 1]. Solver `euler` only.
+        s_churn (`float`, *optional*, defaults to 0.0):
+            Noise added before each step, as in EDM (arXiv 2206.00364, algorithm 2), with the network called at the
+            raised time. Runge-Kutta solvers only.
+        s_tmin (`float`, *optional*, defaults to 0.0):
+            Least `sigma / alpha` at which to churn.
+        s_tmax (`float`, *optional*):
+            Greatest `sigma / alpha` at which to churn; no bound by default.
+        s_noise (`float`, *optional*, defaults to 1.0):
+            Scale of the churned noise; 1 keeps the marginals.
+        diffusion_form (`str`, *optional*, defaults to `"sigma"`):
+            Diffusion coefficient of `euler_maruyama`, with `sigma` the noise level of the integration's coordinates:
+            `sigma`, `sigma_squared` or `constant`.
+        diffusion_scale (`float`, *optional*, defaults to 1.0):
+            Its factor, at least 0.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
@@ -218,7 +244,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def from_config(
         cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
     ) -> "FlowMatchScheduler | tuple[FlowMatchScheduler, dict[str, Any]]":
-        """Build the scheduler from a configuration: its own, or that of a stock scheduler.
+        """
+        Build the scheduler from a configuration: its own, or that of a stock scheduler.
 
         From `FlowMatchEulerDiscreteScheduler` it gives the same images (grid, shift, Euler). From the scheduler of a
         diffusion checkpoint (DDIM, DDPM, PNDM, Euler, DPM-Solver, ...) it takes the betas, the prediction type and the
@@ -226,8 +253,10 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         source that have no meaning here are kept, so that its class can be built from ours again.
 
         Args:
-            config (`Mapping[str, Any]`): `scheduler.config`, or the contents of a `scheduler_config.json`.
-            return_unused_kwargs (`bool`, *optional*, defaults to `False`): Whether to return the unused `kwargs` too.
+            config (`Mapping[str, Any]`):
+                `scheduler.config`, or the contents of a `scheduler_config.json`.
+            return_unused_kwargs (`bool`, *optional*, defaults to `False`):
+                Whether to return the unused `kwargs` too.
             kwargs: Arguments of `FlowMatchScheduler` that replace those of `config`.
 
         Returns:
@@ -246,7 +275,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return (scheduler, unused) if return_unused_kwargs else scheduler
 
     def build_path(self) -> ConditionalPath:
-        """Make the path from the configuration; a subclass with a path of its own overrides this one method.
+        """
+        Make the path from the configuration; a subclass with a path of its own overrides this one method.
 
         Returns:
             `ConditionalPath`: What training, sampling and likelihood all read.
@@ -275,10 +305,12 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return float(self.config.num_train_timesteps - last_knot)
 
     def time(self, timestep: torch.Tensor | float) -> torch.Tensor:
-        """The path's time at a timestep of the network.
+        """
+        The path's time at a timestep of the network.
 
         Args:
-            timestep (`torch.Tensor` or `float`): Any shape, in [0, `timestep_scale`].
+            timestep (`torch.Tensor` or `float`):
+                Any shape, in [0, `timestep_scale`].
 
         Returns:
             `torch.Tensor`: `t` in [0, 1], 0 = data, 1 = noise, at least float32, on the device of `timestep`.
@@ -295,12 +327,15 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return 1 - t if self.config.invert_sigmas else t
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
-        """What the network is given in place of `x_t`: the sample itself, on paths that grow (VE) one of unit
+        """
+        What the network is given in place of `x_t`: the sample itself, on paths that grow (VE) one of unit
         variance.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): `x_t`.
-            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, *optional*): Its timestep, needed on VE.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                `x_t`.
+            timestep (`torch.Tensor` of shape `(batch_size,)` or `()`, *optional*):
+                Its timestep, needed on VE.
 
         Returns:
             `torch.Tensor`: The network's input, in the dtype of `sample`.
@@ -315,13 +350,17 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     # Training
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """`x_t = alpha(t) * data + sigma(t) * noise` at any continuous per-sample timestep (arXiv 2210.02747, eq. 11).
+        """
+        `x_t = alpha(t) * data + sigma(t) * noise` at any continuous per-sample timestep (arXiv 2210.02747, eq. 11).
 
         Args:
-            original_samples (`torch.Tensor` of shape `(batch_size, ...)`): The data.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`], float or
-                int; 0 = data. On a CPU tensor the range is checked; elsewhere that would stall the device.
+            original_samples (`torch.Tensor` of shape `(batch_size, ...)`):
+                The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`):
+                In [0, `timestep_scale`], float or int; 0 = data. On a CPU tensor the range is checked; elsewhere that
+                would stall the device.
 
         Returns:
             `torch.Tensor`: `x_t`, in the dtype of `original_samples`.
@@ -336,12 +375,16 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, noise: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """[`add_noise`] in the argument order of stock flow schedulers.
+        """
+        [`add_noise`] in the argument order of stock flow schedulers.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
-            timestep (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                The data.
+            timestep (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`):
+                In [0, `timestep_scale`].
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
 
         Returns:
             `torch.Tensor`: `x_t`, in the dtype of `sample`.
@@ -352,12 +395,16 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return self.add_noise(sample, noise, timestep)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """The conditional velocity `dx_t/dt` (arXiv 2210.02747, theorem 3); on OT `noise - data`.
+        """
+        The conditional velocity `dx_t/dt` (arXiv 2210.02747, theorem 3); on OT `noise - data`.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`):
+                In [0, `timestep_scale`].
 
         Returns:
             `torch.Tensor`: The velocity, in the dtype of `sample`.
@@ -368,12 +415,16 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return self.path.velocity(sample, noise, self._checked_time(timesteps))
 
     def get_target(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """What the network should answer at `x_t` by the configured `prediction_type`.
+        """
+        What the network should answer at `x_t` by the configured `prediction_type`.
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): The data.
-            noise (`torch.Tensor` of shape `(batch_size, ...)`): Standard normal noise.
-            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`): In [0, `timestep_scale`].
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                The data.
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            timesteps (`torch.Tensor` of shape `(batch_size,)`, `(1,)` or `()`):
+                In [0, `timestep_scale`].
 
         Returns:
             `torch.Tensor`: The target of the conditional flow matching loss, in the dtype of `sample`.
@@ -403,17 +454,23 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         mu: float | None = None,
         timesteps: Sequence[float] | torch.Tensor | None = None,
     ) -> None:
-        """Lay out the sampling loop: `timesteps` for the network, `sigmas` (one longer) for those who look.
+        """
+        Lay out the sampling loop: `timesteps` for the network, `sigmas` (one longer) for those who look.
 
         Args:
-            num_inference_steps (`int`, *optional*): Number of steps, each of `order` calls of the network.
-            device (`str` or `torch.device`, *optional*): Where `timesteps` and `sigmas` go.
-            sigmas (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*): A grid of straight times, descending in
-                [0, 1], before shifting; the end is appended. Values above the path's own start are moved to it.
-            mu (`float`, *optional*): The dynamic shift; needed with `use_dynamic_shifting`, ignored without.
-            timesteps (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*): Times for the network, descending in
-                [0, `timestep_scale`]. Alone they are the grid, unshifted (with `timestep_spacing="linspace"` stock
-                shifts the sigmas that belong to them, and so does this); beside `sigmas` they are only handed on.
+            num_inference_steps (`int`, *optional*):
+                Number of steps, each of `order` calls of the network.
+            device (`str` or `torch.device`, *optional*):
+                Where `timesteps` and `sigmas` go.
+            sigmas (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*):
+                A grid of straight times, descending in [0, 1], before shifting; the end is appended. Values above the
+                path's own start are moved to it.
+            mu (`float`, *optional*):
+                The dynamic shift; needed with `use_dynamic_shifting`, ignored without.
+            timesteps (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*):
+                Times for the network, descending in [0, `timestep_scale`]. Alone they are the grid, unshifted (with
+                `timestep_spacing="linspace"` stock shifts the sigmas that belong to them, and so does this); beside
+                `sigmas` they are only handed on.
 
         Raises:
             ValueError: If nothing or contradicting things are given, values are out of range or not descending, or the
@@ -564,11 +621,14 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
     def index_for_timestep(
         self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
     ) -> int:
-        """The turn of the loop that begins a step nearest to a timestep, whether or not that is on the grid.
+        """
+        The turn of the loop that begins a step nearest to a timestep, whether or not that is on the grid.
 
         Args:
-            timestep (`float` or `torch.Tensor` of shape `()`): A timestep of the network.
-            schedule_timesteps (`torch.Tensor`, *optional*): Timesteps to search in place of the grid.
+            timestep (`float` or `torch.Tensor` of shape `()`):
+                A timestep of the network.
+            schedule_timesteps (`torch.Tensor`, *optional*):
+                Timesteps to search in place of the grid.
 
         Returns:
             `int`: The index in `timesteps`.
@@ -593,24 +653,34 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         per_token_timesteps: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
-        """One turn of the sampling loop: from the network's answer to its next input.
+        """
+        One turn of the sampling loop: from the network's answer to its next input.
 
         After the last stage of a step the result is the sample at the next grid point, before that the input of the
         next stage. The arithmetic is in float32 (float64 for float64 samples).
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, ...)`): The network's answer, of `prediction_type`.
-            timestep (`float` or `torch.Tensor` of shape `()`): The current element of `timesteps`; only the first call
-                reads it, to find its place if no begin index was set.
-            sample (`torch.Tensor` of shape `(batch_size, ...)`): What the network was given, `x_t`.
-            s_churn (`float`, *optional*, defaults to 0.0): Only 0 is accepted.
-            s_tmin (`float`, *optional*, defaults to 0.0): Belongs to `s_churn`.
-            s_tmax (`float`, *optional*, defaults to infinity): Belongs to `s_churn`.
-            s_noise (`float`, *optional*, defaults to 1.0): Belongs to `s_churn`.
-            generator (`torch.Generator` or a list of them, *optional*): For `stochastic_sampling`.
-            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*): A timestep for each
-                token, as stock does it. OT path with `flow_prediction` and Euler only.
-            return_dict (`bool`, *optional*, defaults to `True`): Whether to return an output class.
+            model_output (`torch.Tensor` of shape `(batch_size, ...)`):
+                The network's answer, of `prediction_type`.
+            timestep (`float` or `torch.Tensor` of shape `()`):
+                The current element of `timesteps`; only the first call reads it, to find its place if no begin index
+                was set.
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                What the network was given, `x_t`.
+            s_churn (`float`, *optional*, defaults to 0.0):
+                Only 0 is accepted.
+            s_tmin (`float`, *optional*, defaults to 0.0):
+                Belongs to `s_churn`.
+            s_tmax (`float`, *optional*, defaults to infinity):
+                Belongs to `s_churn`.
+            s_noise (`float`, *optional*, defaults to 1.0):
+                Belongs to `s_churn`.
+            generator (`torch.Generator` or a list of them, *optional*):
+                For `stochastic_sampling`.
+            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
+                A timestep for each token, as stock does it. OT path with `flow_prediction` and Euler only.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an output class.
 
         Returns:
             `FlowMatchEulerDiscreteSchedulerOutput` or `tuple`: With `prev_sample`, in the dtype of `model_output`.

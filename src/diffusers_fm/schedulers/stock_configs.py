@@ -65,14 +65,16 @@ def _pick(config: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
 
 
 def translate_stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the configuration of a stock scheduler as one of `FlowMatchScheduler`.
+    """
+    Read the configuration of a stock scheduler as one of `FlowMatchScheduler`.
 
     Flow configurations (`FlowMatchEulerDiscreteScheduler` and its kin; UniPC and DPM-Solver with `use_flow_sigmas`)
     give the OT path; those of diffusion checkpoints (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, ...) give
     `vp_discrete` with their betas. A configuration that is ours already comes back as it is.
 
     Args:
-        config (`Mapping[str, Any]`): `scheduler.config`, or the contents of a `scheduler_config.json`.
+        config (`Mapping[str, Any]`):
+            `scheduler.config`, or the contents of a `scheduler_config.json`.
 
     Returns:
         `dict[str, Any]`: Arguments of `FlowMatchScheduler`.
