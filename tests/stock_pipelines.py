@@ -79,10 +79,14 @@ class StockCase:
     """One call of one stock pipeline.
 
     Args:
-        name (`str`): Name of the case in the tests' ids.
-        pipeline (`DiffusionPipeline`): The tiny pipeline; the cases of one family share its networks.
-        scheduler (`SchedulerMixin`): The stock scheduler, with the family's published settings.
-        inputs (`dict`): Keyword arguments of the call; the generator and `output_type` are added by `record`.
+        name (`str`):
+            Name of the case in the tests' ids.
+        pipeline (`DiffusionPipeline`):
+            The tiny pipeline; the cases of one family share its networks.
+        scheduler (`SchedulerMixin`):
+            The stock scheduler, with the family's published settings.
+        inputs (`dict`):
+            Keyword arguments of the call; the generator and `output_type` are added by `record`.
     """
 
     name: str
