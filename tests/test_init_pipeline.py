@@ -186,6 +186,12 @@ def test_autoencoder_for_a_pipeline_on_pixels(tmp_path: Path) -> None:
         init_pipeline(untrained("unet", tmp_path), vae=tiny_vae())
 
 
+@pytest.mark.parametrize("folder", ["pipelines/unet/digits", "/pipelines"])
+def test_folder_that_is_not_there(folder: str) -> None:
+    with pytest.raises(ValueError, match=f"'{folder}' is neither a folder nor the id of a repository on the Hub"):
+        init_pipeline(folder)
+
+
 def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not a pipeline: it holds no model_index.json"):
         init_pipeline(tmp_path)

@@ -44,22 +44,10 @@ def test_entries_of_model_index(kind: str, tmp_path: Path) -> None:
         assert index[name] == ([None, None] if model is None else [library, type(model).__name__])
 
 
-@pytest.mark.parametrize("kind", ["unet-classes", "sd3-vae"])
-def test_fresh_process_loads_with_the_stock_loader(kind: str, tmp_path: Path) -> None:
-    tiny_pipeline(kind).save_pretrained(tmp_path)
-    printed = run_python(
-        "import sys, diffusers_fm\n"
-        "from diffusers import DiffusionPipeline\n"
-        "pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "assert type(pipeline) is diffusers_fm.FlowMatchPipeline\n"
-        "assert type(pipeline.scheduler) is diffusers_fm.FlowMatchScheduler\n"
-        "print(pipeline(class_labels=1, num_inference_steps=1, output_type='np').images.shape)\n",
-        tmp_path,
-    )
-    assert printed.strip() == ("(1, 8, 8, 1)" if kind == "unet-classes" else "(1, 16, 16, 3)")
-
-
-def test_fresh_process_loads_stock_pipelines_that_carry_our_scheduler(tmp_path: Path) -> None:
+def test_fresh_process_loads_with_the_stock_loader(tmp_path: Path) -> None:
+    # Our pipelines, and stock pipelines that carry our scheduler. One process, because its imports take long.
+    for kind in ("unet-classes", "sd3-vae"):
+        tiny_pipeline(kind).save_pretrained(tmp_path / kind)
     DDPMPipeline(tiny_unet(), FlowMatchScheduler(solver="heun")).save_pretrained(tmp_path / "ddpm")
     dit = DiTPipeline(tiny_dit(), tiny_vae(), DDIMScheduler())
     dit.scheduler = FlowMatchScheduler.from_config(dit.scheduler.config)
@@ -70,16 +58,24 @@ def test_fresh_process_loads_stock_pipelines_that_carry_our_scheduler(tmp_path: 
     printed = run_python(
         "import sys, diffusers_fm\n"
         "from diffusers import DDPMPipeline, DiffusionPipeline\n"
-        "loaded = [DDPMPipeline.from_pretrained(sys.argv[1]), *map(DiffusionPipeline.from_pretrained, sys.argv[1:])]\n"
-        "for pipeline in loaded:\n"
-        "    print(type(pipeline).__name__, type(pipeline.scheduler).__name__, pipeline.scheduler.config.solver)\n",
-        tmp_path / "ddpm",
-        tmp_path / "dit",
+        "ours = [DiffusionPipeline.from_pretrained(folder) for folder in sys.argv[1:3]]\n"
+        "stock = [DDPMPipeline.from_pretrained(sys.argv[3]), *map(DiffusionPipeline.from_pretrained, sys.argv[3:])]\n"
+        "for pipeline in ours:\n"
+        "    assert type(pipeline) is diffusers_fm.FlowMatchPipeline\n"
+        "    print(pipeline(class_labels=1, num_inference_steps=1, output_type='np').images.shape)\n"
+        "for pipeline in [*ours, *stock]:\n"
+        "    assert type(pipeline.scheduler) is diffusers_fm.FlowMatchScheduler\n"
+        "    print(type(pipeline).__name__, pipeline.scheduler.config.solver)\n",
+        *(tmp_path / name for name in ("unet-classes", "sd3-vae", "ddpm", "dit")),
     )
     assert printed.splitlines() == [
-        "DDPMPipeline FlowMatchScheduler heun",
-        "DDPMPipeline FlowMatchScheduler heun",
-        "DiTPipeline FlowMatchScheduler euler",
+        "(1, 8, 8, 1)",
+        "(1, 16, 16, 3)",
+        "FlowMatchPipeline euler",
+        "FlowMatchPipeline euler",
+        "DDPMPipeline heun",
+        "DDPMPipeline heun",
+        "DiTPipeline euler",
     ]
 
 

@@ -54,11 +54,13 @@ def init_pipeline(
         [`FlowMatchPipeline`]: the pipeline in float32, its models in evaluation mode.
 
     Raises:
-        ValueError: if there is no pipeline in `folder`, it is not of a kind that can be built here, or `vae` is given
-            for a pipeline that works on pixels.
+        ValueError: if there is no `folder` or no pipeline in it, it is not of a kind that can be built here, or `vae`
+            is given for a pipeline that works on pixels.
     """
     path = Path(folder)
     if not path.is_dir():
+        if path.is_absolute() or len(path.parts) > 2:
+            raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
         path = Path(FlowMatchPipeline.download(str(folder), revision=revision, variant=variant))
     if not (path / FlowMatchPipeline.config_name).is_file():
         raise ValueError(f"The folder {str(folder)!r} is not a pipeline: it holds no {FlowMatchPipeline.config_name}.")
