@@ -66,7 +66,9 @@ class ButcherTableau:
             if len(self.b_error) != stages:
                 raise ValueError(f"Tableau {self.name!r} has {stages} stages, but {len(self.b_error)} `b_error`.")
             if not math.isclose(sum(self.b_error), 0.0, rel_tol=0.0, abs_tol=1e-12):
-                raise ValueError(f"The weights `b_error` of tableau {self.name!r} sum to {sum(self.b_error)}, not to 0.")
+                raise ValueError(
+                    f"The weights `b_error` of tableau {self.name!r} sum to {sum(self.b_error)}, not to 0."
+                )
 
     @property
     def stages(self) -> int:
@@ -192,6 +194,61 @@ def adams_weights(times: Sequence[float], start: float, end: float) -> list[floa
     return weights
 
 
+def quadrature_weights(times: Sequence[float], points: int = 6) -> list[float]:
+    """
+    Weights of the values at `times` in the integral from the first time to the last.
+
+    In each interval the integrand is the polynomial through the `points` nearest times, so the error falls with the
+    power `points` of the spacing.
+
+    Args:
+        times (`Sequence[float]`):
+            At least two times, rising or falling.
+        points (`int`, *optional*, defaults to 6):
+            How many times a polynomial runs through; all of them if there are fewer.
+
+    Returns:
+        `list[float]`: One weight for each time.
+    """
+    points = min(points, len(times))
+    weights = [0.0] * len(times)
+    for i in range(len(times) - 1):
+        first = min(max(i + 1 - points // 2, 0), len(times) - points)
+        nearest = range(first, first + points)
+        for j, weight in zip(nearest, adams_weights([times[j] for j in nearest], times[i], times[i + 1])):
+            weights[j] += weight
+    return weights
+
+
+def graded_grid(start: float, end: float, num_steps: int, grading: float = 1.0) -> list[float]:
+    """
+    Times from `start` to `end` that lie closer together towards zero.
+
+    Args:
+        start (`float`):
+            The first time, not negative.
+        end (`float`):
+            The last time, not negative.
+        num_steps (`int`):
+            The number of steps.
+        grading (`float`, *optional*, defaults to 1.0):
+            Equal spaces are raised to this power; one gives the uniform grid.
+
+    Returns:
+        `list[float]`: `num_steps + 1` times.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+    if not (start >= 0.0 and end >= 0.0 and num_steps >= 1 and grading > 0.0):
+        raise ValueError(
+            f"A graded grid needs times of at least 0, at least one step and a grading above 0, not start {start}, "
+            f"end {end}, {num_steps} steps and grading {grading}."
+        )
+    roots = torch.linspace(start ** (1 / grading), end ** (1 / grading), num_steps + 1, dtype=torch.float64)
+    return [start, *roots.pow(grading)[1:-1].tolist(), end]
+
+
 def odeint(
     field: Callable[..., torch.Tensor],
     x: torch.Tensor,
@@ -313,9 +370,9 @@ def _fixed_times(
     t0: float, t1: float, num_steps: int | None, grid: Sequence[float] | torch.Tensor | None
 ) -> list[float]:
     """The checked times of fixed steps, in float64, with exactly `t0` and `t1` at the ends."""
-    if num_steps is not None and grid is not None:
-        raise ValueError("Give `num_steps` or `grid`, not both.")
-    if grid is None:
+    if num_steps is not None:
+        if grid is not None:
+            raise ValueError("Give `num_steps` or `grid`, not both.")
         if num_steps < 1:
             raise ValueError(f"`num_steps` must be at least 1, not {num_steps}.")
         times = torch.linspace(t0, t1, num_steps + 1, dtype=torch.float64)
