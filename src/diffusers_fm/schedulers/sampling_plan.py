@@ -14,6 +14,7 @@ import torch
 
 from ..paths import ConditionalPath
 from ..solvers import ADAMS, TABLEAUX, ButcherTableau, adams_weights
+from .grids import angle_of_ratio, ratio_of_angle
 
 
 RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
@@ -106,40 +107,6 @@ class Coordinates:
     node: Callable[[torch.Tensor], torch.Tensor]
     time: Callable[[torch.Tensor], torch.Tensor]
     scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def ratio_of_angle(angle: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """
-    The straight time at an angle `atan2(sigma, alpha * sigma_data)`.
-
-    Args:
-        angle (`torch.Tensor`):
-            Angles in [0, pi / 2], 0 = data, any shape.
-        sigma_data (`float`):
-            The standard deviation of the data.
-
-    Returns:
-        `torch.Tensor`: `sigma / (alpha + sigma)`.
-    """
-    noise = sigma_data * torch.sin(angle)
-    # The sine of the complement is exactly 0 at pi / 2; the cosine is not.
-    return noise / (torch.sin(math.pi / 2 - angle) + noise)
-
-
-def angle_of_ratio(ratio: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """
-    The inverse of [`ratio_of_angle`].
-
-    Args:
-        ratio (`torch.Tensor`):
-            Straight times in [0, 1], any shape.
-        sigma_data (`float`):
-            The standard deviation of the data.
-
-    Returns:
-        `torch.Tensor`: `atan2(sigma, alpha * sigma_data)`.
-    """
-    return torch.atan2(ratio, sigma_data * (1 - ratio))
 
 
 def make_coordinates(path: ConditionalPath, sampling_path: str, sigma_data: float) -> Coordinates:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
 
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +11,15 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
+from .grids import (
+    FINAL_SIGMAS_TYPES,
+    TIMESTEP_SPACINGS,
+    check_lengths,
+    check_times,
+    integer_timesteps,
+    interpolate,
+    spaced_ratios,
+)
 from .sampling_plan import (
     DIFFUSION_FORMS,
     RUNGE_KUTTA,
@@ -19,15 +27,9 @@ from .sampling_plan import (
     SOLVERS,
     SamplingPlan,
     Stage,
-    angle_of_ratio,
-    ratio_of_angle,
     runge_kutta_tableau,
 )
 from .stock_configs import translate_stock_config
-
-
-TIMESTEP_SPACINGS = ("trailing", "linspace", "leading", "graded")
-FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 
 
 class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
@@ -269,7 +271,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"`config` must be a configuration dictionary, got {config!r}.")
         translated = translate_stock_config(config)
         translated.pop("_use_default_values", None)
-        scheduler, unused = super().from_config(translated, return_unused_kwargs=True, **kwargs)
+        built: Any = super().from_config(translated, return_unused_kwargs=True, **kwargs)
+        scheduler, unused = built
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
         scheduler.register_to_config(**foreign)
         return (scheduler, unused) if return_unused_kwargs else scheduler
@@ -320,7 +323,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if self._given_times is None:
             return self._untied_time(timestep)
         ratios, timesteps = (table.to(timestep) for table in self._given_times)
-        return self.path.time_at(_interpolate(timestep, timesteps, ratios))
+        return self.path.time_at(interpolate(timestep, timesteps, ratios))
 
     def _untied_time(self, timestep: torch.Tensor) -> torch.Tensor:
         t = timestep / self.timestep_scale
@@ -477,7 +480,12 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 path has no defined derivative at the start of the grid for this `prediction_type`.
         """
         sigmas, timesteps = _to_list(sigmas), _to_list(timesteps)
-        self._check_grid(num_inference_steps, sigmas, mu, timesteps)
+        check_lengths(num_inference_steps, sigmas, timesteps)
+        check_times("sigmas", sigmas, 1.0)
+        # Where the network's time runs backwards (Mochi), so do the timesteps; the sigmas are given as ever.
+        check_times("timesteps", timesteps, self.timestep_scale, rising=self.config.invert_sigmas)
+        if self.config.use_dynamic_shifting and mu is None and (sigmas is not None or timesteps is None):
+            raise ValueError("`mu` must be passed with `use_dynamic_shifting`, got None.")
         stock_grid = self.config.timestep_spacing == "linspace" and self.config.path != "vp_discrete"
 
         # 1. Straight times at which steps begin, and where they end
@@ -503,7 +511,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if timesteps is not None and (sigmas is not None or stock_grid):
             last = self.timestep_scale if self.config.invert_sigmas else 0.0
             self._given_times = (ratios.flip(0), torch.tensor([*timesteps, last], dtype=torch.float64).flip(0))
-            network_times = _interpolate(stage_ratios[:-1], *self._given_times)
+            network_times = interpolate(stage_ratios[:-1], *self._given_times)
         else:
             t = torch.tensor([stage.t for stage in self._stages], dtype=torch.float64)
             network_times = self.timestep_scale * (1 - t if self.config.invert_sigmas else t)
@@ -529,43 +537,6 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             diffusion=(config.diffusion_form, config.diffusion_scale),
         )
 
-    def _check_grid(
-        self,
-        num_inference_steps: int | None,
-        sigmas: list[float] | None,
-        mu: float | None,
-        timesteps: list[float] | None,
-    ) -> None:
-        if num_inference_steps is None and sigmas is None and timesteps is None:
-            raise ValueError("One of `num_inference_steps`, `sigmas` and `timesteps` must be given, got none of them.")
-        if num_inference_steps is not None and int(num_inference_steps) < 1:
-            raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
-        lengths = {
-            name: length
-            for name, length in (
-                ("num_inference_steps", num_inference_steps),
-                ("sigmas", None if sigmas is None else len(sigmas)),
-                ("timesteps", None if timesteps is None else len(timesteps)),
-            )
-            if length is not None
-        }
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"`sigmas`, `timesteps` and `num_inference_steps` must agree in length, got {lengths}.")
-        if self.config.use_dynamic_shifting and mu is None and not (sigmas is None and timesteps is not None):
-            raise ValueError("`mu` must be passed with `use_dynamic_shifting`, got None.")
-        for name, values, high in (("sigmas", sigmas, 1.0), ("timesteps", timesteps, self.timestep_scale)):
-            if values is None:
-                continue
-            outside = [value for value in values if not 0 <= value <= high * (1 + 1e-6)]
-            if not values or outside:
-                raise ValueError(f"`{name}` must lie in [0, {high:g}], got {(outside or values)[:3]}.")
-            # Where the network's time runs backwards (Mochi), so do the timesteps, but not the sigmas, given by hand.
-            rising = self.config.invert_sigmas and name == "timesteps"
-            ordered = values[::-1] if rising else values
-            if any(b >= a for a, b in pairwise(ordered)):
-                direction = "rise" if rising else "descend"
-                raise ValueError(f"`{name}` must strictly {direction}, got {[round(value, 6) for value in values]}.")
-
     @property
     def _transforms_grid(self) -> bool:
         config = self.config
@@ -585,36 +556,43 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return 1 - ratios if self.config.invert_sigmas else ratios
 
     def _spaced(self, num_inference_steps: int) -> torch.Tensor:
-        """Straight times of `timestep_spacing` before any shift: its timesteps, on `vp_discrete` integers."""
-        n, spacing, path = num_inference_steps, self.config.timestep_spacing, self.path
-        if spacing == "graded":
-            falling = (1 - torch.arange(n, dtype=torch.float64) / n) ** 1.5
-            ends = torch.tensor([path.ratio_min, path.ratio_max], dtype=torch.float64)
-            low, high = angle_of_ratio(ends, self.config.sigma_data)
-            return ratio_of_angle(low + (high - low) * falling, self.config.sigma_data)
-        if self.config.path != "vp_discrete":
-            rising = torch.arange(1, n + 1, dtype=torch.float64) / n
-            if spacing == "linspace":
-                rising = torch.linspace(1 / self.config.num_train_timesteps, 1, n, dtype=torch.float64)
-            grid = rising.flip(0)
-            if self.config.sampling_path == "native":
-                return path.ratio(grid)
-            return path.ratio_min + (path.ratio_max - path.ratio_min) * grid
-        train_steps = self.config.num_train_timesteps
-        if n > train_steps:
-            raise ValueError(f"`num_inference_steps` must be at most {train_steps} on 'vp_discrete', got {n}.")
-        # The three spacings of arXiv 2305.08891, table 2.
-        if spacing == "trailing":
-            timesteps = (train_steps - torch.arange(n, dtype=torch.float64) * (train_steps / n)).round() - 1
-        elif spacing == "linspace":
-            timesteps = torch.linspace(0, train_steps - 1, n, dtype=torch.float64).round().flip(0)
-        else:
-            timesteps = torch.arange(n, dtype=torch.float64).flip(0) * (train_steps // n) + self.config.steps_offset
-        return self.path.ratio(timesteps.clamp(0, train_steps - 1) / self.timestep_scale)
+        """Straight times of `timestep_spacing` before any shift."""
+        config, spacing = self.config, self.config.timestep_spacing
+        if config.path == "vp_discrete" and spacing != "graded":
+            timesteps = integer_timesteps(
+                spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
+            )
+            return self.path.ratio(timesteps / self.timestep_scale)
+        native = config.sampling_path == "native"
+        return spaced_ratios(
+            self.path, spacing, num_inference_steps, native, config.sigma_data, config.num_train_timesteps
+        )
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:
         """Stock's stretch to `shift_terminal`; a grid of one step, for which that is 0 / 0, is left alone."""
         return t if len(t) == 1 else super().stretch_shift_to_terminal(t)
+
+    def _convert_to_karras(self, in_sigmas: Any, num_inference_steps: int) -> Any:
+        return self._over_levels(super()._convert_to_karras, in_sigmas, num_inference_steps)
+
+    def _convert_to_exponential(self, in_sigmas: Any, num_inference_steps: int) -> Any:
+        return self._over_levels(super()._convert_to_exponential, in_sigmas, num_inference_steps)
+
+    def _convert_to_beta(self, in_sigmas: Any, num_inference_steps: int, alpha: float = 0.6, beta: float = 0.6) -> Any:
+        convert = super()._convert_to_beta
+        return self._over_levels(lambda levels, n: convert(levels, n, alpha, beta), in_sigmas, num_inference_steps)
+
+    def _over_levels(self, convert: Callable[[Any, int], Any], in_sigmas: Any, num_inference_steps: int) -> Any:
+        """Karras-like grids are over straight times in stock's flow schedulers, over sigma / alpha in diffusion ones."""
+        if self.config.path != "vp_discrete":
+            return convert(in_sigmas, num_inference_steps)
+        if max(in_sigmas) >= 1:
+            raise ValueError(
+                f"Karras, exponential and beta grids need a finite sigma / alpha where they begin, and {self.path} "
+                "begins in pure noise."
+            )
+        levels = convert(in_sigmas / (1 - in_sigmas), num_inference_steps)
+        return levels / (1 + levels)
 
     # The sampling loop
 
@@ -707,12 +685,11 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 per_token_timesteps=per_token_timesteps,
                 return_dict=return_dict,
             )
-        if self._step_index is None:
-            self._init_step_index(timestep)
-        if self._step_index >= len(self._stages):
+        index = self._init_step_index(timestep) if self._step_index is None else self._step_index
+        if index >= len(self._stages):
             raise ValueError(f"The sampling loop has {len(self._stages)} turns, got one more; call `set_timesteps`.")
 
-        stage = self._stages[self._step_index]
+        stage = self._stages[index]
         x = sample.to(torch.promote_types(sample.dtype, torch.float32))
         answer = -model_output if self.config.invert_sigmas else model_output
         if self.config.clip_sample:
@@ -722,25 +699,29 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         if stage.noise != 0.0:
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             result = torch.add(result, noise, alpha=stage.noise)
-        self._step_index += 1
+        self._step_index = index + 1
         result = result.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
 
-    def _init_step_index(self, timestep: float | torch.Tensor) -> None:
+    def _init_step_index(self, timestep: float | torch.Tensor) -> int:
         super()._init_step_index(timestep)
-        index = self._step_index
+        index = int(self._step_index)
         self._step_start, self._derivatives = None, []
         if index > 0 and self._stages[index].first and len(self._stages[index].weights) > 1:
             # A multistep method that begins later has no earlier derivatives: it starts up from there.
             self._stages[index:] = self._plan().stages(self._ratios[index:])
+        return index
 
     def _integrate(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        if not stage.first and self._step_start is None:
+        if stage.first:
+            start = x
+        elif self._step_start is not None:
+            start = self._step_start
+        else:
             raise ValueError(
                 f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages,"
                 f" got index {self._step_index}."
             )
-        start = x if stage.first else self._step_start
         self._step_start = None if stage.last else start
         if start is x and len(stage.weights) == 1 and stage.retain == 0:
             keep = stage.keep + stage.weights[0] * stage.on_sample
@@ -779,13 +760,3 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
 
 def _to_list(values: Sequence[float] | torch.Tensor | None) -> list[float] | None:
     return None if values is None else torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
-
-
-def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """Piecewise linear interpolation of `ys` over `xs`, both monotone in the same sense or not, `xs` sorted below."""
-    order = xs.argsort(stable=True)
-    xs, ys = xs[order], ys[order]
-    upper = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
-    width = xs[upper] - xs[upper - 1]
-    part = torch.where(width > 0, (x - xs[upper - 1]) / width, torch.ones_like(x)).clamp(0, 1)
-    return torch.lerp(ys[upper - 1], ys[upper], part)

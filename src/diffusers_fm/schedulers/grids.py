@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""
+Grids of straight times, `sigma / (alpha + sigma)`: their spacings, checks and inversions.
+"""
+
+import math
+from itertools import pairwise
+
+import torch
+
+from ..paths import ConditionalPath
+
+
+TIMESTEP_SPACINGS = ("trailing", "linspace", "leading", "graded")
+FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
+
+# The angles of the graded grid are (pi / 2) (1 - i / N)^1.5.
+GRADING = 1.5
+
+
+def ratio_of_angle(angle: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """
+    The straight time at an angle `atan2(sigma, alpha * sigma_data)`.
+
+    Args:
+        angle (`torch.Tensor`):
+            Angles in [0, pi / 2], 0 = data, any shape.
+        sigma_data (`float`):
+            The standard deviation of the data.
+
+    Returns:
+        `torch.Tensor`: `sigma / (alpha + sigma)`.
+    """
+    noise = sigma_data * torch.sin(angle)
+    # The sine of the complement is exactly 0 at pi / 2; the cosine is not.
+    return noise / (torch.sin(math.pi / 2 - angle) + noise)
+
+
+def angle_of_ratio(ratio: torch.Tensor, sigma_data: float) -> torch.Tensor:
+    """
+    The inverse of [`ratio_of_angle`].
+
+    Args:
+        ratio (`torch.Tensor`):
+            Straight times in [0, 1], any shape.
+        sigma_data (`float`):
+            The standard deviation of the data.
+
+    Returns:
+        `torch.Tensor`: `atan2(sigma, alpha * sigma_data)`.
+    """
+    return torch.atan2(ratio, sigma_data * (1 - ratio))
+
+
+def spaced_ratios(
+    path: ConditionalPath,
+    spacing: str,
+    num_steps: int,
+    native: bool = False,
+    sigma_data: float = 1.0,
+    num_train_timesteps: int = 1000,
+) -> torch.Tensor:
+    """
+    Where steps begin, before any shift.
+
+    Args:
+        path (`ConditionalPath`):
+            The path; the grid begins at its `ratio_max` and stays above its `ratio_min`.
+        spacing (`str`):
+            `trailing`: equal steps. `linspace`: the same, with a last step of `1 / num_train_timesteps`. `graded`:
+            angles that become finer towards the data.
+        num_steps (`int`):
+            Number of steps.
+        native (`bool`, *optional*, defaults to `False`):
+            Whether equal steps are meant in the path's own time, not in the straight one.
+        sigma_data (`float`, *optional*, defaults to 1.0):
+            Standard deviation of the data, for `graded`.
+        num_train_timesteps (`int`, *optional*, defaults to 1000):
+            For `linspace`.
+
+    Returns:
+        `torch.Tensor` of shape `(num_steps,)`: Straight times in float64, descending.
+    """
+    left = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
+    if spacing == "graded":
+        low, high = angle_of_ratio(torch.tensor([path.ratio_min, path.ratio_max], dtype=torch.float64), sigma_data)
+        return ratio_of_angle(low + (high - low) * left**GRADING, sigma_data)
+    if spacing == "linspace":
+        left = torch.linspace(1, 1 / num_train_timesteps, num_steps, dtype=torch.float64)
+    return path.ratio(left) if native else path.ratio_min + (path.ratio_max - path.ratio_min) * left
+
+
+def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, steps_offset: int) -> torch.Tensor:
+    """
+    The timesteps of diffusion schedulers by `timestep_spacing` (arXiv 2305.08891, table 2).
+
+    Args:
+        spacing (`str`):
+            `trailing`, `linspace` or `leading`.
+        num_steps (`int`):
+            Number of steps, at most `num_train_timesteps`.
+        num_train_timesteps (`int`):
+            Number of timesteps that the network was trained at.
+        steps_offset (`int`):
+            Added to `leading` timesteps.
+
+    Returns:
+        `torch.Tensor` of shape `(num_steps,)`: Integers in float64, descending in `[0, num_train_timesteps - 1]`.
+
+    Raises:
+        ValueError: If there are more steps than timesteps.
+    """
+    if num_steps > num_train_timesteps:
+        raise ValueError(
+            f"`num_inference_steps` must be at most {num_train_timesteps} on 'vp_discrete', got {num_steps}."
+        )
+    index = torch.arange(num_steps, dtype=torch.float64)
+    if spacing == "trailing":
+        timesteps = (num_train_timesteps - index * (num_train_timesteps / num_steps)).round() - 1
+    elif spacing == "linspace":
+        timesteps = torch.linspace(num_train_timesteps - 1, 0, num_steps, dtype=torch.float64).round()
+    else:
+        timesteps = index.flip(0) * (num_train_timesteps // num_steps) + steps_offset
+    return timesteps.clamp(0, num_train_timesteps - 1)
+
+
+def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None) -> None:
+    """
+    Check that something says how many steps there are, and that all that is given agrees.
+
+    Args:
+        num_inference_steps (`int`, *optional*):
+            Number of steps.
+        sigmas (`list[float]`, *optional*):
+            Straight times.
+        timesteps (`list[float]`, *optional*):
+            Times for the network.
+
+    Raises:
+        ValueError: If nothing is given, or lengths differ.
+    """
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "sigmas": None if sigmas is None else len(sigmas),
+        "timesteps": None if timesteps is None else len(timesteps),
+    }
+    lengths = {name: length for name, length in given.items() if length is not None}
+    if not lengths:
+        raise ValueError("One of `num_inference_steps`, `sigmas` and `timesteps` must be given, got none of them.")
+    if num_inference_steps is not None and int(num_inference_steps) < 1:
+        raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"`sigmas`, `timesteps` and `num_inference_steps` must agree in length, got {lengths}.")
+
+
+def check_times(name: str, values: list[float] | None, high: float, rising: bool = False) -> None:
+    """
+    Check a grid that a user gave.
+
+    Args:
+        name (`str`):
+            What the values are called.
+        values (`list[float]`, *optional*):
+            The values, if given.
+        high (`float`):
+            The largest one that is accepted; the smallest is 0.
+        rising (`bool`, *optional*, defaults to `False`):
+            Whether they must rise, not descend.
+
+    Raises:
+        ValueError: If values are missing, out of range, equal or in the wrong order.
+    """
+    if values is None:
+        return
+    outside = [value for value in values if not 0 <= value <= high * (1 + 1e-6)]
+    if not values or outside:
+        raise ValueError(f"`{name}` must lie in [0, {high:g}], got {(outside or values)[:3]}.")
+    if any(b >= a for a, b in pairwise(values[::-1] if rising else values)):
+        order = "rise" if rising else "descend"
+        raise ValueError(f"`{name}` must strictly {order}, got {[round(value, 6) for value in values]}.")
+
+
+def interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """
+    Piecewise linear interpolation, constant beyond the ends.
+
+    Args:
+        x (`torch.Tensor`):
+            Where to interpolate, any shape.
+        xs (`torch.Tensor` of shape `(n,)`):
+            Points, in any order.
+        ys (`torch.Tensor` of shape `(n,)`):
+            Values at these points.
+
+    Returns:
+        `torch.Tensor`: Of the shape of `x`.
+    """
+    order = xs.argsort(stable=True)
+    xs, ys = xs[order], ys[order]
+    upper = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
+    width = xs[upper] - xs[upper - 1]
+    part = torch.where(width > 0, (x - xs[upper - 1]) / width, torch.ones_like(x)).clamp(0, 1)
+    return torch.lerp(ys[upper - 1], ys[upper], part)
