@@ -168,7 +168,7 @@ def test_from_pretrained_on_a_folder_without_weights(kind: str, names: str, tmp_
 
 
 @pytest.mark.parametrize("load", [FlowMatchPipeline.from_pretrained, init_pipeline], ids=["from_pretrained", "init"])
-@pytest.mark.parametrize(("networks", "given"), [([], "neither"), (["unet", "transformer"], "both")])
+@pytest.mark.parametrize(("networks", "given"), [([], "neither was"), (["unet", "transformer"], "both were")])
 def test_folder_with_both_or_neither_network(load: object, networks: list[str], given: str, tmp_path: Path) -> None:
     folder = untrained("unet", tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
@@ -177,7 +177,7 @@ def test_folder_with_both_or_neither_network(load: object, networks: list[str], 
     (folder / "model_index.json").write_text(json.dumps(index))
     shutil.rmtree(folder / "unet")
     # Nothing could be loaded or built from this folder: the check comes first.
-    with pytest.raises(ValueError, match=f"needs either `unet` or `transformer`, {given} was given"):
+    with pytest.raises(ValueError, match=f"needs either `unet` or `transformer`, {given} given"):
         load(folder)
 
 

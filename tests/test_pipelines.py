@@ -136,6 +136,27 @@ def test_nfe_is_the_number_of_calls(kind: str, solver: str) -> None:
     assert pipeline.num_timesteps == output.nfe
 
 
+@pytest.mark.parametrize("solver", ["heun", "rk4"])
+def test_last_step_of_a_single_stage(solver: str) -> None:
+    # The velocity of VP has no limit at t = 0, where the last stage of these solvers would lie.
+    pipeline = tiny_pipeline("unet", path="vp", sampling_path="native", solver=solver)
+    recorder = Recorder(pipeline.unet)
+    steps = []
+
+    def callback(given: Any, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        steps.append((step, timestep.item(), len(recorder.timesteps)))
+        return {}
+
+    output = pipeline(num_inference_steps=4, callback_on_step_end=callback, output_type="latent")
+    stages = SOLVER_STAGES[solver]
+    assert output.nfe == len(recorder.timesteps) == 3 * stages + 1
+    assert [(step, calls) for step, _, calls in steps] == [
+        (0, stages), (1, 2 * stages), (2, 3 * stages), (3, 3 * stages + 1),
+    ]  # fmt: skip
+    begins = [recorder.timesteps[step * stages][0].item() for step in range(4)]
+    assert [timestep for _, timestep, _ in steps] == begins
+
+
 def test_a_guided_call_counts_once_and_has_twice_the_batch() -> None:
     pipeline = tiny_pipeline("dit")
     recorder = Recorder(pipeline.transformer)
@@ -592,7 +613,7 @@ def test_scheduler_set_by_hand_is_checked() -> None:
         (lambda: {}, "needs either `unet` or `transformer`, neither was given"),
         (
             lambda: {"unet": tiny_unet(), "transformer": tiny_dit()},
-            "needs either `unet` or `transformer`, both was given",
+            "needs either `unet` or `transformer`, both were given",
         ),
         (lambda: {"unet": tiny_dit()}, "`unet` must be a UNet2DModel, got DiTTransformer2DModel"),
         (

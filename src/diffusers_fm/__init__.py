@@ -6,6 +6,7 @@ from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
 from ._register import register
+from .losses import flow_matching_loss
 from .models import ClassEmbedder, decode_latents, encode_latents
 from .paths import (
     PATHS,
@@ -20,6 +21,7 @@ from .paths import (
 )
 from .pipelines import FlowMatchPipeline, FlowMatchPipelineOutput, init_pipeline
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
+from .timesteps import sample_timesteps
 
 
 __version__ = "0.1.0"
@@ -40,8 +42,10 @@ __all__ = [
     "__version__",
     "decode_latents",
     "encode_latents",
+    "flow_matching_loss",
     "init_pipeline",
     "make_path",
+    "sample_timesteps",
 ]
 
 register()

@@ -47,8 +47,8 @@ def check_one_network(unet: object, transformer: object) -> None:
         ValueError: if both or neither is given.
     """
     if (unet is None) == (transformer is None):
-        given = "neither" if unet is None else "both"
-        raise ValueError(f"A FlowMatchPipeline needs either `unet` or `transformer`, {given} was given.")
+        given = "neither was" if unet is None else "both were"
+        raise ValueError(f"A FlowMatchPipeline needs either `unet` or `transformer`, {given} given.")
 
 
 def check_components(

@@ -484,7 +484,8 @@ class FlowMatchPipeline(DiffusionPipeline):
                 off, 0 draws from the null class, that is, without a class. Values other than 1 double the batch of a
                 call.
             num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of solver steps; the calls of the network are `scheduler.order` times as many.
+                Number of solver steps. Each takes `scheduler.order` calls of the network, the last one fewer where a
+                path ends in a single straight step.
             sigmas (`list[float]`, *optional*):
                 Grid of the steps instead of `num_inference_steps`, see [`FlowMatchScheduler.set_timesteps`].
             timesteps (`list[float]`, *optional*):
@@ -572,8 +573,8 @@ class FlowMatchPipeline(DiffusionPipeline):
 
         # 4. Integration from noise to data
         nfe = 0
-        num_steps = len(scheduler.timesteps) // scheduler.order
-        with self.progress_bar(total=num_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
+        order, last = scheduler.order, self._num_timesteps - 1
+        with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
@@ -590,11 +591,12 @@ class FlowMatchPipeline(DiffusionPipeline):
                     model_output = null_output + self.guidance_scale * (class_output - null_output)
                 latents = scheduler.step(model_output, timestep, latents, generator=generator, return_dict=False)[0]
 
-                if (i + 1) % scheduler.order == 0:
+                # Every step has `order` stages, save the last, which is a single one where the path asks for it.
+                if (i + 1) % order == 0 or i == last:
                     if callback_on_step_end is not None:
-                        begin = scheduler.timesteps[i + 1 - scheduler.order]
+                        begin = scheduler.timesteps[i // order * order]
                         tensors = {"latents": latents} if "latents" in tensor_inputs else {}
-                        outputs = callback_on_step_end(self, i // scheduler.order, begin, tensors)
+                        outputs = callback_on_step_end(self, i // order, begin, tensors)
                         latents = outputs.pop("latents", latents)
                     progress_bar.update()
 
