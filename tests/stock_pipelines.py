@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import diffusers
 import numpy as np
+import pytest
 import torch
 from diffusers import (
     AuraFlowPipeline,
@@ -68,7 +70,13 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.utils import BaseOutput
+from packaging.version import Version
 
+
+# `FlowMatchScheduler` keeps the timesteps that it is given, as stock does since 0.42.
+stock_keeps_timesteps = pytest.mark.skipif(
+    Version(diffusers.__version__) < Version("0.42"), reason="before 0.42 stock overwrites the timesteps it is given"
+)
 
 # The noise schedule that Stable Diffusion 1.x, 2.x and XL were trained with.
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

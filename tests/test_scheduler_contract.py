@@ -21,6 +21,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils import BaseOutput
+from stock_pipelines import stock_keeps_timesteps
 
 from diffusers_fm import FlowMatchScheduler
 
@@ -272,6 +273,7 @@ def test_given_sigmas_are_shifted_as_in_stock(settings: dict, kind: type) -> Non
     torch.testing.assert_close(ours.sigmas, stock.sigmas, rtol=0, atol=1e-6)
 
 
+@stock_keeps_timesteps
 @pytest.mark.parametrize("settings", [{}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
 @pytest.mark.parametrize("sigmas", [None, [0.95, 0.6, 0.2]], ids=["timesteps", "timesteps-and-sigmas"])
 def test_given_timesteps_are_treated_as_in_stock(settings: dict, sigmas: list[float] | None) -> None:
