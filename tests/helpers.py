@@ -15,8 +15,8 @@ class GaussianMixture:
     """
     Data drawn from a mixture of Gaussians with diagonal covariances.
 
-    On every path the marginals stay mixtures: mode k is `N(alpha * mean_k, alpha^2 * std_k^2 + sigma^2)`, which gives the
-    posterior means of data and noise, hence the exact output of a network of every prediction type, the score, the
+    On every path the marginals stay mixtures: mode k is `N(alpha * mean_k, alpha^2 * std_k^2 + sigma^2)`, which gives
+    the posterior means of data and noise, hence the exact output of a network of every prediction type, the score, the
     divergence and the log-density, all without dividing by anything that vanishes at t = 0 or t = 1.
 
     Args:
@@ -76,7 +76,7 @@ class GaussianMixture:
         return torch.logsumexp(self._modes(x, path.alpha(t), path.sigma(t))[0], 1)
 
     def predict(self, path: ConditionalPath, x: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-        """The output of a perfect network of any prediction type at `x` of `(batch_size, *shape)`, `t` of `(batch_size,)`."""
+        """A perfect network's output of any prediction type at `x` `(batch_size, *shape)` and `t` `(batch_size,)`."""
         data, slope, _ = self._posterior(x, path.alpha(t), path.sigma(t))
         alpha, sigma = lift(path.alpha(t), x), lift(path.sigma(t), x)
         if prediction_type == "sample":
@@ -118,7 +118,7 @@ class GaussianMixture:
     def _modes(
         self, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Joint log-densities `(batch_size, modes)`, and centred points and variances `(batch_size, modes, *shape)`."""
+        """Joint log-densities `(batch_size, modes)`; centred points and variances `(batch_size, modes, *shape)`."""
         x = x.unsqueeze(1)
         alpha, sigma = lift(alpha, x), lift(sigma, x)
         variance = alpha**2 * self.stds.square() + sigma**2
@@ -187,8 +187,8 @@ def ring_mixture(modes: int = 8, radius: float = 1.2, std: float | None = None) 
     """
     Equal modes on a circle in the plane.
 
-    If no `std` is given, the one that makes the covariance the identity: with eight modes, all moments below the eighth
-    are then those of an isotropic density, and odd ones vanish.
+    If no `std` is given, the one that makes the covariance the identity: with eight modes, all moments below the
+    eighth are then those of an isotropic density, and odd ones vanish.
     """
     std = math.sqrt(1 - radius**2 / 2) if std is None else std
     angles = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
@@ -196,7 +196,9 @@ def ring_mixture(modes: int = 8, radius: float = 1.2, std: float | None = None) 
     return GaussianMixture(torch.full((modes,), 1 / modes, dtype=torch.float64), means, torch.full_like(means, std))
 
 
-def flow_of_gaussian(problem: GaussianMixture, path: ConditionalPath, x: torch.Tensor, t0: float, t1: float) -> torch.Tensor:
+def flow_of_gaussian(
+    problem: GaussianMixture, path: ConditionalPath, x: torch.Tensor, t0: float, t1: float
+) -> torch.Tensor:
     """Where the exact ODE takes `x` from `t0` to `t1` if the data is a single Gaussian: the map is linear."""
     start, end = (torch.full((len(x),), t, dtype=torch.float64) for t in (t0, t1))
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solvers of ordinary differential equations: tableaux as data, fixed steps, Adams multistep and adaptive Runge-Kutta."""
+"""Solvers of ordinary differential equations: tableaux as data, fixed steps, Adams multistep, adaptive Runge-Kutta."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-
-Field = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""A field `field(t, x)`: `t` of shape `(batch_size,)`, `x` and the derivative it returns of shape `(batch_size, ...)`."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class ButcherTableau:
             raise ValueError(f"Tableau {self.name!r} needs an order and a number of stages of at least 1.")
         if len(self.a) != stages or len(self.c) != stages:
             raise ValueError(
-                f"Tableau {self.name!r} has {stages} weights `b`, but {len(self.a)} rows `a` and {len(self.c)} times `c`."
+                f"Tableau {self.name!r} has {stages} weights `b`, but {len(self.a)} rows `a` and {len(self.c)} `c`."
             )
         for i, (row, time) in enumerate(zip(self.a, self.c)):
             if len(row) != i:
@@ -314,7 +311,7 @@ def odeint(
         ValueError: If an argument is not among the accepted ones, or does not go with the others.
         RuntimeError: If `max_steps` do not reach `t1`, or the step size falls below the resolution of time.
     """
-    tableau = _tableau(method)
+    tableau = find_method(method)
     t0, t1 = float(t0), float(t1)
     if not (math.isfinite(t0) and math.isfinite(t1)) or t0 == t1:
         raise ValueError(f"The interval must have two different finite ends, not {t0} and {t1}.")
@@ -357,8 +354,20 @@ def odeint(
     return _adaptive(evaluate, x, t0, t1, tableau, control, args)
 
 
-def _tableau(method: str | ButcherTableau) -> ButcherTableau | None:
-    """The tableau of a method, or `None` for an Adams method."""
+def find_method(method: str | ButcherTableau) -> ButcherTableau | None:
+    """
+    The tableau of a method.
+
+    Args:
+        method (`str` or `ButcherTableau`):
+            A name, or a tableau, which is returned.
+
+    Returns:
+        `ButcherTableau` or `None`: The tableau, or `None` for an Adams method.
+
+    Raises:
+        ValueError: If there is no method of this name.
+    """
     if isinstance(method, ButcherTableau):
         return method
     if method not in TABLEAUX and method not in ADAMS:
@@ -542,7 +551,7 @@ def _adaptive(
         accepted[running] += accept
         rejected[running] += ~accept
         evaluations[running] += evaluate.nfe - calls
-        # PI control with the constants of Hairer et al. I, section IV.2; an error that is not a number counts as large.
+        # PI control (Hairer et al. II, section IV.2); an error that is not a number counts as large.
         safe = error.nan_to_num(nan=math.inf).clamp(min=1e-10)
         grow = 0.9 * safe ** (-0.85 / tableau.order) * last_error ** (0.2 / tableau.order)
         grow = grow.clamp(0.2, 10.0).minimum(torch.where(just_rejected, 1.0, 10.0))
@@ -568,8 +577,8 @@ def _adaptive(
             )
         if (h < resolution).any():
             raise RuntimeError(
-                f"The step size fell to {h.min():.3g} at t = {t[h.argmin()]:.7g}: the field is not finite, not smooth, "
-                f"or the tolerances (rtol {control.rtol}, atol {control.atol}) are too small for {x.dtype}."
+                f"The step size fell to {h.min():.3g} at t = {t[h.argmin()]:.7g}: the field is not finite or smooth "
+                f"there, or the tolerances (rtol {control.rtol}, atol {control.atol}) are too small for {x.dtype}."
             )
         if not tableau.first_same_as_last:
             slope = evaluate(t, x, args)
