@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .paths import ConditionalPath
+from .paths import ConditionalPath, refuse_without_limit
 
 
 def _in_space(space: str) -> Callable[[ConditionalPath, torch.Tensor, str, float], torch.Tensor]:
@@ -95,7 +95,11 @@ def loss_weight(
     """
     if weighting not in WEIGHTINGS:
         raise ValueError(f"`weighting` must be one of {list(WEIGHTINGS)}, got {weighting!r}.")
-    return WEIGHTINGS[weighting](path, t, prediction_type, snr_gamma)
+    if not (snr_gamma > 0 and math.isfinite(snr_gamma)):
+        raise ValueError(f"`snr_gamma` must be a number above 0, got {snr_gamma!r}.")
+    weight = WEIGHTINGS[weighting](path, t, prediction_type, snr_gamma)
+    refuse_without_limit(~torch.isfinite(weight), t, f"The weight {weighting!r} of a {prediction_type!r} on {path}")
+    return weight
 
 
 def flow_matching_loss(
@@ -135,6 +139,9 @@ def flow_matching_loss(
     Raises:
         ValueError: If a name is unknown, or the target or weight has no limit at one of the times.
     """
+    if not model_output.shape == data.shape == noise.shape:
+        shapes = [tuple(tensor.shape) for tensor in (model_output, data, noise)]
+        raise ValueError(f"`model_output`, `data` and `noise` must have one shape, got {shapes}.")
     target = path.target(data.float(), noise.float(), t, prediction_type)
-    error = (model_output.float() - target).square().flatten(1).mean(1)
+    error = (model_output.float() - target).square().reshape(len(data), -1).mean(1)
     return loss_weight(path, t, prediction_type, weighting, snr_gamma).to(error) * error

@@ -9,7 +9,7 @@ transport one.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -40,10 +40,22 @@ def lift(coefficient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _derivative(function: Callable[[torch.Tensor], torch.Tensor], t: torch.Tensor) -> torch.Tensor:
+    t = t.contiguous()
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
-def _refuse(without_limit: torch.Tensor, t: torch.Tensor, what: str) -> None:
+def refuse_without_limit(without_limit: torch.Tensor, t: torch.Tensor, what: str) -> None:
+    """
+    Raise a `ValueError` that names the first time at which a quantity has no limit.
+
+    Args:
+        without_limit (`torch.BoolTensor`):
+            Where that is so.
+        t (`torch.Tensor`):
+            The times, of a shape that broadcasts with it.
+        what (`str`):
+            The quantity.
+    """
     if bool(without_limit.any()):
         t, without_limit = torch.broadcast_tensors(t, without_limit)
         raise ValueError(f"{what} has no limit at t = {t[without_limit].flatten()[0].item():g}; keep t away from it.")
@@ -88,7 +100,12 @@ class ConditionalPath:
 
     def sigma_d_sigma(self, t: torch.Tensor) -> torch.Tensor:
         """`sigma * d_sigma`, elementwise: half the rate of the variance, finite also where `d_sigma` is not."""
-        return self.sigma(t) * self.d_sigma(t)
+        rate = self.sigma(t) * self.d_sigma(t)
+        if bool(rate.isnan().any()):
+            # 0 * infinity: the variance is smooth where its root is not, so a time beside this one will do.
+            beside = t + torch.where(t < 0.5, 1.0, -1.0).to(t) * torch.finfo(t.dtype).eps
+            rate = torch.where(rate.isnan(), self.sigma(beside) * self.d_sigma(beside), rate)
+        return rate
 
     def input_scale(self, t: torch.Tensor) -> torch.Tensor:
         """What `x_t` is multiplied by before the network sees it, elementwise: 1, save on paths that grow (VE)."""
@@ -185,7 +202,12 @@ class ConditionalPath:
 
         Returns:
             `torch.Tensor`: `x_t`, in the dtype of `data`.
+
+        Raises:
+            ValueError: If the data is not of floating point.
         """
+        if not data.is_floating_point():
+            raise ValueError(f"`data` must be of floating point, got {data.dtype}.")
         return self._combine(self.alpha(t), data, self.sigma(t), noise)
 
     def velocity(self, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -235,7 +257,7 @@ class ConditionalPath:
             ValueError: If the prediction type is unknown, or has no limit at one of the times.
         """
         p, q, _ = self._row(prediction_type, t)
-        _refuse(~torch.isfinite(q), t, f"The {prediction_type!r} of {self}")
+        refuse_without_limit(~torch.isfinite(q), t, f"The {prediction_type!r} of {self}")
         return self._combine(p, data, q, noise)
 
     def convert(
@@ -292,7 +314,7 @@ class ConditionalPath:
         """
         on_sample, on_output, undetermined = self._solve(t, source, target)
         name = repr(target) if isinstance(target, str) else "derivative"
-        _refuse(undetermined, t, f"The {name} that a {source!r} implies on {self}")
+        refuse_without_limit(undetermined, t, f"The {name} that a {source!r} implies on {self}")
         return on_sample, on_output
 
     def determines(
@@ -339,7 +361,7 @@ class ConditionalPath:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The coefficients of a conversion, and where it has none."""
         p1, q1, sigma_q1 = self._row(source, t)
-        p2, q2, sigma_q2 = self._row(target, t) if isinstance(target, str) else (*target, self.sigma(t) * target[1])
+        p2, q2, sigma_q2 = (*target, self.sigma(t) * target[1]) if isinstance(target, tuple) else self._row(target, t)
         if source == target:
             return torch.zeros_like(t), torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
         alpha, sigma = self.alpha(t), self.sigma(t)
@@ -347,7 +369,12 @@ class ConditionalPath:
         q1, q2 = torch.where(by_sigma, sigma_q1, q1), torch.where(by_sigma, sigma_q2, q2)
         sigma = torch.where(by_sigma, sigma.square(), sigma)
         determinant = alpha * q1 - sigma * p1
-        return (p2 * q1 - p1 * q2) / determinant, (alpha * q2 - sigma * p2) / determinant, determinant == 0
+        across = p2 * q1 - p1 * q2
+        # Multiples of each other need no x_t: epsilon and score where alpha is 0.
+        multiple = (determinant == 0) & (across == 0)
+        on_sample = torch.where(multiple, torch.zeros_like(across), across / determinant)
+        on_output = torch.where(multiple, q2 / q1, (alpha * q2 - sigma * p2) / determinant)
+        return on_sample, on_output, ~(torch.isfinite(on_sample) & torch.isfinite(on_output))
 
     def _row(self, prediction_type: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`p`, `q` and `sigma * q` of the prediction `p * data + q * noise`; only `q` may be infinite."""
@@ -451,9 +478,10 @@ class VPPath(ConditionalPath):
 
     def time_at(self, ratio: torch.Tensor) -> torch.Tensor:
         # sigma / alpha = r / (1 - r) gives T = log(1 + (r / (1 - r))^2); t is the positive root of the quadratic T(t).
-        ratio = ratio.clamp(0, self.ratio_max)
-        integral = torch.log1p((ratio / (1 - ratio)).square())
+        # It is bounded by T(1), which is finite where the ratio rounds to one.
         slope = self.beta_max - self.beta_min
+        integral = torch.log1p((ratio.clamp(0, 1) / (1 - ratio.clamp(0, 1))).square())
+        integral = integral.clamp(max=self.beta_min + slope / 2)
         return (2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))).clamp(0, 1)
 
 
@@ -564,11 +592,16 @@ class DiscreteVPPath(ConditionalPath):
         for name in ("beta_start", "beta_end"):
             beta = getattr(self, name)
             _require(_is_number(beta) and 0 < beta < 1, name, beta, "a number in (0, 1)")
+        zero_snr = self.rescale_betas_zero_snr
+        _require(isinstance(zero_snr, bool), "rescale_betas_zero_snr", zero_snr, "True or False")
         if self.trained_betas is not None:
-            betas = tuple(float(beta) for beta in self.trained_betas)
-            valid = len(betas) == self.num_train_timesteps and all(0 < beta < 1 for beta in betas)
             accepted = f"{self.num_train_timesteps} numbers in (0, 1), one for each train timestep"
-            _require(valid, "trained_betas", f"{len(betas)} numbers", accepted)
+            listed = isinstance(self.trained_betas, Iterable) and not isinstance(self.trained_betas, str)
+            _require(listed, "trained_betas", self.trained_betas, accepted)
+            betas = tuple(float(beta) for beta in self.trained_betas)
+            _require(len(betas) == self.num_train_timesteps, "trained_betas", f"{len(betas)} numbers", accepted)
+            outside = [beta for beta in betas if not 0 < beta < 1]
+            _require(not outside, "trained_betas", outside[:3], accepted)
             object.__setattr__(self, "trained_betas", betas)
 
     @cached_property
@@ -656,7 +689,7 @@ def make_path(name: str, **path_kwargs: Any) -> ConditionalPath:
     Raises:
         ValueError: If the name or a parameter is unknown or out of range.
     """
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise ValueError(f"`path` must be one of {list(PATHS)}, got {name!r}.")
     accepted = [field.name for field in fields(PATHS[name])]  # type: ignore[arg-type]
     unknown = sorted(set(path_kwargs) - set(accepted))

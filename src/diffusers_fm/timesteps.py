@@ -63,7 +63,7 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     Raises:
         ValueError: If `shift` is not above 0.
     """
-    if not shift > 0:
+    if not 0 < shift < math.inf:
         raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")
     return shift * t / (1 + (shift - 1) * t)
 
@@ -137,10 +137,11 @@ def sample_timesteps(
         )
     high = 2 / (math.pi - 2)
     for name, value, valid, accepted in (
-        ("logit_std", logit_std, logit_std > 0, "above 0"),
+        ("logit_mean", logit_mean, math.isfinite(logit_mean), "that is finite"),
+        ("logit_std", logit_std, 0 < logit_std < math.inf, "above 0"),
         ("mode_scale", mode_scale, -1 <= mode_scale <= high, f"in [-1, {high:.4f}]"),
-        ("alpha", alpha, alpha > 0, "above 0"),
-        ("beta", beta, beta > 0, "above 0"),
+        ("alpha", alpha, 0 < alpha < math.inf, "above 0"),
+        ("beta", beta, 0 < beta < math.inf, "above 0"),
     ):
         if not valid:
             raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")

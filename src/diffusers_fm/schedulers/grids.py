@@ -4,7 +4,9 @@ Grids of straight times, `sigma / (alpha + sigma)`: their spacings, checks and i
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 
@@ -124,6 +126,30 @@ def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, st
     return timesteps.clamp(0, num_train_timesteps - 1)
 
 
+def to_list(name: str, values: Sequence[float] | torch.Tensor | None) -> list[float] | None:
+    """
+    A grid that a user gave, as a list.
+
+    Args:
+        name (`str`):
+            What the values are called.
+        values (`list[float]`, `np.ndarray` or `torch.Tensor` of shape `(n,)`, *optional*):
+            The values.
+
+    Returns:
+        `list[float]` or `None`: The values, if given.
+
+    Raises:
+        ValueError: If they are not a list of numbers.
+    """
+    if values is None:
+        return None
+    tensor = torch.as_tensor(values, dtype=torch.float64)
+    if tensor.ndim != 1:
+        raise ValueError(f"`{name}` must be a list of numbers, got the shape {tuple(tensor.shape)}.")
+    return tensor.tolist()
+
+
 def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None) -> None:
     """
     Check that something says how many steps there are, and that all that is given agrees.
@@ -147,7 +173,7 @@ def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, t
     lengths = {name: length for name, length in given.items() if length is not None}
     if not lengths:
         raise ValueError("One of `num_inference_steps`, `sigmas` and `timesteps` must be given, got none of them.")
-    if num_inference_steps is not None and int(num_inference_steps) < 1:
+    if num_inference_steps is not None and not (isinstance(num_inference_steps, Integral) and num_inference_steps > 0):
         raise ValueError(f"`num_inference_steps` must be an integer of at least 1, got {num_inference_steps!r}.")
     if len(set(lengths.values())) > 1:
         raise ValueError(f"`sigmas`, `timesteps` and `num_inference_steps` must agree in length, got {lengths}.")

@@ -22,6 +22,9 @@ SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "euler_maruyama")
 SAMPLING_PATHS = ("ot", "native", "angle")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
 
+# Adams methods look back only over steps that are no shorter than the next one by more than this.
+MAX_STEP_GROWTH = 10
+
 Row = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -298,10 +301,12 @@ class SamplingPlan:
         integrals: list[list[float]] = []
         predictor: dict[int, float] = {}
         for i in range(len(nodes) - 1):
-            # The newest points of the grid, without those at which it stands still.
+            # The newest points of the grid, without those at which it stands still, or so near each other that the
+            # polynomial through them says nothing about the length of the step.
+            reach = abs(nodes[i + 1] - nodes[i]) / MAX_STEP_GROWTH
             known: list[int] = []
             for j in range(i, -1, -1):
-                if len(known) < order and (not known or nodes[j] != nodes[known[-1]]):
+                if len(known) < order and (not known or abs(nodes[j] - nodes[known[-1]]) > reach):
                     known.append(j)
             total: dict[int, float] = {}
             if corrector and i > 0 and nodes[i] != nodes[i - 1]:
@@ -343,7 +348,7 @@ class SamplingPlan:
         if math.isinf(self.eta):
             fresh = end_sigma
         else:
-            kept = alpha * end_sigma / (end_alpha * sigma)
+            kept = torch.where(sigma > 0, alpha * end_sigma / (end_alpha * sigma), torch.ones_like(sigma))
             fresh = self.eta * end_sigma * torch.sqrt((1 - kept.square()).clamp(min=0))
         noise = torch.sqrt((end_sigma.square() - fresh.square()).clamp(min=0))
         data_sample, data_output = self._coefficients(t, "sample")
@@ -369,7 +374,7 @@ class SamplingPlan:
         slope_sample, slope_output = self._coefficients(t, coordinates.derivative(t))
         noise_sample, noise_output = self._coefficients(t, "epsilon")
         # The score in these coordinates is minus the noise estimate over its level.
-        drift = h * w / (2 * level)
+        drift = torch.where(w > 0, h * w / (2 * level), torch.zeros_like(w))
         keep = arrival * (1 / scale - h * slope_sample - drift * noise_sample)
         weights = [(weight,) for weight in (arrival * (-h * slope_output - drift * noise_output)).tolist()]
         return self._single_stages(ratios, t, self.prediction_type, keep, weights, arrival * torch.sqrt(w * h))

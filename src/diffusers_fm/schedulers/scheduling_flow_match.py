@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from .grids import (
     integer_timesteps,
     interpolate,
     spaced_ratios,
+    to_list,
 )
 from .sampling_plan import (
     DIFFUSION_FORMS,
@@ -174,12 +176,23 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
                 raise ValueError(f"`{name}` must be one of {list(accepted)}, got {value!r}.")
         if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
             raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {num_train_timesteps!r}.")
+        _check_shift(shift)
         for name, value, valid, accepted in (
-            ("shift", shift, shift > 0, "above 0"),
-            ("sigma_data", sigma_data, sigma_data > 0, "above 0"),
+            ("sigma_data", sigma_data, 0 < sigma_data < math.inf, "above 0"),
             ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
-            ("s_churn", s_churn, s_churn >= 0, "of at least 0"),
-            ("diffusion_scale", diffusion_scale, diffusion_scale >= 0, "of at least 0"),
+            ("s_churn", s_churn, 0 <= s_churn < math.inf, "of at least 0"),
+            ("s_tmin", s_tmin, s_tmin >= 0, "of at least 0"),
+            ("s_tmax", s_tmax, s_tmax is None or s_tmax >= 0, "of at least 0, or None"),
+            ("s_noise", s_noise, 0 <= s_noise < math.inf, "of at least 0"),
+            ("diffusion_scale", diffusion_scale, 0 <= diffusion_scale < math.inf, "of at least 0"),
+            ("clip_sample_range", clip_sample_range, 0 < clip_sample_range < math.inf, "above 0"),
+            ("steps_offset", steps_offset, steps_offset >= 0, "of at least 0"),
+            (
+                "shift_terminal",
+                shift_terminal,
+                shift_terminal is None or 0 <= shift_terminal < 1,
+                "in [0, 1), or None",
+            ),
         ):
             if not valid:
                 raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
@@ -236,6 +249,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             self.sigmas, self.timesteps = self.path.ratio(t).float(), (self.timestep_scale * t).float()
         self.num_inference_steps: int | None = None
         self._ratios = torch.empty(0, dtype=torch.float64)
+        self._laid_out = torch.empty(0)
         self._stages: list[Stage] = []
         # Times that the user gave beside sigmas: (sigmas rising, timesteps), which then tie one to the other.
         self._given_times: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -284,9 +298,17 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         Returns:
             `ConditionalPath`: What training, sampling and likelihood all read.
         """
-        path_kwargs = dict(self.config.path_kwargs or {})
+        path_kwargs = self.config.path_kwargs or {}
+        if not isinstance(path_kwargs, Mapping):
+            raise ValueError(f"`path_kwargs` must be a dictionary, got {path_kwargs!r}.")
+        path_kwargs = dict(path_kwargs)
         if self.config.path == "vp_discrete":
-            path_kwargs["num_train_timesteps"] = self.config.num_train_timesteps
+            train_steps = self.config.num_train_timesteps
+            if path_kwargs.setdefault("num_train_timesteps", train_steps) != train_steps:
+                raise ValueError(
+                    f"`path_kwargs` must leave `num_train_timesteps` to the scheduler, where it is {train_steps}, got "
+                    f"{path_kwargs['num_train_timesteps']!r}."
+                )
         return make_path(self.config.path, **path_kwargs)
 
     # What pipelines read
@@ -320,7 +342,8 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         """
         timestep = torch.as_tensor(timestep)
         timestep = timestep.to(torch.promote_types(timestep.dtype, torch.float32))
-        if self._given_times is None:
+        # Times that were given beside sigmas tie the two for the loop that was laid out, not for training.
+        if self._given_times is None or (self._begin_index is None and self._step_index is None):
             return self._untied_time(timestep)
         ratios, timesteps = (table.to(timestep) for table in self._given_times)
         return self.path.time_at(interpolate(timestep, timesteps, ratios))
@@ -479,19 +502,28 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             ValueError: If nothing or contradicting things are given, values are out of range or not descending, or the
                 path has no defined derivative at the start of the grid for this `prediction_type`.
         """
-        sigmas, timesteps = _to_list(sigmas), _to_list(timesteps)
+        sigmas, timesteps = to_list("sigmas", sigmas), to_list("timesteps", timesteps)
         check_lengths(num_inference_steps, sigmas, timesteps)
         check_times("sigmas", sigmas, 1.0)
         # Where the network's time runs backwards (Mochi), so do the timesteps; the sigmas are given as ever.
         check_times("timesteps", timesteps, self.timestep_scale, rising=self.config.invert_sigmas)
-        if self.config.use_dynamic_shifting and mu is None and (sigmas is not None or timesteps is None):
-            raise ValueError("`mu` must be passed with `use_dynamic_shifting`, got None.")
-        stock_grid = self.config.timestep_spacing == "linspace" and self.config.path != "vp_discrete"
+        if self.config.use_dynamic_shifting and (sigmas is not None or timesteps is None):
+            linear = self.config.time_shift_type == "linear"
+            if mu is None or not math.isfinite(mu) or (linear and mu <= 0):
+                accepted = "a number above 0" if linear else "a number"
+                raise ValueError(f"`mu` must be {accepted} with `use_dynamic_shifting`, got {mu!r}.")
+        # Stock reads timesteps as sigmas, which is not what an inverted network calls them.
+        stock_grid = (
+            self.config.timestep_spacing == "linspace"
+            and self.config.path != "vp_discrete"
+            and self.config.sampling_path != "native"
+            and not (self.config.invert_sigmas and timesteps is not None)
+        )
 
         # 1. Straight times at which steps begin, and where they end
         if sigmas is None and timesteps is not None and not stock_grid:
             ratios = self.path.ratio(self._untied_time(torch.tensor(timesteps, dtype=torch.float64)))
-        elif sigmas is not None or (stock_grid and self.config.sampling_path == "ot"):
+        elif sigmas is not None or stock_grid:
             ratios = self._shifted(num_inference_steps, sigmas, mu, timesteps)
         else:
             ratios = self._spaced(num_inference_steps)
@@ -516,7 +548,9 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             t = torch.tensor([stage.t for stage in self._stages], dtype=torch.float64)
             network_times = self.timestep_scale * (1 - t if self.config.invert_sigmas else t)
         sigmas_seen = 1 - stage_ratios if self.config.invert_sigmas else stage_ratios
-        self.sigmas = sigmas_seen.to(torch.float32).to(device)
+        self._laid_out = sigmas_seen.to(torch.float32)
+        # A copy, since pipelines write into it (Cosmos).
+        self.sigmas = self._laid_out.to(device, copy=True)
         self.timesteps = network_times.to(torch.float32).to(device)
         self.num_inference_steps = len(ratios) - 1
         self._step_index = None
@@ -583,7 +617,9 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         return self._over_levels(lambda levels, n: convert(levels, n, alpha, beta), in_sigmas, num_inference_steps)
 
     def _over_levels(self, convert: Callable[[Any, int], Any], in_sigmas: Any, num_inference_steps: int) -> Any:
-        """Karras-like grids are over straight times in stock's flow schedulers, over sigma / alpha in diffusion ones."""
+        """Stock's flow schedulers lay these grids over straight times, its diffusion schedulers over sigma / alpha."""
+        if min(in_sigmas) <= 0:
+            raise ValueError(f"Karras, exponential and beta grids need `sigmas` above 0, got {min(in_sigmas):g}.")
         if self.config.path != "vp_discrete":
             return convert(in_sigmas, num_inference_steps)
         if max(in_sigmas) >= 1:
@@ -594,7 +630,36 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         levels = convert(in_sigmas / (1 - in_sigmas), num_inference_steps)
         return levels / (1 + levels)
 
+    def set_shift(self, shift: float) -> None:
+        """
+        Change the static shift of the grids to come.
+
+        Args:
+            shift (`float`):
+                Above 0; 1 changes nothing.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        _check_shift(shift)
+        super().set_shift(shift)
+
     # The sampling loop
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """
+        Say where in `timesteps` the loop begins, as image-to-image pipelines do.
+
+        Args:
+            begin_index (`int`, *optional*, defaults to 0):
+                The index of the loop's first turn, the first of a step.
+
+        Raises:
+            ValueError: If it is below 0.
+        """
+        if begin_index < 0:
+            raise ValueError(f"`begin_index` must be at least 0, got {begin_index!r}.")
+        super().set_begin_index(begin_index)
 
     def index_for_timestep(
         self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
@@ -707,6 +772,12 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         super()._init_step_index(timestep)
         index = int(self._step_index)
         self._step_start, self._derivatives = None, []
+        if self._begin_index is None and self.order == 1 and not torch.equal(self.sigmas.cpu(), self._laid_out):
+            # The pipeline has changed the grid. To look at it here stalls a device no more than the look-up above.
+            self._laid_out = self.sigmas.cpu().clone()
+            ratios = self._laid_out.double()
+            self._ratios = 1 - ratios if self.config.invert_sigmas else ratios
+            self._stages = self._plan().stages(self._ratios)
         if index > 0 and self._stages[index].first and len(self._stages[index].weights) > 1:
             # A multistep method that begins later has no earlier derivatives: it starts up from there.
             self._stages[index:] = self._plan().stages(self._ratios[index:])
@@ -727,6 +798,7 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             keep = stage.keep + stage.weights[0] * stage.on_sample
             return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
 
+        answer = answer.to(x.dtype)
         derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
         if stage.on_sample != 0.0:
             derivative = torch.add(derivative, x, alpha=stage.on_sample)
@@ -758,5 +830,6 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             )
 
 
-def _to_list(values: Sequence[float] | torch.Tensor | None) -> list[float] | None:
-    return None if values is None else torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+def _check_shift(shift: float) -> None:
+    if not 0 < shift < math.inf:
+        raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")
