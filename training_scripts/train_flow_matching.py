@@ -335,7 +335,9 @@ def main(args: argparse.Namespace) -> None:
         args.report_to,
         args.use_cpu,
     )
-    logging.basicConfig(level=logging.INFO if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING if accelerator.is_main_process else logging.ERROR, format="%(message)s")
+    for name in (logger.name, "diffusers_fm"):
+        logging.getLogger(name).setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     # Everyone has looked at the output folder before anyone writes to it.
     accelerator.wait_for_everyone()
     repo_id = None

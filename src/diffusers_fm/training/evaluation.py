@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..losses import flow_matching_loss
 from ..models import encode_latents
 from ..pipelines import FlowMatchPipeline
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
@@ -50,8 +49,9 @@ def held_out_loss(
     """
     The velocity loss on held-out images at fixed noise and evenly spread times, each image at one time.
 
-    It does not depend on the run's seed, density and weighting, nor on the number of processes (but for rounding).
-    Called by every process.
+    Times and velocities are those of the straight coordinates (on OT, the path's own), so that the figure means the
+    same on every path. It does not depend on the run's seed, density and weighting, nor on the number of processes
+    (but for rounding). Every process calls it.
 
     Args:
         accelerator (`Accelerator`):
@@ -66,7 +66,8 @@ def held_out_loss(
             Images at once.
 
     Returns:
-        `dict[str, Any]`: `validation_loss` and `validation_loss_by_time`, the means of ten bins from data to noise.
+        `dict[str, Any]`: `validation_loss` and `validation_loss_by_time`, the means of ten bins of the straight time
+        from data to noise.
     """
     path, prediction_type = pipeline.scheduler.path, pipeline.scheduler.config.prediction_type
     was_training = model.training
@@ -79,7 +80,9 @@ def held_out_loss(
         clean = normalize(batch["images"]).to(accelerator.device)
         if pipeline.vae is not None:
             clean = encode_latents(pipeline.vae, clean, sample=False)
-        t = (torch.arange(start, start + len(rows), dtype=torch.float64) * _GOLDEN + 0.5) % 1
+        spread = (torch.arange(start, start + len(rows), dtype=torch.float64) * _GOLDEN + 0.5) % 1
+        ratio = path.ratio_min + (path.ratio_max - path.ratio_min) * spread
+        t = path.time_at(ratio)
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=make_generator(EVALUATION_SEED, "held-out", row)) for row in rows]
         ).to(clean)
@@ -87,8 +90,11 @@ def held_out_loss(
         with accelerator.autocast():
             timesteps = (pipeline.scheduler.timestep_scale * t).float().to(accelerator.device)
             prediction = model(path.sample(clean, noise, t), timesteps, labels)
-        losses = flow_matching_loss(path, prediction, clean, noise, t, prediction_type).float().cpu()
-        bins = (t * TIME_BINS).long()
+        error = prediction.float() - path.target(clean, noise, t, prediction_type)
+        # The straight velocity is noise - data; both follow from the prediction, and their errors with them.
+        by_noise, by_data = (path.coefficients(t, prediction_type, type_)[1] for type_ in ("epsilon", "sample"))
+        losses = (by_noise - by_data).square().float() * error.square().flatten(1).mean(1).cpu()
+        bins = (ratio * TIME_BINS).long()
         sums[0].index_add_(0, bins, losses)
         sums[1].index_add_(0, bins, torch.ones_like(losses))
     model.train(was_training)

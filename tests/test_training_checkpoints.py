@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint is whole or not there, and nothing that was good is lost on the way to a new one."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_fm.training.checkpoints import (
+    MANIFEST,
+    damage,
+    find_checkpoint,
+    handle_model_files,
+    latest_checkpoint,
+    load_checkpoint,
+    read_manifest,
+    save_checkpoint,
+)
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def prepare(accelerator: Accelerator, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    model, optimizer = accelerator.prepare(model, optimizer)
+    handle_model_files(accelerator)
+    return model, optimizer
+
+
+def fake(output_dir: Path, step: int, size: int = 5) -> Path:
+    checkpoint = output_dir / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "file.bin").write_bytes(b"x" * size)
+    (checkpoint / MANIFEST).write_text(json.dumps({"step": step, "files": {"file.bin": 5}}))
+    return checkpoint
+
+
+def names(output_dir: Path) -> list[str]:
+    return sorted(path.name for path in output_dir.iterdir())
+
+
+def test_what_is_saved_is_loaded(accelerator: Accelerator, tmp_path: Path) -> None:
+    model, optimizer = prepare(accelerator, 0)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    moments = [state["exp_avg"].clone() for state in optimizer.state_dict()["state"].values()]
+    checkpoint = save_checkpoint(accelerator, tmp_path, 7, {"samples_seen": 56, "seed": 3})
+    assert checkpoint == tmp_path / "checkpoint-7"
+    assert damage(checkpoint) is None
+    manifest = read_manifest(checkpoint)
+    assert (manifest["step"], manifest["samples_seen"], manifest["seed"]) == (7, 56, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for state in optimizer.state_dict()["state"].values():
+        state["exp_avg"].zero_()
+    load_checkpoint(accelerator, checkpoint)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    loaded = [state["exp_avg"] for state in optimizer.state_dict()["state"].values()]
+    assert all(torch.equal(a, b) for a, b in zip(loaded, moments))
+
+
+def test_the_limit_is_kept_after_the_new_one_is_there(accelerator: Accelerator, tmp_path: Path) -> None:
+    prepare(accelerator, 0)
+    (tmp_path / "checkpoint-notes").mkdir()
+    (tmp_path / "checkpoint-5").write_text("a file")
+    for step in (1, 2, 10):
+        save_checkpoint(accelerator, tmp_path, step, {}, total_limit=2)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-2", "checkpoint-5", "checkpoint-notes"]
+    # A run that was resumed from an early checkpoint writes the same step anew, and removes nothing that is later.
+    before = (tmp_path / "checkpoint-2" / MANIFEST).stat().st_mtime_ns
+    save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
+    assert names(tmp_path) == ["checkpoint-10", "checkpoint-2", "checkpoint-5", "checkpoint-notes"]
+    assert (tmp_path / "checkpoint-2" / MANIFEST).stat().st_mtime_ns != before
+
+
+def test_a_failed_save_leaves_the_earlier_ones(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(accelerator, 0)
+    save_checkpoint(accelerator, tmp_path, 1, {}, total_limit=1)
+
+    def full_disk(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffusers_fm.training.checkpoints.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    assert damage(tmp_path / "checkpoint-1") is None
+    monkeypatch.undo()
+    # What was left half-written is cleared away by the next save.
+    save_checkpoint(accelerator, tmp_path, 3, {}, total_limit=1)
+    assert names(tmp_path) == ["checkpoint-3"]
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    for step in (1, 2, 3, 4, 20):
+        fake(tmp_path, step)
+    (tmp_path / "checkpoint-20" / "file.bin").write_bytes(b"xx")
+    (tmp_path / "checkpoint-4" / "file.bin").unlink()
+    (tmp_path / "checkpoint-3" / MANIFEST).unlink()
+    (tmp_path / "checkpoint-2" / MANIFEST).write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
+    faults = ["file.bin has 2 bytes of 5", "file.bin is missing", "it holds no checkpoint.json", "cannot be read"]
+    for record, step, fault in zip(caplog.records, (20, 4, 3, 2), faults, strict=True):
+        assert f"checkpoint-{step} is damaged" in record.getMessage()
+        assert fault in record.getMessage()
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path / "new", None) is None
+    assert find_checkpoint(tmp_path / "new", "latest") is None
+    (tmp_path / "notes.txt").write_text("mine")
+    assert find_checkpoint(tmp_path, None) is None
+    first, second = fake(tmp_path, 9), fake(tmp_path, 10)
+    assert find_checkpoint(tmp_path, "latest") == second
+    assert find_checkpoint(tmp_path, "checkpoint-9") == first
+    assert find_checkpoint(tmp_path / "new", str(first)) == first
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "training_args.json", "log.jsonl", "checkpoint-3"])
+def test_a_folder_with_another_run_is_refused(tmp_path: Path, file: str) -> None:
+    if file == "checkpoint-3":
+        fake(tmp_path, 3)
+    else:
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"holds another run \({file}\)"):
+        find_checkpoint(tmp_path, None)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Cannot resume from 'checkpoint-9': there is no such folder"):
+        find_checkpoint(tmp_path, "checkpoint-9")
+    (tmp_path / "some").mkdir()
+    with pytest.raises(ValueError, match=r"Cannot resume from 'some': it holds no checkpoint\.json"):
+        find_checkpoint(tmp_path, "some")
+    fake(tmp_path, 3, size=4)
+    with pytest.raises(ValueError, match="file.bin has 4 bytes of 5"):
+        find_checkpoint(tmp_path, "checkpoint-3")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="is a file"):
+        find_checkpoint(tmp_path / "file", None)
