@@ -20,9 +20,6 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-
-from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.training.checkpoints import damage, read_manifest
 from tiny_pipelines import NUM_CLASSES
 from training_runs import (
     SCRIPT,
@@ -38,6 +35,9 @@ from training_runs import (
     train,
     weights,
 )
+
+from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.training.checkpoints import damage, read_manifest
 
 
 # Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding. With an

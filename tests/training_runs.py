@@ -15,10 +15,9 @@ import PIL.Image
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
+from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
-
-from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 
 ROOT = Path(__file__).parents[1]
