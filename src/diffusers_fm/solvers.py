@@ -446,8 +446,9 @@ def _adams(
     for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
         slopes = [evaluate(t, x, args), *slopes[: order - 1]]
         known = times[i::-1][: len(slopes)]
-        if corrector and i > 0:
-            # The evaluation that this step makes anyway, at the predicted state, corrects the step before.
+        if i > 0 and (corrector or i < order - 1):
+            # The evaluation that this step makes anyway, at the predicted state, corrects the step before. Bashforth's
+            # order 3 needs it for its first step too: left to Euler, that would cap the order at 2.
             x = _move(start, 1.0, adams_weights(known, times[i - 1], t), slopes)
         start = x
         x = _move(start, 1.0, adams_weights(known, t, t_next), slopes)
