@@ -30,13 +30,15 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
-from ..models.autoencoding import decode_latents, spatial_scale_factor
+from ..models.autoencoding import spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .components import check_components, check_one_network, has_weights
+from .transport import FlowTransportMixin
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3")
 
 
 @dataclass
@@ -56,7 +58,7 @@ class FlowMatchPipelineOutput(BaseOutput):
     nfe: int
 
 
-class FlowMatchPipeline(DiffusionPipeline):
+class FlowMatchPipeline(FlowTransportMixin, DiffusionPipeline):
     r"""
     Generates images from noise by integrating the velocity that a network has learned, from t = 1 (noise) to t = 0
     (data), with the path, the grid and the solver of its [`FlowMatchScheduler`].
@@ -461,6 +463,8 @@ class FlowMatchPipeline(DiffusionPipeline):
         timesteps: list[float] | None = None,
         mu: float | None = None,
         solver: str | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
         height: int | None = None,
         width: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -494,7 +498,12 @@ class FlowMatchPipeline(DiffusionPipeline):
                 Dynamic shift. If the scheduler's `use_dynamic_shifting` is on, it defaults to the value that follows
                 from the number of tokens, as in Stable Diffusion 3.
             solver (`str`, *optional*):
-                Solver of this call instead of the scheduler's.
+                Solver of this call instead of the scheduler's. `"dopri5"` and `"bosh3"` choose their own steps, each
+                image its own: `num_inference_steps` is not read then, and `nfe` is the largest number of any image.
+            rtol (`float`, *optional*, defaults to 1e-5):
+                Relative tolerance of an adaptive solver.
+            atol (`float`, *optional*, defaults to 1e-5):
+                Absolute tolerance of an adaptive solver.
             height (`int`, *optional*):
                 Height of the images in pixels; defaults to the size that the network was configured for.
             width (`int`, *optional*):
@@ -552,6 +561,23 @@ class FlowMatchPipeline(DiffusionPipeline):
         self._interrupt = False
         null_labels = None if labels is None or self.null_class is None else torch.full_like(labels, self.null_class)
 
+        # An adaptive solver has no timesteps to lay out and no steps to call back after
+        adaptive = solver in ADAPTIVE_SOLVERS
+        fixed_only = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu, "callback_on_step_end": callback_on_step_end}
+        unused = fixed_only if adaptive else {"rtol": rtol, "atol": atol}
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            kind = "an adaptive one" if adaptive else "one with fixed steps"
+            raise ValueError(f"`{given[0]}` has no meaning for the solver {solver!r}, which is {kind}.")
+        if adaptive:
+            latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
+            args = () if labels is None else (labels,)
+            solution = self._draw_adaptively(latents, args, str(solver), guidance_scale, rtol, atol)
+            images = self.to_images(solution.x.float(), output_type)
+            self.maybe_free_model_hooks()
+            nfe = int(solution.evaluations.max())
+            return FlowMatchPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
+
         # 2. Timesteps
         scheduler = self.scheduler
         if solver is not None:
@@ -601,11 +627,7 @@ class FlowMatchPipeline(DiffusionPipeline):
                     progress_bar.update()
 
         # 5. Images
-        if output_type == "latent":
-            images = latents
-        else:
-            pixels = latents if self.vae is None else decode_latents(self.vae, latents)
-            images = self.image_processor.postprocess(pixels, output_type=output_type)
+        images = self.to_images(latents, output_type)
 
         # 6. Offloading
         self.maybe_free_model_hooks()
