@@ -20,6 +20,9 @@ from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 from diffusers_fm import FlowMatchPipeline
 
 
+# Tiny models gain nothing from more, and runs of several processes have one each, too.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "training_scripts" / "train_flow_matching.py"
 

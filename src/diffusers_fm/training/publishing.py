@@ -13,7 +13,7 @@ from .arguments import saved_arguments
 
 
 # Optimizer states, logs and pictures under way stay at home.
-NOT_UPLOADED = ["checkpoint-*", "checkpoint-*/**", ".partial-*", ".partial-*/**", "logs/**", "samples/**"]
+NOT_UPLOADED = ("checkpoint-*", "checkpoint-*/**", ".partial-*", ".partial-*/**", "logs/**", "samples/**")
 
 CARD = """
 # {title}
@@ -152,7 +152,7 @@ def upload(args: argparse.Namespace, output_dir: Path, repo_id: str) -> None:
             repo_id=repo_id,
             folder_path=output_dir,
             commit_message="Add the trained pipeline",
-            ignore_patterns=NOT_UPLOADED,
+            ignore_patterns=list(NOT_UPLOADED),
         )
     except Exception as error:
         excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_UPLOADED)
