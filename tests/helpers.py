@@ -196,6 +196,19 @@ def ring_mixture(modes: int = 8, radius: float = 1.2, std: float | None = None) 
     return GaussianMixture(torch.full((modes,), 1 / modes, dtype=torch.float64), means, torch.full_like(means, std))
 
 
+def cross_mixture(shape: tuple[int, ...], radius: float) -> GaussianMixture:
+    """
+    Equal modes at plus and minus `radius` on each axis, of the deviation that makes the covariance the identity.
+
+    Odd moments vanish, so the moments differ from those of a standard normal from the fourth on.
+    """
+    dims = math.prod(shape)
+    axes = radius * torch.eye(dims, dtype=torch.float64).reshape(dims, *shape)
+    means = torch.cat([axes, -axes])
+    stds = torch.full_like(means, math.sqrt(1 - radius**2 / dims))
+    return GaussianMixture(torch.full((2 * dims,), 1 / (2 * dims), dtype=torch.float64), means, stds)
+
+
 def flow_of_gaussian(
     problem: GaussianMixture, path: ConditionalPath, x: torch.Tensor, t0: float, t1: float
 ) -> torch.Tensor:

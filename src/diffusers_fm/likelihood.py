@@ -286,15 +286,14 @@ def bits_per_dim(
         raise ValueError(f"`num_samples` must be at least 1 and `levels` at least 2, not {num_samples} and {levels}.")
     if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
         raise ValueError(f"`images` must hold whole levels in an integer type, not {images.dtype}.")
-    if images.numel() and (images.min() < 0 or images.max() >= levels):
-        raise ValueError(
-            f"`images` must hold levels from 0 to {levels - 1}, not {images.min().item()} to {images.max().item()}."
-        )
+    lowest, highest = images.min().item(), images.max().item()
+    if lowest < 0 or highest >= levels:
+        raise ValueError(f"`images` must hold levels from 0 to {levels - 1}, not {lowest} to {highest}.")
     results = []
     for _ in range(num_samples):
-        noise = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device, dtype)
-        data = (images.to(dtype) + noise) * (2 / levels) - 1
-        results.append(log_likelihood(predict, data, path, generator=generator, **options))
+        noise = torch.rand(images.shape, generator=generator, dtype=torch.float64)
+        data = (images.cpu() + noise) * (2 / levels) - 1
+        results.append(log_likelihood(predict, data.to(images.device, dtype), path, generator=generator, **options))
     log_probs = torch.stack([result.log_prob for result in results])
     dims = images[0].numel()
     log_prob = log_probs.logsumexp(0) - math.log(num_samples) + dims * math.log(2 / levels)
