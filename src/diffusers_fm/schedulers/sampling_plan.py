@@ -309,7 +309,8 @@ class SamplingPlan:
                 if len(known) < order and (not known or abs(nodes[j] - nodes[known[-1]]) > reach):
                     known.append(j)
             total: dict[int, float] = {}
-            if corrector and i > 0 and nodes[i] != nodes[i - 1]:
+            # Bashforth's order 3 needs the correction of its first step too: left to Euler, that would cap the order.
+            if (corrector or i < order - 1) and i > 0 and nodes[i] != nodes[i - 1]:
                 total = dict(zip(known, adams_weights([nodes[j] for j in known], nodes[i - 1], nodes[i])))
                 total = {j: total.get(j, 0.0) - predictor.get(j, 0.0) for j in {*total, *predictor}}
             predictor = {}
