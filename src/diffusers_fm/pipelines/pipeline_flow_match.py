@@ -243,6 +243,7 @@ class FlowMatchPipeline(FlowTransportMixin, DiffusionPipeline):
         class_labels: int | str | list[int] | list[str] | torch.Tensor | None,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
+        allow_null: bool = False,
     ) -> torch.Tensor | None:
         """
         Checks labels and brings them to the form that [`predict`] takes.
@@ -254,6 +255,8 @@ class FlowMatchPipeline(FlowTransportMixin, DiffusionPipeline):
                 Number of images; defaults to the number of labels.
             device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
                 Where the labels are wanted.
+            allow_null (`bool`, *optional*, defaults to `False`):
+                Whether [`null_class`] counts as a label.
 
         Returns:
             `torch.Tensor` of shape `(batch_size,)`, int64, or `None` for an unconditional model.
@@ -274,7 +277,7 @@ class FlowMatchPipeline(FlowTransportMixin, DiffusionPipeline):
         for label in labels:
             if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
                 raise ValueError(f"A class label must be an integer or a class name, got {label!r}.")
-            if not 0 <= label < self.num_classes:
+            if not 0 <= label < self.num_classes and not (allow_null and label == self.null_class):
                 raise ValueError(f"Class label {label} is out of range: labels are 0 to {self.num_classes - 1}.")
         if batch_size is not None and len(labels) != batch_size:
             raise ValueError(f"{len(labels)} class labels were given for a batch of {batch_size}.")

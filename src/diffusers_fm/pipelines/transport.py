@@ -64,7 +64,11 @@ class FlowTransportMixin:
         ) -> torch.Tensor: ...
 
         def prepare_class_labels(
-            self, class_labels: Labels, batch_size: int | None = None, device: torch.device | str = "cpu"
+            self,
+            class_labels: Labels,
+            batch_size: int | None = None,
+            device: torch.device | str = "cpu",
+            allow_null: bool = False,
         ) -> torch.Tensor | None: ...
 
         def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]: ...
@@ -124,7 +128,7 @@ class FlowTransportMixin:
             ValueError: If noise, labels or the output type do not fit the pipeline.
         """
         self._check_shape("noise", noise)
-        labels = self.prepare_class_labels(class_labels, len(noise), noise.device)
+        labels = self.prepare_class_labels(class_labels, len(noise), noise.device, allow_null=True)
         x_1 = noise.float() * self.scheduler.init_noise_sigma
         data = self._carry(x_1, () if labels is None else (labels,), 1.0, 0.0, num_inference_steps)
         return self.to_images(data, output_type)
@@ -197,7 +201,8 @@ class FlowTransportMixin:
             images (PIL images, `np.ndarray` or `torch.Tensor`):
                 A batch as diffusers takes them, see [`encode`].
             class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
-                The classes of the images: the density is the conditional one. Needed exactly if the model has classes.
+                The classes of the images: the density is the conditional one. Needed exactly if the model has classes;
+                `null_class`, where there is one, asks for the density without a class.
             latent_space (`bool`, *optional*, defaults to `False`):
                 Latent pipelines have a density of latents only, which says nothing of pixels: `True` asks for that.
             options:
@@ -250,7 +255,7 @@ class FlowTransportMixin:
         self._check_space(False)
         self._check_shape("images", images)
         images = images.to(self._execution_device)
-        labels = self.prepare_class_labels(class_labels, len(images), images.device)
+        labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
         options = {"start": self._end(0.0), "end": self._end(1.0)} | options
         return bits_per_dim(
             _Flow(self),
@@ -319,7 +324,7 @@ class FlowTransportMixin:
 
     def _data_and_labels(self, images: Images, class_labels: Labels) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         data = self.to_data(images)
-        labels = self.prepare_class_labels(class_labels, len(data), data.device)
+        labels = self.prepare_class_labels(class_labels, len(data), data.device, allow_null=True)
         return data, () if labels is None else (labels,)
 
     def _end(self, t: float) -> float:
