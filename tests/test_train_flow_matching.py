@@ -265,7 +265,7 @@ def test_two_processes_are_a_larger_batch(folder: Path, data: Path, tmp_path: Pa
     options = {**SMOOTH, "use_ema": True, "checkpointing_steps": 2, "num_validation_images": 1}
     whole = train(folder, data, tmp_path / "whole", train_batch_size=8, **options)
     two = tmp_path / "two"
-    line = command_line(folder, data, two, train_batch_size=4, **options)
+    line = command_line(folder, data, two, train_batch_size=4, **{**options, "report_to": "tensorboard"})
     subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=300)
     assert_same_weights(whole, two, atol=1e-6)
     for name in ("loss", "validation_loss", "gradient_norm"):
