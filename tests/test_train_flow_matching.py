@@ -35,7 +35,7 @@ from training_runs import (
     weights,
 )
 
-from diffusers_fm import FlowMatchPipeline
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.training.checkpoints import damage, read_manifest
 
 
@@ -250,6 +250,15 @@ def test_changed_arguments_are_told_on_resume(
     assert [message for message in told if message.startswith("--")] == [
         "--logit_mean was 0.0 in the run that is resumed and is 0.5 now."
     ]
+    with pytest.raises(ValueError, match="--use_ema was False in the run that is resumed and cannot be True now"):
+        train(folder, data, output_dir, resume_from_checkpoint="checkpoint-2", use_ema=True)
+
+
+def test_a_finished_run_can_be_resumed(folder: Path, data: Path, tmp_path: Path) -> None:
+    output_dir = train(folder, data, tmp_path / "run", checkpointing_steps=2)
+    before = weights(output_dir)
+    train(folder, data, output_dir, checkpointing_steps=2, resume_from_checkpoint="latest")
+    assert all(torch.equal(before[name], value) for name, value in weights(output_dir).items())
 
 
 def test_accumulation_is_a_larger_batch(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -486,13 +495,13 @@ def test_times_have_the_density_that_was_asked_for(folder: Path, density: str) -
     assert torch.allclose(torch.logit(shifted), torch.logit(t) + math.log(3), atol=1e-6)
 
 
-def load_scheduler(folder: Path) -> script.FlowMatchScheduler:
-    return script.FlowMatchScheduler.from_pretrained(folder, subfolder="scheduler")
+def load_scheduler(folder: Path) -> FlowMatchScheduler:
+    return FlowMatchScheduler.from_pretrained(folder, subfolder="scheduler")
 
 
 @pytest.mark.parametrize("path", ["vp", "ve", "cosine"])
 def test_the_shift_of_other_paths_is_that_of_their_sampling(path: str, tmp_path: Path) -> None:
-    scheduler = script.FlowMatchScheduler(path=path, shift=3.0)
+    scheduler = FlowMatchScheduler(path=path, shift=3.0)
     args = script.parse_arguments(script.build_parser(), ["--pretrained_model_name_or_path=x"])
     args.timestep_density = "uniform"
     part = script.BatchSlice(0, 0, 0, 64, 64)

@@ -47,7 +47,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
+from diffusers_fm import FlowMatchPipeline, init_pipeline
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
 from diffusers_fm.paths import ConditionalPath
@@ -62,8 +62,12 @@ from diffusers_fm.training import (
     StreamSampler,
     TrainableModel,
     averaged_weights,
+    choose_label_dropout,
+    choose_resolution,
+    choose_shift,
     choose_split,
     class_names,
+    compare_arguments,
     create_repo,
     find_checkpoint,
     handle_model_files,
@@ -225,48 +229,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
 
 
-def choose_shift(pipeline: FlowMatchPipeline, shift: float | None) -> float:
-    """The shift of the training times, which the saved scheduler samples with too."""
-    config = pipeline.scheduler.config
-    if config.invert_sigmas:
-        raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
-    if shift is None:
-        if config.use_dynamic_shifting:
-            raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
-        return config.shift
-    pipeline.scheduler = FlowMatchScheduler.from_config(config, shift=shift, use_dynamic_shifting=False)
-    return shift
-
-
-def choose_label_dropout(pipeline: FlowMatchPipeline, label_dropout: float | None) -> float:
-    """The part of the labels to replace by the null class."""
-    if pipeline.num_classes == 0 or pipeline.null_class is None:
-        if label_dropout:
-            what = "no classes" if pipeline.num_classes == 0 else "no null class"
-            raise ValueError(f"--label_dropout {label_dropout} was given, but the model has {what}.")
-        return 0.0
-    return 0.1 if label_dropout is None else label_dropout
-
-
-def choose_resolution(pipeline: FlowMatchPipeline, resolution: int | None) -> int:
-    """The side of the images; a UNet takes any that its levels divide, and its config then says so."""
-    _, height, width = pipeline.sample_shape
-    if height != width:
-        raise ValueError(f"Training is on square images, but the model is configured for {height} x {width}.")
-    factor = pipeline.vae_scale_factor
-    if resolution is None or resolution == height * factor:
-        return height * factor
-    if pipeline.unet is None:
-        raise ValueError(
-            f"--resolution must be {height * factor}, for which the transformer is made, got {resolution}."
-        )
-    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    if resolution % multiple:
-        raise ValueError(f"--resolution must be a multiple of {multiple} for this model, got {resolution}.")
-    pipeline.unet.register_to_config(sample_size=resolution // factor)
-    return resolution
-
-
 def load_data(
     args: argparse.Namespace, pipeline: FlowMatchPipeline, resolution: int
 ) -> tuple[ImageData, ImageData | None]:
@@ -311,14 +273,6 @@ def draw_times(args: argparse.Namespace, path: ConditionalPath, part: BatchSlice
     )
     # The sampler shifts the times of the straight coordinates; on the OT path these are t itself.
     return t if shift == 1 else path.time_at(shift_time(path.ratio(t), shift))
-
-
-def warn_of_changes(args: argparse.Namespace, saved: dict[str, Any]) -> None:
-    """Say which arguments of a resumed run are not those of its first part."""
-    now = saved_arguments(args)
-    for name in now:
-        if name not in FREE_ON_RESUME and name in saved and saved[name] != now[name]:
-            logger.warning("--%s was %s in the run that is resumed and is %s now.", name, saved[name], now[name])
 
 
 def main(args: argparse.Namespace) -> None:
@@ -420,10 +374,10 @@ def main(args: argparse.Namespace) -> None:
         accelerator.register_for_checkpointing(ema)
     handle_model_files(accelerator)
     if checkpoint is not None:
+        compare_arguments(args, manifest["arguments"], fixed=("use_ema",), free=FREE_ON_RESUME)
         load_checkpoint(accelerator, checkpoint)
         if ema is not None:
             ema.to(accelerator.device)
-        warn_of_changes(args, manifest["arguments"])
     first_step, first_sample = manifest["step"], manifest["samples_seen"]
 
     # 4. Logs
@@ -604,18 +558,20 @@ def main(args: argparse.Namespace) -> None:
                 )
                 accelerator.end_training()
                 sys.exit(128 + signum)
-    progress_bar.close()
+        progress_bar.close()
 
-    # 6. The trained pipeline
-    figures = validate(args.max_train_steps, "grid.png")
-    if accelerator.is_main_process:
-        with averaged_weights(bare_model, ema):
-            pipeline.save_pretrained(output_dir)
-        rows = {"held-out loss": f"{figures['validation_loss']:.4f}"} if figures else {}
-        model_card(pipeline, args, repo_id or str(output_dir), global_batch_size, rows).save(output_dir / "README.md")
-        logger.info(
-            "The trained pipeline is in %s%s.", output_dir, f"; held-out loss {rows.popitem()[1]}" if rows else ""
-        )
+        # 6. The trained pipeline; a signal no longer interrupts
+        figures = validate(args.max_train_steps, "grid.png")
+        if accelerator.is_main_process:
+            with averaged_weights(bare_model, ema):
+                pipeline.save_pretrained(output_dir)
+            rows = {"held-out loss": f"{figures['validation_loss']:.4f}"} if figures else {}
+            model_card(pipeline, args, repo_id or str(output_dir), global_batch_size, rows).save(
+                output_dir / "README.md"
+            )
+            logger.info(
+                "The trained pipeline is in %s%s.", output_dir, f"; held-out loss {rows.popitem()[1]}" if rows else ""
+            )
     accelerator.end_training()
     if repo_id is not None:
         upload(args, output_dir, repo_id)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scripts share: everything that is dull and tested, so that a script shows its loop."""
 
-from .arguments import parse_arguments, saved_arguments, weighting_scheme
+from .arguments import compare_arguments, parse_arguments, saved_arguments, weighting_scheme
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
 from .data import (
     ImageData,
@@ -17,6 +17,7 @@ from .evaluation import held_out_loss, make_grid, normalize, sample_grid
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
 from .optimisation import TrainableModel, averaged_weights, make_optimizer
+from .options import choose_label_dropout, choose_resolution, choose_shift
 from .publishing import create_repo, model_card, save_arguments, upload
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 
@@ -31,8 +32,12 @@ __all__ = [
     "StreamSampler",
     "TrainableModel",
     "averaged_weights",
+    "choose_label_dropout",
+    "choose_resolution",
+    "choose_shift",
     "choose_split",
     "class_names",
+    "compare_arguments",
     "create_repo",
     "derive_seed",
     "epoch_order",

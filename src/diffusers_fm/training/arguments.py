@@ -3,12 +3,16 @@
 
 import argparse
 import json
+import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
 
+
+logger = logging.getLogger(__name__)
 
 # Not written to files: a secret, and where the other arguments came from.
 UNSAVED = ("hub_token", "config")
@@ -99,3 +103,30 @@ def saved_arguments(args: argparse.Namespace) -> dict[str, Any]:
         `dict[str, Any]`: the same by name, sorted, without the Hub's token.
     """
     return {name: value for name, value in sorted(vars(args).items()) if name not in UNSAVED}
+
+
+def compare_arguments(
+    args: argparse.Namespace, saved: dict[str, Any], fixed: Collection[str] = (), free: Collection[str] = ()
+) -> None:
+    """
+    Look at what has changed since the first part of a resumed run; what may matter is told in a warning.
+
+    Args:
+        args (`argparse.Namespace`):
+            The arguments now.
+        saved (`dict[str, Any]`):
+            Those of the first part.
+        fixed (`Collection[str]`, *optional*):
+            Names of those that must not change.
+        free (`Collection[str]`, *optional*):
+            Names of those that may change without a word.
+
+    Raises:
+        ValueError: if a fixed one has changed.
+    """
+    for name, value in saved_arguments(args).items():
+        if name in free or name not in saved or saved[name] == value:
+            continue
+        if name in fixed:
+            raise ValueError(f"--{name} was {saved[name]} in the run that is resumed and cannot be {value} now.")
+        logger.warning("--%s was %s in the run that is resumed and is %s now.", name, saved[name], value)

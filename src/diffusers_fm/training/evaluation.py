@@ -11,7 +11,6 @@ from torch import nn
 
 from ..models import encode_latents
 from ..pipelines import FlowMatchPipeline
-from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .data import ImageData
 from .logs import TIME_BINS, rounded
 from .randomness import make_generator
@@ -156,7 +155,7 @@ def sample_grid(
         `PIL.Image.Image`: the grid.
     """
     sampler = FlowMatchPipeline(
-        scheduler=FlowMatchScheduler.from_config(pipeline.scheduler.config),
+        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
         **{name: getattr(pipeline, name) for name in ("unet", "transformer", "vae", "class_embedder")},
         num_classes=pipeline.config.num_classes,
     )
