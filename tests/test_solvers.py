@@ -174,8 +174,8 @@ def test_order_of_convergence_on_exact_mixtures(method, path_name):
         # order is not higher is what the order conditions say.
         assert math.log2(error(64) / error(128)) > 4.9
     else:
-        # The next term of the error is smaller by a power of the step, and larger for Adams' one call a step: it shifts
-        # the slope by up to 0.2 here.
+        # The next term of the error is smaller by a power of the step, and larger for Adams' one call a step: it
+        # shifts the slope by up to 0.2 here.
         steps = 256 if method in ADAMS else 96
         assert math.log2(error(steps) / error(2 * steps)) == pytest.approx(order, abs=0.2)
 
