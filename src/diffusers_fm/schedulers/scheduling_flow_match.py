@@ -91,9 +91,10 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             The coordinates of the integration: `ot`, the straight ones; `native`, the path's own; `angle`, those of
             `atan2(sigma, alpha * sigma_data)`.
         timestep_spacing (`str`, *optional*, defaults to `"trailing"`):
-            `trailing`: 1, (N-1)/N, ..., 1/N, then 0. `graded`: finer towards the data, angles `(pi / 2) (1 - i /
-            N)^1.5`. `linspace`: the grid of stock flow schedulers, whose last step spans only 1/1000 (before the
-            shift). On `vp_discrete`, the integer timesteps of diffusion schedulers by that name, `leading` included.
+            `trailing`: 1, (N-1)/N, ..., 1/N, then 0. `graded`: finer towards both ends, most towards the data,
+            angles `(pi / 2) (1 - (i / N)^1.3)^1.75`. `linspace`: the grid of stock flow schedulers, whose last step
+            spans only 1/1000 (before the shift). On `vp_discrete`, the integer timesteps of diffusion schedulers by
+            that name, `leading` included.
         final_sigmas_type (`str`, *optional*, defaults to `"zero"`):
             Where a path whose noise does not vanish at t = 0 ends: in the data estimate (`zero`, by one straight step)
             or at t = 0 (`sigma_min`).
@@ -799,12 +800,16 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
             return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
 
         answer = answer.to(x.dtype)
-        derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
+        # In place wherever the tensor is a fresh one.
         if stage.on_sample != 0.0:
-            derivative = torch.add(derivative, x, alpha=stage.on_sample)
+            derivative = (x * stage.on_sample).add_(answer, alpha=stage.on_output)
+        else:
+            derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
         derivatives = [*self._derivatives, derivative]
-        result = start if stage.keep == 1.0 else start * stage.keep
-        result = torch.add(result, derivative, alpha=stage.weights[-1])
+        if stage.keep == 1.0:
+            result = torch.add(start, derivative, alpha=stage.weights[-1])
+        else:
+            result = (start * stage.keep).add_(derivative, alpha=stage.weights[-1])
         for weight, earlier in zip(stage.weights[-2::-1], self._derivatives[::-1]):
             if weight != 0.0:
                 result.add_(earlier, alpha=weight)

@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many calls of the network does a solver need for a given error?
+
+    python tests/benchmarks/bench_solvers.py                    # exact Gaussian mixtures on OT, VP and VE
+    python tests/benchmarks/bench_solvers.py --pipeline FOLDER  # a trained pipeline, on its own path
+
+The error is `|x - reference| / |reference|` over a batch of starting noises; the reference is a dopri5 solution of the
+same ODE from the same noise down to clean data. The calls for an error are read off a list of step counts, log-linear
+between its entries. For each problem our solvers are divided by the best existing one.
+
+Existing are the schedulers of diffusers with the grids that they offer, and midpoint and RK4 with equal steps in the
+path's own time. Stock schedulers are helped where they would fail for reasons other than the solver: the field is
+evaluated at the exact noise level of their `sigmas` although some round `timesteps` to integers, they start at the
+right scale, their betas are those of the path, EDM is told the data's standard deviation, and DEIS, which stops at its
+last noise level, ends in the data estimate of its last call. Those that integrate in the coordinates of diffusion (VP,
+EDM) are given every path in them.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers import GaussianMixture, draw_mixture, ring_mixture  # noqa: E402
+
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler  # noqa: E402
+from diffusers_fm.paths import OTPath, make_path  # noqa: E402
+from diffusers_fm.solvers import odeint  # noqa: E402
+
+
+LEVELS = (1e-1, 1e-2, 1e-3)
+STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 57, 68, 80, 96, 114, 136, 160)
+MOST_CALLS = 160
+
+GRADED = {"sampling_path": "angle", "timestep_spacing": "graded"}
+OURS: dict[str, dict[str, str]] = {
+    **{f"{solver} angle graded": {"solver": solver} | GRADED for solver in ("abm3", "abm2", "ab3", "ab2")},
+    **{f"{solver} ot trailing": {"solver": solver} for solver in ("abm3", "abm2", "ab3", "ab2", "dpmpp_2m")},
+    **{f"{solver} ot trailing": {"solver": solver} for solver in ("euler", "midpoint", "heun", "rk4", "dopri5")},
+}
+NATIVE = ("euler", "midpoint", "rk4")
+
+Curve = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """
+    An ODE with a known solution.
+
+    Args:
+        name (`str`):
+            What it is called.
+        config (`dict`):
+            The configuration of `FlowMatchScheduler`: the path and what the model answers.
+        model (`Callable`):
+            `model(x, timestep)`: the model's answer at `x_t`.
+        straight (`Callable`):
+            `straight(r, x)`: noise minus data in the straight coordinates.
+        noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            Standard normal noise.
+        reference (`torch.Tensor` of shape `(batch_size, ...)`):
+            The data that it leads to.
+    """
+
+    name: str
+    config: dict[str, Any]
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    straight: Callable[[float, torch.Tensor], torch.Tensor]
+    noise: torch.Tensor
+    reference: torch.Tensor
+
+    def error(self, x: torch.Tensor) -> float:
+        """The relative error of a solution; infinite if it is not finite."""
+        error = ((x - self.reference).norm() / self.reference.norm()).item()
+        return error if math.isfinite(error) else math.inf
+
+    def estimates(self, x: torch.Tensor, alpha: float, sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """The estimates of data and noise at `x = alpha * data + sigma * noise`."""
+        scale = alpha + sigma
+        velocity = self.straight(sigma / scale, x / scale)
+        return (x - sigma * velocity) / scale, (x + alpha * velocity) / scale
+
+
+def mixtures(seed: int) -> dict[str, GaussianMixture]:
+    """Nine mixtures: in 2, 8 and 64 dimensions, with narrow, wide and both kinds of modes, and a single Gaussian."""
+    one = draw_mixture(seed + 8, (8,), modes=1, narrowest=0.3, widest=1.0)
+    slanted = torch.linspace(0.3, 1.5, 8, dtype=torch.float64).expand(1, 8)
+    image = draw_mixture(seed + 6, (1, 8, 8), modes=6, narrowest=0.05, widest=0.5)
+    return {
+        "2-D ring, narrow": ring_mixture(5 + seed % 5, 1.2 + 0.02 * (seed % 7)),
+        "2-D, narrow": draw_mixture(seed + 1, (2,), modes=6, narrowest=0.03, widest=0.1),
+        "2-D, wide": draw_mixture(seed + 2, (2,), modes=4, narrowest=0.4, widest=0.8),
+        "8-D, narrow and wide": draw_mixture(seed + 3, (8,), modes=5),
+        "8-D, wide": draw_mixture(seed + 4, (8,), modes=4, narrowest=0.4, widest=0.8),
+        "8x8 image, narrow": draw_mixture(seed + 5, (1, 8, 8), modes=8, narrowest=0.05, widest=0.15),
+        "8x8 image, narrow and wide": image,
+        "4x4x4 image, wide, half the scale": scaled(draw_mixture(seed + 7, (4, 4, 4), 4, 0.4, 0.8), 0.5),
+        "8-D, one Gaussian": GaussianMixture(one.weights, one.means, one.stds * slanted),
+    }
+
+
+def scaled(mixture: GaussianMixture, scale: float) -> GaussianMixture:
+    """The mixture times a number."""
+    return GaussianMixture(mixture.weights, scale * mixture.means, scale * mixture.stds)
+
+
+def standard_deviation(mixture: GaussianMixture) -> float:
+    """Of a coordinate, averaged over them; mixtures here have mean zero."""
+    second = mixture.means.square() + mixture.stds.square()
+    return math.sqrt(torch.einsum("m,m...->...", mixture.weights, second).mean().item())
+
+
+def mixture_problem(name: str, mixture: GaussianMixture, path_name: str, batch_size: int = 128) -> Problem:
+    """A mixture on a path, in float64."""
+    path = make_path(path_name)
+    noise = torch.randn(batch_size, *mixture.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    straight = mixture.straight_field()
+
+    def at(ratio: float, x: torch.Tensor) -> torch.Tensor:
+        return straight(torch.full((len(x),), ratio, dtype=torch.float64), x)
+
+    def model(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return mixture.predict(path, x, (timestep.double() / 1000).expand(len(x)), "flow_prediction")
+
+    start = path.ratio_max
+    x = noise * path.prior_std / float(path.alpha(torch.ones(1).double()) + path.sigma(torch.ones(1).double()))
+    reference = odeint(straight, x, start, 0.0, rtol=1e-9, atol=1e-9, max_steps=10000).x
+    config = {"path": path_name, "sigma_data": standard_deviation(mixture)}
+    return Problem(name, config, model, at, noise, reference)
+
+
+def pipeline_problem(folder: str, batch_size: int = 32) -> Problem:
+    """A trained pipeline, without guidance, its classes in turn."""
+    pipeline = FlowMatchPipeline.from_pretrained(folder)
+    pipeline.denoiser.eval()
+    scheduler, path = pipeline.scheduler, pipeline.scheduler.path
+    shape = pipeline.sample_shape
+    labels = None
+    if pipeline.num_classes:
+        labels = pipeline.prepare_class_labels([i % pipeline.num_classes for i in range(batch_size)])
+    noise = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(1))
+    prediction_type = scheduler.config.prediction_type
+
+    def model(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return pipeline.predict(x.float(), timestep, labels)
+
+    def at(ratio: float, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        t = path.time_at(torch.tensor(ratio, dtype=torch.float64).clamp(path.ratio_min, path.ratio_max))
+        moved = x * float(path.alpha(t) + path.sigma(t))
+        answer = model(moved, scheduler.timestep_scale * t)
+        data, noise = (path.convert(answer, moved, t, prediction_type, kind) for kind in ("sample", "epsilon"))
+        return noise - data
+
+    one = torch.ones((), dtype=torch.float64)
+    x = noise * path.prior_std / float(path.alpha(one) + path.sigma(one))
+    # Where the network stops, at the noise that the path leaves, the data estimate is the end.
+    end = max(path.ratio_min, 1e-4)
+    x = odeint(lambda r, x: at(r[0].item(), x), x, path.ratio_max, end, rtol=1e-6, atol=1e-6, max_steps=5000).x
+    reference = x - end * at(end, x)
+    config = dict(scheduler.config) | {"solver": "euler", "sampling_path": "ot", "timestep_spacing": "trailing"}
+    return Problem(Path(folder).name, config, model, at, noise, reference)
+
+
+# What runs
+
+
+def run_ours(problem: Problem, settings: dict[str, Any], num_steps: int) -> tuple[int, torch.Tensor]:
+    """Calls of the model, and the solution, of our scheduler."""
+    scheduler = FlowMatchScheduler.from_config(problem.config | settings)
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(0)
+    x = problem.noise * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(problem.model(x, timestep), timestep, x, return_dict=False)[0]
+    return len(scheduler.timesteps), x
+
+
+def run_stock(problem: Problem, scheduler: Any, num_steps: int) -> tuple[int, torch.Tensor]:
+    """Calls of the model, and the solution, of a stock scheduler, in the coordinates that it integrates in."""
+    scheduler.set_timesteps(num_steps)
+    scheduler.set_begin_index(0)
+    name = type(scheduler).__name__
+    edm, exploding = name.startswith("EDM"), name in ("HeunDiscreteScheduler",)
+    flow = name.startswith("FlowMatch") or scheduler.config.get("use_flow_sigmas", False)
+    sigma_data = scheduler.config.get("sigma_data")
+    x = problem.noise
+    for i, timestep in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[i])
+        # Noise level sigma is `sigma` of the flow, or `sigma / alpha` of a diffusion.
+        alpha = 1 - sigma if flow else 1.0 if edm or exploding else 1 / math.sqrt(1 + sigma**2)
+        level = sigma * alpha if not (flow or edm or exploding) else sigma
+        if i == 0:
+            spread = math.hypot(alpha, level) if sigma_data is None else math.hypot(alpha * sigma_data, level)
+            x = problem.noise * spread
+        data, noise = problem.estimates(x, alpha, level)
+        if edm:
+            scheduler.scale_model_input(x, timestep)
+            total = sigma**2 + sigma_data**2
+            answer = (data - sigma_data**2 / total * x) * (math.sqrt(total) / (sigma * sigma_data))
+        elif flow:
+            answer = noise - data
+        else:
+            answer = (noise - sigma * data) / math.sqrt(1 + sigma**2)
+        if name.startswith("DEIS") and i == len(scheduler.timesteps) - 1:
+            x = data
+        else:
+            x = scheduler.step(answer, timestep, x, return_dict=False)[0]
+    return len(scheduler.timesteps), x
+
+
+def run_native(problem: Problem, method: str, num_steps: int) -> tuple[int, torch.Tensor]:
+    """
+    Calls of the model, and the solution, of equal steps in the path's own time, as in arXiv 2210.02747.
+
+    VP's velocity is infinite at t = 0, so it is integrated to 1e-5. Where noise is left, the data estimate is the end.
+    """
+    scheduler = FlowMatchScheduler.from_config(problem.config)
+    path = scheduler.path
+    zero = torch.zeros((), dtype=torch.float64)
+    end = 0.0 if math.isfinite(path.d_sigma(zero).item()) else 1e-5
+
+    def velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        answer = problem.model(x, scheduler.timestep_scale * t[0])
+        kind = scheduler.config.prediction_type
+        return path.convert(answer, x, t[:1].double(), kind, "flow_prediction")
+
+    x = problem.noise * path.prior_std
+    solution = odeint(velocity, x, 1.0, end, method=method, num_steps=num_steps)
+    alpha, sigma = (float(coefficient(zero + end)) for coefficient in (path.alpha, path.sigma))
+    if sigma == 0:
+        return solution.nfe, solution.x
+    return solution.nfe + 1, problem.estimates(solution.x, alpha, sigma)[0]
+
+
+def existing(problem: Problem) -> dict[str, Callable[[int], tuple[int, torch.Tensor]]]:
+    """The solvers to beat, each as a function of the number of steps."""
+    path = FlowMatchScheduler.from_config(problem.config).path
+    shared = {"solver_order": 2, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    makers: dict[str, Callable[[], Any]] = {}
+
+    def add(name: str, kind: type, **config: Any) -> None:
+        makers[name] = lambda: kind(**config)
+
+    if isinstance(path, OTPath):
+        add("FlowMatchEuler", FlowMatchEulerDiscreteScheduler)
+        add("FlowMatchEuler Karras", FlowMatchEulerDiscreteScheduler, use_karras_sigmas=True)
+        add("FlowMatchEuler exponential", FlowMatchEulerDiscreteScheduler, use_exponential_sigmas=True)
+        add("FlowMatchHeun", FlowMatchHeunDiscreteScheduler)
+        for order in (2, 3):
+            flow = shared | {"solver_order": order}
+            add(f"UniPC-{order} flow", UniPCMultistepScheduler, **flow)
+            add(f"UniPC-{order} flow Karras", UniPCMultistepScheduler, **flow, use_karras_sigmas=True)
+            add(f"DPM++{order}M flow", DPMSolverMultistepScheduler, **flow)
+            add(f"DEIS-{order} flow", DEISMultistepScheduler, **flow)
+
+    # The betas that make a discrete schedule of the path; OT has no finite one, so there its stock default.
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    squared = (path.sigma(t) / path.alpha(t)).square()
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), 1 / (1 + squared)])
+    diffusion: dict[str, Any] = {"prediction_type": "v_prediction"}
+    low, high = 0.01, 80.0
+    if not isinstance(path, OTPath):
+        diffusion["trained_betas"] = (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
+        low, high = squared[0].sqrt().item(), squared[-1].sqrt().item()
+    grids = {"": {}, " Karras": {"use_karras_sigmas": True}, " exponential": {"use_exponential_sigmas": True}}
+    for grid, option in grids.items():
+        for order in (2, 3):
+            add(f"DPM++{order}M{grid}", DPMSolverMultistepScheduler, solver_order=order, **diffusion, **option)
+            add(f"UniPC-{order}{grid}", UniPCMultistepScheduler, solver_order=order, **diffusion, **option)
+            add(f"DEIS-{order}{grid}", DEISMultistepScheduler, solver_order=order, **diffusion, **option)
+        add(f"Heun{grid}", HeunDiscreteScheduler, **diffusion, **option)
+    edm = {"sigma_min": low, "sigma_max": high, "sigma_data": problem.config.get("sigma_data", 1.0)}
+    for schedule in ("karras", "exponential"):
+        grid = schedule.replace("karras", "Karras")
+        for order in (2, 3):
+            config = {"solver_order": order, "sigma_schedule": schedule} | edm
+            add(f"EDM-DPM++{order}M {grid}", EDMDPMSolverMultistepScheduler, **config)
+    add("EDM-Euler Karras", EDMEulerScheduler, **edm)
+
+    native = {f"{name} native": lambda n, name=name: run_native(problem, name, n) for name in ("midpoint", "rk4")}
+    return native | {name: lambda n, make=make: run_stock(problem, make(), n) for name, make in makers.items()}
+
+
+# What is measured
+
+
+def error_curve(problem: Problem, solve: Callable[[int], tuple[int, torch.Tensor]], most: int = MOST_CALLS) -> Curve:
+    """Errors by calls of the model, until the smallest level is reached."""
+    curve: Curve = []
+    for num_steps in STEPS:
+        try:
+            calls, x = solve(num_steps)
+        except (ZeroDivisionError, IndexError, RuntimeError, ValueError):
+            # Some stock schedulers cannot make so few, or so many, steps.
+            continue
+        if calls > most:
+            break
+        curve.append((calls, problem.error(x)))
+        if curve[-1][1] < LEVELS[-1]:
+            break
+    return curve
+
+
+def calls_for(curve: Curve, level: float) -> float:
+    """The calls at which a curve first falls to a level, log-linear between its points; infinite if it does not."""
+    for i, (calls, error) in enumerate(curve):
+        if error <= level:
+            if i == 0 or not math.isfinite(curve[i - 1][1]) or error == 0.0:
+                return float(calls)
+            before, error_before = curve[i - 1]
+            part = math.log(error_before / level) / math.log(error_before / error)
+            return before * (calls / before) ** part
+    return math.inf
+
+
+def needs(curve: Curve) -> tuple[float, ...]:
+    """The calls for each level."""
+    return tuple(calls_for(curve, level) for level in LEVELS)
+
+
+def measure_ours(problem: Problem, most: int = MOST_CALLS) -> dict[str, tuple[float, ...]]:
+    """The calls that our solvers need."""
+    return {
+        name: needs(error_curve(problem, lambda n, settings=settings: run_ours(problem, settings, n), most))
+        for name, settings in OURS.items()
+    }
+
+
+def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CALLS) -> dict[str, tuple[float, ...]]:
+    """The calls that existing solvers need; solvers that can no longer be the best may be left unfinished."""
+    table: dict[str, tuple[float, ...]] = {}
+    for name, solve in existing(problem).items():
+        table[name] = needs(error_curve(problem, solve, most))
+        if only_the_best and math.isfinite(table[name][-1]):
+            most = min(most, math.ceil(table[name][-1]))
+    return table
+
+
+def best_of(table: dict[str, tuple[float, ...]], index: int) -> tuple[str, float]:
+    """The solver that needs the fewest calls for a level."""
+    name = min(table, key=lambda name: table[name][index])
+    return name, table[name][index]
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Infinite if one of the values is."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def row(label: str, cells: list[str], width: int = 34) -> str:
+    """A line of a table."""
+    return f"| {label:<{width}} | " + " | ".join(f"{cell:>10}" for cell in cells) + " |"
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A figure, or a dash where there is none."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def print_problem(ours: dict[str, tuple[float, ...]], others: dict[str, tuple[float, ...]], all_others: bool) -> None:
+    """Calls for each level."""
+    print(row("solver", [f"{level:.0e}" for level in LEVELS]))
+    print(row("---", ["---:"] * len(LEVELS)))
+    for name, calls in ours.items():
+        print(row(name, [number(value, 1) for value in calls]))
+    best = [best_of(others, i) for i in range(len(LEVELS))]
+    shown = others if all_others else {name: others[name] for name in dict.fromkeys(name for name, _ in best)}
+    for name, calls in shown.items():
+        print(row(f"existing: {name}", [number(value, 1) for value in calls]))
+
+
+def bench_mixtures(seed: int, paths: list[str], verbose: bool) -> None:
+    """Print the calls of our solvers relative to the best existing one, over all mixtures."""
+    means: dict[tuple[str, str], list[float]] = {}
+    native: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for path in paths:
+        results = {}
+        for name, mixture in mixtures(seed).items():
+            began = time.perf_counter()
+            problem = mixture_problem(name, mixture, path)
+            results[name] = (measure_ours(problem), measure_existing(problem, only_the_best=True))
+            for solver in NATIVE:
+                curve = error_curve(problem, lambda n, s=solver, p=problem: run_native(p, s, n))
+                native.setdefault((path, solver), []).append(needs(curve))
+            if verbose:
+                print(f"\n{path}, {name} ({time.perf_counter() - began:.0f} s)\n")
+                print_problem(*results[name], all_others=False)
+        print(
+            f"\n## {path}: calls relative to the best existing solver, geometric mean over {len(results)} problems\n"
+        )
+        print(row("solver", [f"{level:.0e}" for level in LEVELS] + ["worst 1e-2"]))
+        print(row("---", ["---:"] * (len(LEVELS) + 1)))
+        for solver in OURS:
+            ratios = [
+                [ours[solver][i] / best_of(others, i)[1] for ours, others in results.values()]
+                for i in range(len(LEVELS))
+            ]
+            means[path, solver] = [
+                geometric_mean([ours[solver][i] for ours, _ in results.values()]) for i in range(len(LEVELS))
+            ]
+            cells = [number(geometric_mean(values)) for values in ratios]
+            print(row(solver, [*cells, number(max(ratios[1]))]))
+        print(
+            "\nThe best existing solvers, with their calls for 1e-2, and ours (abm3 angle graded, abm2 angle graded):\n"
+        )
+        for name, (ours, others) in results.items():
+            best, calls = best_of(others, 1)
+            own = ", ".join(number(ours[f"{solver} angle graded"][1], 1) for solver in ("abm3", "abm2"))
+            print(f"- {name}: {best} {number(calls, 1)}; ours {own}")
+        sys.stdout.flush()
+
+    for path in paths:
+        if path != "ot" and "ot" in paths:
+            print(f"\n## Our calls on {path} relative to our calls on ot\n")
+            print(row("solver", [f"{level:.0e}" for level in LEVELS]))
+            print(row("---", ["---:"] * len(LEVELS)))
+            for solver in OURS:
+                both = zip(means[path, solver], means["ot", solver])
+                print(row(solver, [number(a / b) if math.isfinite(a + b) else "-" for a, b in both]))
+    for path in paths:
+        if path != "ot" and "ot" in paths:
+            print(f"\n## Calls on ot relative to {path}, each in its own time (Lipman et al., section 6)\n")
+            print(row("solver", [f"{level:.0e}" for level in LEVELS]))
+            print(row("---", ["---:"] * len(LEVELS)))
+            for solver in NATIVE:
+                cells = []
+                for i in range(len(LEVELS)):
+                    both = [(a[i], b[i]) for a, b in zip(native["ot", solver], native[path, solver])]
+                    reached = [a / b for a, b in both if math.isfinite(a) and math.isfinite(b)]
+                    cells.append(f"{number(geometric_mean(reached))} ({len(reached)})" if reached else "-")
+                print(row(solver, cells))
+            print("\nIn brackets: the problems on which both reach the error.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", help="a folder of a trained pipeline, in place of mixtures")
+    parser.add_argument("--batch_size", type=int, default=32, help="samples of the pipeline")
+    parser.add_argument("--most_calls", type=int, default=64, help="of the pipeline's network")
+    parser.add_argument("--seed", type=int, default=100, help="of the mixtures")
+    parser.add_argument("--paths", nargs="+", default=["ot", "vp", "ve"], help="paths of the mixtures")
+    parser.add_argument("--verbose", action="store_true", help="show the calls on each mixture, or of each solver")
+    arguments = parser.parse_args()
+    diffusers.logging.set_verbosity_error()
+    with torch.no_grad():
+        if arguments.pipeline is None:
+            bench_mixtures(arguments.seed, arguments.paths, arguments.verbose)
+            return
+        problem, most = pipeline_problem(arguments.pipeline, arguments.batch_size), arguments.most_calls
+        ours, others = measure_ours(problem, most), measure_existing(problem, False, most)
+        print(f"\n## {problem.name}: calls for a relative error\n")
+        print_problem(ours, others, arguments.verbose)
+        best = [best_of(others, i)[1] for i in range(len(LEVELS))]
+        print("\nabm3 angle graded relative to the best existing solver: ", end="")
+        print(", ".join(number(a / b) for a, b in zip(ours["abm3 angle graded"], best)))
+
+
+if __name__ == "__main__":
+    main()
