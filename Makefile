@@ -29,5 +29,9 @@ docs:  ## build the documentation; any warning is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 MODEL ?= runs/unet-digits
-bench:  ## judge the samples of a trained digits pipeline, MODEL=folder
+bench:  ## measure schedulers and solvers, judge the samples of a trained digits pipeline, MODEL=folder
+	python tests/benchmarks/bench_step.py
+	python tests/benchmarks/bench_marginals.py
+	python tests/benchmarks/bench_solvers.py
+	python tests/benchmarks/bench_solvers.py --pipeline $(MODEL)
 	python tests/benchmarks/digits_quality.py $(MODEL)

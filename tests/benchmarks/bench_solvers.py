@@ -41,11 +41,11 @@ from diffusers import (
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers import GaussianMixture, draw_mixture, ring_mixture  # noqa: E402
+from helpers import GaussianMixture, draw_mixture, ring_mixture
 
-from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler  # noqa: E402
-from diffusers_fm.paths import OTPath, make_path  # noqa: E402
-from diffusers_fm.solvers import odeint  # noqa: E402
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm.paths import OTPath, make_path
+from diffusers_fm.solvers import odeint
 
 
 LEVELS = (1e-1, 1e-2, 1e-3)
@@ -422,13 +422,11 @@ def bench_mixtures(seed: int, paths: list[str], verbose: bool) -> None:
             ]
             cells = [number(geometric_mean(values)) for values in ratios]
             print(row(solver, [*cells, number(max(ratios[1]))]))
-        print(
-            "\nThe best existing solvers, with their calls for 1e-2, and ours (abm3 angle graded, abm2 angle graded):\n"
-        )
+        print("\nCalls for 1e-2 of the best existing solver, of abm3 and of abm2 (angle graded):\n")
         for name, (ours, others) in results.items():
             best, calls = best_of(others, 1)
             own = ", ".join(number(ours[f"{solver} angle graded"][1], 1) for solver in ("abm3", "abm2"))
-            print(f"- {name}: {best} {number(calls, 1)}; ours {own}")
+            print(f"- {name}: {best} {number(calls, 1)}; {own}")
         sys.stdout.flush()
 
     for path in paths:

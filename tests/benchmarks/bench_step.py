@@ -3,9 +3,9 @@
 
     python tests/benchmarks/bench_step.py
 
-Time in `step()` for each call of the network, and in one `set_timesteps()`, on a float32 latent of 1x16x128x128, divided
-by that of diffusers' `FlowMatchEulerDiscreteScheduler`. It is the CPU time of one thread; all schedulers take turns in
-one run, and medians are compared.
+Time in `step()` for each call of the network, and in one `set_timesteps()`, on a float32 latent of 1x16x128x128, as a
+multiple of that of diffusers' `FlowMatchEulerDiscreteScheduler`. It is the CPU time of one thread; all schedulers take
+turns in one run, and medians are compared.
 """
 
 import argparse
