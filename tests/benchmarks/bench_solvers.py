@@ -62,6 +62,8 @@ OURS: dict[str, dict[str, str]] = {
 NATIVE = ("euler", "midpoint", "rk4")
 
 Curve = list[tuple[int, float]]
+Table = dict[str, tuple[float, ...]]
+INDICES = range(len(LEVELS))
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ def needs(curve: Curve) -> tuple[float, ...]:
     return tuple(calls_for(curve, level) for level in LEVELS)
 
 
-def measure_ours(problem: Problem, most: int = MOST_CALLS) -> dict[str, tuple[float, ...]]:
+def measure_ours(problem: Problem, most: int = MOST_CALLS) -> Table:
     """The calls that our solvers need."""
     return {
         name: needs(error_curve(problem, lambda n, settings=settings: run_ours(problem, settings, n), most))
@@ -350,9 +352,9 @@ def measure_ours(problem: Problem, most: int = MOST_CALLS) -> dict[str, tuple[fl
     }
 
 
-def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CALLS) -> dict[str, tuple[float, ...]]:
+def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CALLS) -> Table:
     """The calls that existing solvers need; solvers that can no longer be the best may be left unfinished."""
-    table: dict[str, tuple[float, ...]] = {}
+    table: Table = {}
     for name, solve in existing(problem).items():
         table[name] = needs(error_curve(problem, solve, most))
         if only_the_best and math.isfinite(table[name][-1]):
@@ -360,10 +362,10 @@ def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CAL
     return table
 
 
-def best_of(table: dict[str, tuple[float, ...]], index: int) -> tuple[str, float]:
-    """The solver that needs the fewest calls for a level."""
+def best_of(table: Table, index: int) -> tuple[str, float]:
+    """The solver that needs the fewest calls for a level; `MOST_CALLS` at most, as if one just reached it there."""
     name = min(table, key=lambda name: table[name][index])
-    return name, table[name][index]
+    return name, min(table[name][index], MOST_CALLS)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -376,15 +378,20 @@ def row(label: str, cells: list[str], width: int = 34) -> str:
     return f"| {label:<{width}} | " + " | ".join(f"{cell:>10}" for cell in cells) + " |"
 
 
+def print_header(columns: list[str]) -> None:
+    """The first two lines of a table."""
+    print(row("solver", columns))
+    print(row("---", ["---:"] * len(columns)))
+
+
 def number(value: float, digits: int = 2) -> str:
     """A figure, or a dash where there is none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
-def print_problem(ours: dict[str, tuple[float, ...]], others: dict[str, tuple[float, ...]], all_others: bool) -> None:
+def print_problem(ours: Table, others: Table, all_others: bool) -> None:
     """Calls for each level."""
-    print(row("solver", [f"{level:.0e}" for level in LEVELS]))
-    print(row("---", ["---:"] * len(LEVELS)))
+    print_header([f"{level:.0e}" for level in LEVELS])
     for name, calls in ours.items():
         print(row(name, [number(value, 1) for value in calls]))
     best = [best_of(others, i) for i in range(len(LEVELS))]
@@ -393,65 +400,54 @@ def print_problem(ours: dict[str, tuple[float, ...]], others: dict[str, tuple[fl
         print(row(f"existing: {name}", [number(value, 1) for value in calls]))
 
 
-def bench_mixtures(seed: int, paths: list[str], verbose: bool) -> None:
-    """Print the calls of our solvers relative to the best existing one, over all mixtures."""
-    means: dict[tuple[str, str], list[float]] = {}
-    native: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    for path in paths:
-        results = {}
-        for name, mixture in mixtures(seed).items():
-            began = time.perf_counter()
-            problem = mixture_problem(name, mixture, path)
-            results[name] = (measure_ours(problem), measure_existing(problem, only_the_best=True))
-            for solver in NATIVE:
-                curve = error_curve(problem, lambda n, s=solver, p=problem: run_native(p, s, n))
-                native.setdefault((path, solver), []).append(needs(curve))
-            if verbose:
-                print(f"\n{path}, {name} ({time.perf_counter() - began:.0f} s)\n")
-                print_problem(*results[name], all_others=False)
-        print(
-            f"\n## {path}: calls relative to the best existing solver, geometric mean over {len(results)} problems\n"
-        )
-        print(row("solver", [f"{level:.0e}" for level in LEVELS] + ["worst 1e-2"]))
-        print(row("---", ["---:"] * (len(LEVELS) + 1)))
-        for solver in OURS:
-            ratios = [
-                [ours[solver][i] / best_of(others, i)[1] for ours, others in results.values()]
-                for i in range(len(LEVELS))
-            ]
-            means[path, solver] = [
-                geometric_mean([ours[solver][i] for ours, _ in results.values()]) for i in range(len(LEVELS))
-            ]
-            cells = [number(geometric_mean(values)) for values in ratios]
-            print(row(solver, [*cells, number(max(ratios[1]))]))
-        print("\nCalls for 1e-2 of the best existing solver, of abm3 and of abm2 (angle graded):\n")
-        for name, (ours, others) in results.items():
-            best, calls = best_of(others, 1)
-            own = ", ".join(number(ours[f"{solver} angle graded"][1], 1) for solver in ("abm3", "abm2"))
-            print(f"- {name}: {best} {number(calls, 1)}; {own}")
-        sys.stdout.flush()
+def measure_mixtures(seed: int, path: str, verbose: bool) -> dict[str, tuple[Table, Table, Table]]:
+    """For each mixture on a path the calls of our solvers, of existing ones, and of equal steps in the path's time."""
+    results = {}
+    for name, mixture in mixtures(seed).items():
+        began = time.perf_counter()
+        problem = mixture_problem(name, mixture, path)
+        native = {
+            method: needs(error_curve(problem, lambda n, p=problem, method=method: run_native(p, method, n)))
+            for method in NATIVE
+        }
+        results[name] = (measure_ours(problem), measure_existing(problem, only_the_best=True), native)
+        if verbose:
+            print(f"\n{path}, {name} ({time.perf_counter() - began:.0f} s)\n")
+            print_problem(*results[name][:2], all_others=False)
+            sys.stdout.flush()
+    return results
 
-    for path in paths:
-        if path != "ot" and "ot" in paths:
-            print(f"\n## Our calls on {path} relative to our calls on ot\n")
-            print(row("solver", [f"{level:.0e}" for level in LEVELS]))
-            print(row("---", ["---:"] * len(LEVELS)))
-            for solver in OURS:
-                both = zip(means[path, solver], means["ot", solver])
-                print(row(solver, [number(a / b) if math.isfinite(a + b) else "-" for a, b in both]))
-    for path in paths:
-        if path != "ot" and "ot" in paths:
-            print(f"\n## Calls on ot relative to {path}, each in its own time (Lipman et al., section 6)\n")
-            print(row("solver", [f"{level:.0e}" for level in LEVELS]))
-            print(row("---", ["---:"] * len(LEVELS)))
-            for solver in NATIVE:
-                cells = []
-                for i in range(len(LEVELS)):
-                    both = [(a[i], b[i]) for a, b in zip(native["ot", solver], native[path, solver])]
-                    reached = [a / b for a, b in both if math.isfinite(a) and math.isfinite(b)]
-                    cells.append(f"{number(geometric_mean(reached))} ({len(reached)})" if reached else "-")
-                print(row(solver, cells))
-            print("\nIn brackets: the problems on which both reach the error.")
+
+def print_path(path: str, results: dict[str, tuple[Table, Table, Table]]) -> None:
+    """Our calls relative to the best existing solver."""
+    print(f"\n## {path}: calls relative to the best existing solver, geometric mean over {len(results)} problems\n")
+    print_header([*(f"{level:.0e}" for level in LEVELS), "worst 1e-2"])
+    for solver in OURS:
+        ratios = [[ours[solver][i] / best_of(others, i)[1] for ours, others, _ in results.values()] for i in INDICES]
+        print(row(solver, [*(number(geometric_mean(values)) for values in ratios), number(max(ratios[1]))]))
+    print("\nCalls for 1e-2 of the best existing solver, and of abm3, abm2 and ab3 (angle graded):\n")
+    for name, (ours, others, _) in results.items():
+        best, calls = best_of(others, 1)
+        own = ", ".join(number(ours[f"{solver} angle graded"][1], 1) for solver in ("abm3", "abm2", "ab3"))
+        print(f"- {name}: {best} {number(calls, 1)}; {own}")
+    sys.stdout.flush()
+
+
+def print_between(path: str, results: dict[str, Any], on_ot: dict[str, Any]) -> None:
+    """The calls on two paths, compared problem by problem where both reach the error."""
+    for title, part in (
+        (f"Our calls on {path} relative to our calls on ot", 0),
+        (f"Calls on ot relative to {path}, each in its own time (Lipman et al., section 6)", 2),
+    ):
+        print(f"\n## {title}; in brackets the problems on which both reach the error\n")
+        print_header([f"{level:.0e}" for level in LEVELS])
+        for solver in OURS if part == 0 else NATIVE:
+            cells = []
+            for i in INDICES:
+                pairs = [(results[name][part][solver][i], on_ot[name][part][solver][i]) for name in results]
+                ratios = [a / b if part == 0 else b / a for a, b in pairs if math.isfinite(a + b)]
+                cells.append(f"{geometric_mean(ratios):.2f} ({len(ratios)})" if ratios else "-")
+            print(row(solver, cells))
 
 
 def main() -> None:
@@ -466,7 +462,13 @@ def main() -> None:
     diffusers.logging.set_verbosity_error()
     with torch.no_grad():
         if arguments.pipeline is None:
-            bench_mixtures(arguments.seed, arguments.paths, arguments.verbose)
+            results = {}
+            for path in arguments.paths:
+                results[path] = measure_mixtures(arguments.seed, path, arguments.verbose)
+                print_path(path, results[path])
+            for path in arguments.paths:
+                if path != "ot" and "ot" in results:
+                    print_between(path, results[path], results["ot"])
             return
         problem, most = pipeline_problem(arguments.pipeline, arguments.batch_size), arguments.most_calls
         ours, others = measure_ours(problem, most), measure_existing(problem, False, most)
