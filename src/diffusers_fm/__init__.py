@@ -19,7 +19,7 @@ from .paths import (
     VPPath,
     make_path,
 )
-from .pipelines import FlowMatchPipeline, FlowMatchPipelineOutput, init_pipeline
+from .pipelines import FlowMatchPipeline, FlowMatchPipelineOutput, init_pipeline, with_stock_scheduler
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
 from .timesteps import sample_timesteps
 
@@ -46,6 +46,7 @@ __all__ = [
     "init_pipeline",
     "make_path",
     "sample_timesteps",
+    "with_stock_scheduler",
 ]
 
 register()

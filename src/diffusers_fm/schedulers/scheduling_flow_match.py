@@ -31,7 +31,7 @@ from .sampling_plan import (
     Stage,
     runge_kutta_tableau,
 )
-from .stock_configs import translate_stock_config
+from .stock_configs import stock_flow_config, translate_stock_config
 
 
 class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
@@ -291,6 +291,24 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
         scheduler.register_to_config(**foreign)
         return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def to_stock(self) -> FlowMatchEulerDiscreteScheduler:
+        """
+        diffusers' own scheduler with the same images, for readers who do not have this package.
+
+        It exists for the plain OT path with `flow_prediction`, Euler steps and stock's grid, `linspace`. A scheduler
+        made afresh has the grid `trailing`; `FlowMatchScheduler.from_config(config, timestep_spacing="linspace")` is
+        the same with stock's. In pipelines that hand over their own sigmas (Flux, Qwen-Image) the two do not differ.
+
+        Returns:
+            `FlowMatchEulerDiscreteScheduler`: A new scheduler, its loop not laid out.
+
+        Raises:
+            ValueError: If there is none; the message names every setting that stands in the way.
+        """
+        stock = FlowMatchEulerDiscreteScheduler(**stock_flow_config(self.config, self.path))
+        stock.set_shift(self.shift)
+        return stock
 
     def build_path(self) -> ConditionalPath:
         """

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configurations of diffusers' own schedulers, read as configurations of `FlowMatchScheduler`."""
+"""Configurations of diffusers' own schedulers, read as configurations of `FlowMatchScheduler` and made from them."""
 
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import diffusers
+
+from ..paths import ConditionalPath, OTPath
 
 
 FLOW_KEYS = (
@@ -138,3 +140,42 @@ def _translate_diffusion(config: Mapping[str, Any]) -> dict[str, Any]:
         "clip_sample": bool(config.get("clip_sample", False)),
         "final_sigmas_type": "zero" if ends_clean else "sigma_min",
     }
+
+
+# What `FlowMatchEulerDiscreteScheduler` does and cannot be told to do otherwise.
+STOCK_BEHAVIOUR = {
+    "prediction_type": "flow_prediction",
+    "solver": "euler",
+    "sampling_path": "ot",
+    "timestep_spacing": "linspace",
+    "clip_sample": False,
+    "eta": 0.0,
+    "s_churn": 0.0,
+}
+
+
+def stock_flow_config(config: Mapping[str, Any], path: ConditionalPath) -> dict[str, Any]:
+    """
+    The configuration of `FlowMatchEulerDiscreteScheduler` that gives the images of a configuration of ours.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            The configuration of a `FlowMatchScheduler`.
+        path (`ConditionalPath`):
+            Its path.
+
+    Returns:
+        `dict[str, Any]`: Arguments of `FlowMatchEulerDiscreteScheduler`.
+
+    Raises:
+        ValueError: If there is none; the message names every setting that stands in the way.
+    """
+    obstacles = [] if path == OTPath() else [f"the path {path} (not {OTPath()})"]
+    obstacles += [
+        f"{key} {config[key]!r} (not {value!r})" for key, value in STOCK_BEHAVIOUR.items() if config[key] != value
+    ]
+    if obstacles:
+        raise ValueError(
+            f"FlowMatchEulerDiscreteScheduler cannot give the same images: it lacks {', '.join(obstacles)}."
+        )
+    return _pick(config, FLOW_KEYS)
