@@ -2,7 +2,6 @@
 """The untrained pipelines of the repository: what their folders hold, and that they are what their READMEs say."""
 
 import importlib
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from accelerate import init_empty_weights
+from training_runs import load_script
 
 import diffusers_fm
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
@@ -63,12 +63,7 @@ def build_on_meta(name: str) -> FlowMatchPipeline:
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """The training script as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "train_flow_matching", ROOT / "training_scripts" / "train_flow_matching.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "training_scripts" / "train_flow_matching.py")
 
 
 def test_every_folder_is_listed_here() -> None:

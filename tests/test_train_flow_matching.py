@@ -36,7 +36,9 @@ from training_runs import (
 )
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
-from diffusers_fm.training.checkpoints import damage, read_manifest
+from diffusers_fm.timesteps import DENSITIES
+from diffusers_fm.training import BatchSlice, read_manifest, saved_arguments
+from diffusers_fm.training.checkpoints import damage
 
 
 # Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding. With an
@@ -450,7 +452,7 @@ def test_arguments_of_a_file(folder: Path, data: Path, tmp_path: Path) -> None:
     words = ["--config", str(first / "training_args.json"), "--output_dir", str(second), "--max_train_steps=4"]
     args = script.parse_arguments(script.build_parser(), words)
     saved = json.loads((first / "training_args.json").read_text())
-    now = script.saved_arguments(args)
+    now = saved_arguments(args)
     assert {name for name in now if now[name] != saved[name]} == {"output_dir"}
     (tmp_path / "bad.json").write_text('{"learning_rte": 1}')
     with pytest.raises(ValueError, match=r"arguments that the script does not have: \['learning_rte'\]"):
@@ -481,11 +483,11 @@ def test_times_have_the_density_that_was_asked_for(folder: Path, density: str) -
     line = command_line(folder, folder, folder, **options)
     args = script.parse_arguments(script.build_parser(), line)
     path = load_scheduler(folder).path
-    part = script.BatchSlice(0, 0, 0, 4096, 4096)
+    part = BatchSlice(0, 0, 0, 4096, 4096)
     t = script.draw_times(args, path, part, 1.0)
     u = torch.linspace(0, 1, 4097, dtype=torch.float64)
     shapes = {"logit_normal": {"mean": 0.5, "std": 0.8}, "mode": {"scale": 0.7}, "beta": {"alpha": 2.0, "beta": 3.0}}
-    quantiles = script.DENSITIES[density](u, **shapes.get(density, {}))
+    quantiles = DENSITIES[density](u, **shapes.get(density, {}))
     # One draw from each of 4,096 strata of equal probability.
     in_order = t.sort().values
     assert (quantiles[:-1] <= in_order + 1e-12).all()
@@ -504,7 +506,7 @@ def test_the_shift_of_other_paths_is_that_of_their_sampling(path: str, tmp_path:
     scheduler = FlowMatchScheduler(path=path, shift=3.0)
     args = script.parse_arguments(script.build_parser(), ["--pretrained_model_name_or_path=x"])
     args.timestep_density = "uniform"
-    part = script.BatchSlice(0, 0, 0, 64, 64)
+    part = BatchSlice(0, 0, 0, 64, 64)
     t, shifted = (script.draw_times(args, scheduler.path, part, shift) for shift in (1.0, 3.0))
     r = scheduler.path.ratio(t)
     expected = (3 * r / (1 + 2 * r)).clamp(max=scheduler.path.ratio_max)

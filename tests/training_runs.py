@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs of the training script on tiny pipelines and tiny data, for its tests."""
+"""Runs of the training scripts on tiny pipelines and tiny data, for their tests."""
 
 import importlib.util
 import io
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.training import parse_arguments
 
 
 # Tiny models gain nothing from more, and runs of several processes have one each, too.
@@ -26,11 +28,18 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "training_scripts" / "train_flow_matching.py"
 
-_spec = importlib.util.spec_from_file_location("train_flow_matching", SCRIPT)
-assert _spec is not None
-assert _spec.loader is not None
-script = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(script)
+
+def load_script(file: Path) -> ModuleType:
+    """A training script as a module."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script(SCRIPT)
 
 
 def make_dataset(folder: Path, side: int = 8, num_train: int = 20, num_test: int = 7) -> Path:
@@ -90,22 +99,25 @@ def command_line(pipeline: Path, data: Path, output_dir: Path, *words: object, *
 
 def train(pipeline: Path, data: Path, output_dir: Path, *words: object, **options: object) -> Path:
     """Train in this process; returns the output folder."""
-    try:
-        script.main(
-            script.parse_arguments(script.build_parser(), command_line(pipeline, data, output_dir, *words, **options))
-        )
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+    run_script(script, command_line(pipeline, data, output_dir, *words, **options))
     return output_dir
 
 
-def launch(line: list[str], num_processes: int = 1) -> list[str]:
+def run_script(module: ModuleType, line: list[str]) -> None:
+    """Run a script's `main` in this process, and leave no accelerator behind."""
+    try:
+        module.main(parse_arguments(module.build_parser(), line))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
+def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT) -> list[str]:
     """The command that a user would type, as words."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
     if num_processes > 1:
         accelerate += ["--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0"]
-    return [*accelerate, str(SCRIPT), *line]
+    return [*accelerate, str(file), *line]
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training scripts share: everything that is dull and tested, so that a script shows its loop."""
 
-from .arguments import compare_arguments, parse_arguments, saved_arguments, weighting_scheme
+from .arguments import (
+    add_average_arguments,
+    add_data_arguments,
+    add_objective_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    check_shared_arguments,
+    compare_arguments,
+    parse_arguments,
+    saved_arguments,
+    weighting_scheme,
+)
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
 from .data import (
     ImageData,
@@ -16,10 +28,12 @@ from .data import (
 from .evaluation import held_out_loss, make_grid, normalize, sample_grid
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
+from .objective import draw_times
 from .optimisation import TrainableModel, averaged_weights, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
 from .publishing import create_repo, model_card, save_arguments, upload
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
+from .run import TrainingRun
 
 
 __all__ = [
@@ -31,7 +45,15 @@ __all__ = [
     "StopSignal",
     "StreamSampler",
     "TrainableModel",
+    "TrainingRun",
+    "add_average_arguments",
+    "add_data_arguments",
+    "add_objective_arguments",
+    "add_optimisation_arguments",
+    "add_run_arguments",
+    "add_validation_arguments",
     "averaged_weights",
+    "check_shared_arguments",
     "choose_label_dropout",
     "choose_resolution",
     "choose_shift",
@@ -40,6 +62,7 @@ __all__ = [
     "compare_arguments",
     "create_repo",
     "derive_seed",
+    "draw_times",
     "epoch_order",
     "find_checkpoint",
     "handle_model_files",

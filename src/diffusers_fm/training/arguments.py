@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of a script: from the command line over those of a file, written beside the weights."""
+"""Arguments: those that the scripts share, from the command line over those of a file, written beside the weights."""
 
 import argparse
 import json
@@ -8,11 +8,16 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from diffusers.optimization import SchedulerType
+
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
 
 
 logger = logging.getLogger(__name__)
+
+# `piecewise_constant` needs rules that no argument gives.
+LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
 # Not written to files: a secret, and where the other arguments came from.
 UNSAVED = ("hub_token", "config")
@@ -39,6 +44,134 @@ def weighting_scheme(name: str) -> str:
     if name not in WEIGHTINGS:
         raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(WEIGHTINGS)}.")
     return name
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the images are, and what is done to them. Names and defaults are those of diffusers' own examples."""
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub id, or a local folder of parquet, arrow or image files or of save_to_disk.")
+    add("--dataset_config_name", help="Configuration of the data set.")
+    add("--train_data_dir", help="Folder of images instead, classes in subfolders.")
+    add("--train_split", default="train", help="Split to train on.")
+    add("--validation_split", help="Split held out; by default `validation`, else `test`, where there is one.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--max_train_samples", type=int, help="Train on so many samples, chosen at random.")
+    add("--max_validation_samples", type=int, default=2048, help="Hold out so many samples at most.")
+    add("--cache_dir", help="Where downloaded and prepared data is kept.")
+    add("--resolution", type=int, help="Side of the images; by default what the pipeline is configured for.")
+    add("--center_crop", action="store_true", help="Crop at the centre, not anywhere.")
+    add("--random_flip", action="store_true", help="Mirror half of the images.")
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images; results do not change.")
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
+    """The density of the training times and the weight of the loss."""
+    add = parser.add_argument_group("objective").add_argument
+    add("--timestep_density", choices=list(DENSITIES), default="logit_normal", help="Density of the training times.")
+    add("--logit_mean", type=float, default=0.0, help="Of logit_normal; above 0 is towards the noise.")
+    add("--logit_std", type=float, default=1.0, help="Of logit_normal.")
+    add("--mode_scale", type=float, default=1.29, help="Of mode.")
+    add("--density_alpha", type=float, default=1.0, help="First parameter of beta, which weighs the noise.")
+    add("--density_beta", type=float, default=1.0, help="Second parameter of beta, which weighs the data.")
+    add("--shift", type=float, help="Shift of the times; saved in the scheduler. By default the scheduler's own.")
+    add("--weighting_scheme", type=weighting_scheme, default="none", help="Weight of the loss: diffusers_fm.losses.")
+    add("--snr_gamma", type=float, default=5.0, help="Of the weighting min_snr.")
+
+
+def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Seed, batches, length, optimizer, schedule and precision."""
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--seed", type=int, help="Seed of everything; drawn and saved if not given.")
+    add("--train_batch_size", type=int, default=16, help="Samples of a process in an accumulation step.")
+    add("--gradient_accumulation_steps", type=int, default=1, help="Accumulation steps to an optimizer step.")
+    add("--num_train_epochs", type=int, default=100, help="Length of the run, without --max_train_steps.")
+    add("--max_train_steps", type=int, help="Length of the run in optimizer steps.")
+    add("--learning_rate", type=float, default=1e-4)
+    add("--scale_lr", action="store_true", help="Multiply the learning rate by the samples in an optimizer step.")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant")
+    add("--lr_warmup_steps", type=int, help="Optimizer steps; 500 by default, for schedules that warm up.")
+    add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
+    add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
+    add("--use_8bit_adam", action="store_true", help='Needs `pip install "diffusers-fm[8bit]"`.')
+    add("--adam_beta1", type=float, default=0.9)
+    add("--adam_beta2", type=float, default=0.999)
+    add("--adam_weight_decay", type=float, default=1e-2)
+    add("--adam_epsilon", type=float, default=1e-8)
+    add("--max_grad_norm", type=float, default=1.0, help="Clip gradients to this norm; inf for no clipping.")
+    add("--nan_policy", choices=["stop", "skip"], default="stop", help="What to do at a gradient that is not finite.")
+    add("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
+    add("--allow_tf32", action="store_true", help="Faster float32 matrix products on Ampere GPUs and later.")
+    add("--use_cpu", action="store_true", help="Use the CPU although there is an accelerator.")
+
+
+def add_average_arguments(parser: argparse.ArgumentParser) -> None:
+    """The running average of the weights."""
+    add = parser.add_argument_group("average of the weights").add_argument
+    add("--use_ema", action="store_true", help="Validate and save an exponential moving average of the weights.")
+    add("--ema_inv_gamma", type=float, default=1.0, help="Decay at step n: 1 - (1 + n / inv_gamma)^-power.")
+    add("--ema_power", type=float, default=0.75)
+    add("--ema_max_decay", type=float, default=0.9999)
+
+
+def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Held-out losses and pictures on the way."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--validation_steps", type=int, default=500, help="Steps between held-out losses and picture grids.")
+    add("--num_validation_images", type=int, default=4, help="Pictures in a grid, for each class; 0 for no grids.")
+    add("--num_inference_steps", type=int, default=50, help="Solver steps of the pictures.")
+    add("--guidance_scale", type=float, default=1.0, help="Guidance of the pictures; 1 is off.")
+    add("--eval_batch_size", type=int, default=64, help="Samples at once in validation.")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, project_name: str) -> None:
+    """The output folder, checkpoints, logs (in trackers under `project_name`) and the Hub."""
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="flow-matching-model", help="The trained pipeline, checkpoints and logs.")
+    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    add("--checkpoints_total_limit", type=int, help="Checkpoints to keep.")
+    add("--resume_from_checkpoint", help="Folder of a checkpoint, or `latest`.")
+    add("--logging_dir", default="logs", help="Folder of the trackers in the output folder.")
+    add("--logging_steps", type=int, default=50, help="Steps between lines of the log.")
+    add("--report_to", help="Tracker: tensorboard, wandb, all, ... or none; by default TensorBoard if installed.")
+    add("--tracker_project_name", default=project_name, help="Name of the run in the trackers.")
+    add("--push_to_hub", action="store_true", help="Upload the trained pipeline.")
+    add("--hub_model_id", help="Its repository; by default named like the output folder.")
+    add("--hub_token", help="Token of the Hub; by default the one you logged in with.")
+    add("--hub_private_repo", action="store_true", help="Make the repository private.")
+
+
+def check_shared_arguments(args: argparse.Namespace) -> None:
+    """
+    Refuses values of the shared arguments that can be refused without looking at model or data.
+
+    Args:
+        args (`argparse.Namespace`):
+            With the arguments of all groups above.
+
+    Raises:
+        ValueError: naming the argument, its value, and what is accepted.
+    """
+    for name in (
+        "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps checkpointing_steps"
+        " logging_steps validation_steps num_inference_steps eval_batch_size checkpoints_total_limit resolution"
+        " max_train_samples max_validation_samples"
+    ).split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    for name in ("learning_rate", "max_grad_norm", "shift", "ema_inv_gamma"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} must be above 0, got {value}.")
+    if args.lr_warmup_steps is not None and args.lr_scheduler == "constant":
+        raise ValueError(
+            f"--lr_warmup_steps {args.lr_warmup_steps} needs a schedule with a warm-up: use --lr_scheduler"
+            " constant_with_warmup."
+        )
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        given = "neither" if args.dataset_name is None else "both"
+        raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

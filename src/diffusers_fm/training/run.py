@@ -1,0 +1,436 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dull half of a training script: what happens before its loop, between the steps, and after the last one."""
+
+import argparse
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+from tqdm.auto import tqdm
+
+from .arguments import compare_arguments, saved_arguments
+from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
+from .data import ImageData, StreamSampler, make_loader
+from .launch import StopSignal, make_accelerator
+from .logs import LossMeter, RunLog
+from .optimisation import averaged_weights, make_optimizer
+from .publishing import create_repo, save_arguments, upload
+from .randomness import BatchSlice, seed_layers
+
+
+logger = logging.getLogger(__name__)
+
+# With --nan_policy skip: so many steps in a row without a finite gradient end the run.
+MAX_SKIPPED_IN_A_ROW = 10
+
+# Arguments that must stay as they are when a run is resumed, and those that may change without a word.
+FIXED_ON_RESUME = ("use_ema",)
+FREE_ON_RESUME = (
+    "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
+    " logging_dir report_to tracker_project_name dataloader_num_workers push_to_hub hub_model_id hub_private_repo"
+    " cache_dir"
+).split()
+
+# Figures of what would be saved now: held-out losses, and a picture grid in a file of the given name.
+Validate = Callable[[int, str | None], dict[str, Any]]
+# Writes the trained pipeline and its card to a folder. It is given the figures of the last validation.
+Export = Callable[[Path, dict[str, Any]], None]
+
+
+class TrainingRun:
+    """
+    One run of a training script: accelerator, optimizer, schedule, average, checkpoints, logs and signals.
+
+    A script reads
+
+        run = TrainingRun(args)              # the output folder is checked, and what is to be resumed found
+        ...                                  # pipeline and data
+        model = run.prepare(model, len(data))
+        batches = run.batches(data)
+        run.start(validate, export, "what is trained")
+        with run:
+            for step in run.steps():         # logs, validation, checkpoints and signals are between the steps
+                for part in run.parts(step):
+                    batch = next(batches)
+                    with run.accelerator.accumulate(model):
+                        ...                  # t, x_t, model, losses
+                        run.backward(t, losses)
+            run.finish()                     # last validation, export, upload
+
+    Args:
+        args (`argparse.Namespace`):
+            With the arguments of `add_optimisation_arguments`, `add_average_arguments`, `add_validation_arguments` and
+            `add_run_arguments`. `seed` and `max_train_steps` are filled in where they were left open.
+
+    Attributes:
+        accelerator (`accelerate.Accelerator`):
+            Of the run.
+        output_dir (`Path`):
+            Folder of the run.
+        seed (`int`):
+            Seed of everything.
+        checkpoint (`Path`, *optional*):
+            What is resumed.
+        first_step (`int`), first_sample (`int`):
+            Optimizer steps done and samples seen before.
+        global_batch_size (`int`):
+            Samples to an optimizer step, over processes and accumulation steps.
+        log ([`RunLog`]):
+            Where numbers and pictures go.
+
+    Raises:
+        ValueError: if the output folder holds another run, there is nothing to resume from, or the launch was amiss.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.output_dir = Path(args.output_dir)
+        self.checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        self._manifest: dict[str, Any] = {"step": 0, "samples_seen": 0}
+        if self.checkpoint is not None:
+            self._manifest = read_manifest(self.checkpoint)
+        self.first_step, self.first_sample = self._manifest["step"], self._manifest["samples_seen"]
+        self.accelerator = make_accelerator(
+            self.output_dir,
+            args.logging_dir,
+            args.mixed_precision,
+            args.gradient_accumulation_steps,
+            args.report_to,
+            args.use_cpu,
+        )
+        is_main = self.accelerator.is_main_process
+        logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
+        logging.getLogger("diffusers_fm").setLevel(logging.INFO if is_main else logging.ERROR)
+        # Everyone has looked at the output folder before anyone writes to it.
+        self.accelerator.wait_for_everyone()
+        self.repo_id: str | None = None
+        if is_main:
+            if args.push_to_hub:
+                self.repo_id = create_repo(args, self.output_dir)
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.seed is None:
+            seeds = [self._manifest.get("seed", int.from_bytes(os.urandom(4), "little"))]
+            args.seed = broadcast_object_list(seeds)[0]
+        self.seed: int = args.seed
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        self.global_batch_size: int = (
+            args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        )
+        self.meter = LossMeter()
+        self.ema: EMAModel | None = None
+        self._last_checkpoint = self.checkpoint
+        self._skipped, self._skipped_in_a_row = 0, 0
+        self._gradient_norm = torch.zeros(())
+
+    def prepare(self, model: nn.Module, num_samples: int) -> nn.Module:
+        """
+        Makes optimizer, schedule and average for the model, and loads the checkpoint that is resumed.
+
+        Args:
+            model (`nn.Module`):
+                All that is trained: its parameters that require gradients.
+            num_samples (`int`):
+                Samples in an epoch.
+
+        Returns:
+            `nn.Module`: the model to call, as the accelerator wraps it.
+
+        Raises:
+            ValueError: if a step is larger than the data set, or arguments do not fit the resumed run.
+        """
+        args, accelerator = self.args, self.accelerator
+        if self.global_batch_size > num_samples:
+            raise ValueError(
+                f"An optimizer step of {self.global_batch_size} samples ({accelerator.num_processes} processes x"
+                f" {args.gradient_accumulation_steps} accumulation steps x --train_batch_size"
+                f" {args.train_batch_size}) is larger than the data set of {num_samples}."
+            )
+        self._num_samples = num_samples
+        if args.max_train_steps is None:
+            args.max_train_steps = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
+        optimizer = make_optimizer(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            epsilon=args.adam_epsilon,
+            use_8bit_adam=args.use_8bit_adam,
+        )
+        # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
+        self._lr_scheduler = get_scheduler(
+            args.lr_scheduler,
+            optimizer,
+            num_warmup_steps=500 if args.lr_warmup_steps is None else args.lr_warmup_steps,
+            num_training_steps=args.max_train_steps,
+            num_cycles=args.lr_num_cycles,
+            power=args.lr_power,
+        )
+        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        accelerator.register_for_checkpointing(self._lr_scheduler, self.meter)
+        if args.use_ema:
+            self.ema = EMAModel(
+                self._parameters,
+                decay=args.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=args.ema_inv_gamma,
+                power=args.ema_power,
+                foreach=True,
+            )
+            accelerator.register_for_checkpointing(self.ema)
+        handle_model_files(accelerator)
+        if self.checkpoint is not None:
+            compare_arguments(args, self._manifest["arguments"], fixed=FIXED_ON_RESUME, free=FREE_ON_RESUME)
+            load_checkpoint(accelerator, self.checkpoint)
+            if self.ema is not None:
+                self.ema.to(accelerator.device)
+        return self.model
+
+    def batches(self, data: ImageData) -> Iterator[dict[str, torch.Tensor]]:
+        """
+        This process's batches, one for each part of each step, from where the run begins.
+
+        Args:
+            data ([`ImageData`]):
+                What is trained on.
+
+        Returns:
+            `Iterator[dict[str, torch.Tensor]]`: batches, on the CPU.
+        """
+        sampler = StreamSampler(
+            len(data),
+            self.seed,
+            self.args.train_batch_size,
+            self.args.gradient_accumulation_steps,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+            self.first_sample,
+            max(0, self.args.max_train_steps - self.first_step),
+        )
+        return iter(make_loader(data, sampler, self.args.dataloader_num_workers))
+
+    def start(self, validate: Validate, export: Export, description: str) -> None:
+        """
+        Opens logs and trackers.
+
+        Args:
+            validate (`Callable`):
+                Called as `validate(step, grid_name)` by every process, with the averaged weights in the model, every
+                `--validation_steps` and at the end: measures, draws a grid (`grid_name` is its file in the output
+                folder, `None` for the one of a step), and returns the figures, which are logged.
+            export (`Callable`):
+                Called as `export(folder, figures)` by the main process, with the averaged weights in the model: writes
+                the trained pipeline and its card.
+            description (`str`):
+                What is trained on what, for the log.
+        """
+        self._validate, self._export = validate, export
+        args, accelerator = self.args, self.accelerator
+        self.log = RunLog(accelerator, self.output_dir, self.first_step)
+        self.log.start_trackers(args.tracker_project_name, saved_arguments(args), self.first_step)
+        if accelerator.is_main_process:
+            save_arguments(args, self.output_dir)
+        logger.info("%s", description)
+        logger.info(
+            "Steps %d to %d, each of %d samples (%d processes x %d accumulation steps x %d), %s, seed %d%s.",
+            self.first_step + 1,
+            args.max_train_steps,
+            self.global_batch_size,
+            accelerator.num_processes,
+            args.gradient_accumulation_steps,
+            args.train_batch_size,
+            accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
+            args.seed,
+            "" if self.checkpoint is None else f", resumed from {self.checkpoint}",
+        )
+
+    def __enter__(self) -> "TrainingRun":
+        """From here on a signal to stop is answered after the step that it meets."""
+        self._stop = StopSignal(self.accelerator).__enter__()
+        self._progress_bar = tqdm(
+            total=self.args.max_train_steps,
+            initial=self.first_step,
+            desc="Steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress_bar.close()
+        self._stop.__exit__(*exception)
+
+    def steps(self) -> Iterator[int]:
+        """
+        The numbers of the optimizer steps, from 0. What is due after a step is done before the next number comes:
+        schedule, average, log, validation, checkpoint, and the end of the process where a signal asked for it.
+
+        Yields:
+            `int`: the number of the step.
+
+        Raises:
+            ValueError: if a gradient is not finite, see `--nan_policy`.
+        """
+        self._window_start, self._window_step = time.perf_counter(), self.first_step
+        for step in range(self.first_step, self.args.max_train_steps):
+            yield step
+            learning_rate = self._lr_scheduler.get_last_lr()[0]
+            self._lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self._parameters)
+            self._progress_bar.update()
+            self._after_step(step + 1, learning_rate)
+
+    def parts(self, step: int) -> Iterator[BatchSlice]:
+        """
+        The accumulation steps of a step. Noise, times and dropped conditions are drawn for the whole global batch, and
+        each part is cut from them.
+
+        Args:
+            step (`int`):
+                Number of the step.
+
+        Yields:
+            [`BatchSlice`]: which part of the global batch comes next, and its random numbers.
+        """
+        args, accelerator = self.args, self.accelerator
+        for micro_step in range(args.gradient_accumulation_steps):
+            offset = (micro_step * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            seed_layers(self.seed, step, micro_step, accelerator.process_index, accelerator.device)
+            yield BatchSlice(self.seed, step, offset, args.train_batch_size, self.global_batch_size)
+
+    def backward(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """
+        The gradient of the mean loss of a part, and after the last part of a step the optimizer's step.
+
+        Args:
+            t (`torch.Tensor` of shape `(batch_size,)`):
+                Times of the samples, 0 = data, 1 = noise, on the CPU; for the log.
+            losses (`torch.Tensor` of shape `(batch_size,)`):
+                Their losses.
+        """
+        self.meter.add(t, losses)
+        self.accelerator.backward(losses.mean())
+        if self.accelerator.sync_gradients:
+            self._gradient_norm = self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
+            if self.args.nan_policy == "skip" and self.accelerator.scaler is None:
+                self._skip_if_not_finite()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within this context the model has the weights that would be saved now."""
+        return averaged_weights(self.accelerator.unwrap_model(self.model), self.ema)
+
+    def finish(self) -> None:
+        """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
+        self._progress_bar.close()
+        figures = self._run_validation(self.args.max_train_steps, "grid.png")
+        if self.accelerator.is_main_process:
+            with self.averaged_weights():
+                self._export(self.output_dir, figures)
+            loss = figures.get("validation_loss")
+            logger.info(
+                "The trained pipeline is in %s%s.",
+                self.output_dir,
+                "" if loss is None else f"; held-out loss {loss:.4f}",
+            )
+        self.accelerator.end_training()
+        if self.repo_id is not None:
+            upload(self.args, self.output_dir, self.repo_id)
+            logger.info("Uploaded to %s.", self.repo_id)
+
+    def _run_validation(self, step: int, grid_name: str | None = None) -> dict[str, Any]:
+        with self.averaged_weights():
+            figures = self._validate(step, grid_name)
+        if figures:
+            self.log.write(step, figures)
+        self.accelerator.wait_for_everyone()
+        return figures
+
+    def _save_checkpoint(self, step: int) -> Path:
+        """A checkpoint of everything that the next step needs."""
+        self.meter.reduce(self.accelerator)
+        state = {
+            "samples_seen": self._samples_seen(step),
+            "seed": self.seed,
+            "num_processes": self.accelerator.num_processes,
+            "arguments": saved_arguments(self.args),
+        }
+        return save_checkpoint(self.accelerator, self.output_dir, step, state, self.args.checkpoints_total_limit)
+
+    def _samples_seen(self, step: int) -> int:
+        return self.first_sample + (step - self.first_step) * self.global_batch_size
+
+    def _skip_if_not_finite(self) -> None:
+        finite = bool(torch.isfinite(self._gradient_norm))
+        self._skipped += not finite
+        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            self._refuse_non_finite(self._progress_bar.n + 1)
+        if not finite:
+            self._optimizer.zero_grad()
+
+    def _refuse_non_finite(self, step: int) -> None:
+        """End the run; nothing that came of this gradient is saved."""
+        self.meter.reduce(self.accelerator)
+        raise ValueError(
+            f"The gradient at step {step} is not finite. Losses by time, from data to noise, are"
+            f" {self.meter.report()['loss_by_time']}. The last good checkpoint is {self._last_checkpoint or 'none'}."
+        )
+
+    def _after_step(self, done: int, learning_rate: float) -> None:
+        """What happens at some steps only."""
+        args = self.args
+        is_last = done == args.max_train_steps
+        signum = self._stop.received()
+        checkpoint_is_due = done % args.checkpointing_steps == 0 or (signum and not is_last)
+        log_is_due = done % args.logging_steps == 0 or is_last
+        if (checkpoint_is_due or log_is_due) and args.nan_policy == "stop":
+            if not torch.isfinite(self._gradient_norm) and not self.accelerator.optimizer_step_was_skipped:
+                self._refuse_non_finite(done)
+        if log_is_due:
+            self._write_log(done, learning_rate)
+        aside = time.perf_counter()
+        if done % args.validation_steps == 0 and not is_last:
+            self._run_validation(done)
+        if checkpoint_is_due:
+            self._last_checkpoint = self._save_checkpoint(done)
+        self._window_start += time.perf_counter() - aside
+        if signum and not is_last:
+            self._progress_bar.close()
+            logger.warning(
+                "Stopped by signal %d after step %d. %s is saved; go on with --resume_from_checkpoint latest.",
+                signum,
+                done,
+                self._last_checkpoint,
+            )
+            self.accelerator.end_training()
+            sys.exit(128 + signum)
+
+    def _write_log(self, done: int, learning_rate: float) -> None:
+        self.meter.reduce(self.accelerator)
+        seconds = time.perf_counter() - self._window_start
+        values = {
+            "epoch": self._samples_seen(done) / self._num_samples,
+            **self.meter.report(),
+            "learning_rate": learning_rate,
+            "gradient_norm": float(self._gradient_norm),
+            "images_per_second": round((done - self._window_step) * self.global_batch_size / seconds, 1),
+            **({"skipped_steps": self._skipped} if self._skipped else {}),
+        }
+        self.log.write(done, values)
+        self._progress_bar.set_postfix(
+            loss=values["loss"], lr=values["learning_rate"], images_per_second=values["images_per_second"]
+        )
+        self._window_start, self._window_step = time.perf_counter(), done
