@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+from .base import FlowMatchPipelineOutput
 from .init_pipeline import init_pipeline
-from .pipeline_flow_match import FlowMatchPipeline, FlowMatchPipelineOutput
+from .pipeline_flow_match import FlowMatchPipeline
 from .stock import with_stock_scheduler
 
 

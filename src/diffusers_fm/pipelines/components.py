@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiTTransformer2DModel,
+    ModelMixin,
     SD3Transformer2DModel,
     UNet2DModel,
 )
@@ -114,6 +115,21 @@ def check_components(
         accepted = " or ".join(str(value) for value in sorted(classes))
         raise ValueError(f"`num_classes` must be {accepted} for this network, got {num_classes}.")
 
+
+def check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+    """
+    Checks that what a network of a [`FlowMatchPipeline`] takes is what it gives.
+
+    Args:
+        network ([`~diffusers.ModelMixin`]):
+            The network.
+        vae ([`~diffusers.ModelMixin`]):
+            The autoencoder of a latent model, or `None`.
+
+    Raises:
+        ValueError: if it is not, or does not fit the autoencoder.
+    """
+    config = unwrap_module(network).config
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(

@@ -10,36 +10,13 @@ from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 
 from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood, transport
-from ..models.autoencoding import decode_latents, encode_latents
+from ..models.autoencoding import encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..solvers import Solution
+from .base import NetworkField
 
 
 Images = PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Labels = int | str | list[int] | list[str] | torch.Tensor | None
-
-# How far from an end the flow begins where the network's answer leaves the velocity without a limit there.
-MARGIN = 1e-4
-
-
-class _Flow:
-    """The network of a pipeline as a field of the path's time, with the guidance that sampling would use."""
-
-    def __init__(self, pipeline: "FlowTransportMixin", guidance_scale: float = 1.0) -> None:
-        self.pipeline = pipeline
-        self.guidance_scale = guidance_scale
-
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
-        scheduler = self.pipeline.scheduler
-        inverted = scheduler.config.invert_sigmas
-        timestep = scheduler.timestep_scale * (1 - t if inverted else t)
-        class_labels = labels[0] if labels else None
-        output = self.pipeline.predict(x_t, timestep, class_labels).to(x_t.dtype)
-        if self.guidance_scale != 1.0 and class_labels is not None:
-            null_labels = torch.full_like(class_labels, self.pipeline.null_class)
-            null_output = self.pipeline.predict(x_t, timestep, null_labels).to(x_t.dtype)
-            output = null_output + self.guidance_scale * (output - null_output)
-        return -output if inverted else output
 
 
 class FlowTransportMixin:
@@ -220,7 +197,7 @@ class FlowTransportMixin:
         options = {"start": self._end(0.0), "end": self._end(1.0)} | options
         config = self.scheduler.config
         return log_likelihood(
-            _Flow(self), data, self.scheduler.path, prediction_type=config.prediction_type, args=args, **options
+            NetworkField(self), data, self.scheduler.path, prediction_type=config.prediction_type, args=args, **options
         )
 
     def bits_per_dim(
@@ -258,7 +235,7 @@ class FlowTransportMixin:
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
         options = {"start": self._end(0.0), "end": self._end(1.0)} | options
         return bits_per_dim(
-            _Flow(self),
+            NetworkField(self),
             images,
             self.scheduler.path,
             num_samples=num_samples,
@@ -288,26 +265,6 @@ class FlowTransportMixin:
         self._check_shape("images", data)
         return data
 
-    @torch.no_grad()
-    def to_images(self, data: torch.Tensor, output_type: str = "pil") -> Any:
-        """
-        What the flow ends in, as images: the way back of [`to_data`].
-
-        Args:
-            data (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                Pixels in about [-1, 1], or latents.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"`, or `"latent"` for `data` itself.
-
-        Returns:
-            PIL images; an array `(batch_size, height, width, channels)` or a tensor
-            `(batch_size, channels, height, width)` with values in [0, 1]; or `data`.
-        """
-        if output_type == "latent":
-            return data
-        pixels = data if self.vae is None else decode_latents(self.vae, data)
-        return self.image_processor.postprocess(pixels, output_type=output_type)
-
     def _check_shape(self, name: str, data: torch.Tensor) -> None:
         factor = self.vae_scale_factor
         shape = tuple(data.shape)
@@ -327,14 +284,6 @@ class FlowTransportMixin:
         labels = self.prepare_class_labels(class_labels, len(data), data.device, allow_null=True)
         return data, () if labels is None else (labels,)
 
-    def _end(self, t: float) -> float:
-        """An end of the flow, or a time beside it where the network's answer determines no velocity there."""
-        at = torch.tensor(t, dtype=torch.float64)
-        straight = (-torch.ones_like(at), torch.ones_like(at))
-        if bool(self.scheduler.path.determines(at, self.scheduler.config.prediction_type, straight)):
-            return t
-        return MARGIN if t == 0.0 else 1 - MARGIN
-
     def _carry(
         self,
         x: torch.Tensor,
@@ -344,7 +293,7 @@ class FlowTransportMixin:
         num_steps: int | None,
     ) -> torch.Tensor:
         solution = transport(
-            _Flow(self),
+            NetworkField(self),
             x,
             self.scheduler.path,
             start=self._end(start),
@@ -355,28 +304,3 @@ class FlowTransportMixin:
             args=args,
         )
         return solution.x.float()
-
-    def _draw_adaptively(
-        self,
-        x: torch.Tensor,
-        args: tuple[torch.Tensor, ...],
-        method: str,
-        guidance_scale: float,
-        rtol: float | None,
-        atol: float | None,
-    ) -> Solution:
-        """From the prior to the data by an adaptive solver, each sample with its own steps."""
-        return transport(
-            _Flow(self, guidance_scale),
-            x,
-            self.scheduler.path,
-            start=self._end(1.0),
-            end=self._end(0.0),
-            prediction_type=self.scheduler.config.prediction_type,
-            num_steps=None,
-            method=method,
-            rtol=rtol,
-            atol=atol,
-            step_control="per_sample",
-            args=args,
-        )

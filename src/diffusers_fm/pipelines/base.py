@@ -1,0 +1,647 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the pipelines of this package share: components, classes, guidance, and the way from noise to data."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+    UNet2DModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import LabelEmbedding
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor, unwrap_module
+
+from ..likelihood import transport
+from ..models.autoencoding import decode_latents, spatial_scale_factor
+from ..models.class_embedder import ClassEmbedder
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..solvers import Solution
+from .components import check_components, check_one_network, has_weights
+
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3")
+
+# How far from an end the flow begins where the network's answer leaves the velocity without a limit there.
+MARGIN = 1e-4
+
+Callback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+
+PipelineT = TypeVar("PipelineT", bound="FlowMatchPipelineBase")
+
+
+@dataclass
+class FlowMatchPipelineOutput(BaseOutput):
+    """
+    Output of [`FlowMatchPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            PIL images; an array of shape `(batch_size, height, width, channels)` or a tensor of shape
+            `(batch_size, channels, height, width)` with values in [0, 1]; or latents.
+        nfe (`int`):
+            Number of calls of the network. A guided call evaluates twice the batch and counts once.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    nfe: int
+
+
+class NetworkField:
+    """The network of a pipeline as a field of the path's time, with the guidance that sampling would use."""
+
+    def __init__(self, pipeline: "FlowMatchPipelineBase", guidance_scale: float = 1.0) -> None:
+        self.pipeline = pipeline
+        self.guidance_scale = guidance_scale
+
+    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
+        scheduler = self.pipeline.scheduler
+        inverted = scheduler.config.invert_sigmas
+        timestep = scheduler.timestep_scale * (1 - t if inverted else t)
+        output = self.pipeline.predict_guided(x_t, timestep, args, self.guidance_scale).to(x_t.dtype)
+        return -output if inverted else output
+
+
+class FlowMatchPipelineBase(DiffusionPipeline):
+    """
+    Components, classes, guidance and integration of the pipelines of this package, which say what a call is given.
+
+    A pipeline has its own `predict(sample, timestep, ..., class_labels=None)`: what the network is given besides x_t
+    are tensors with one row for each sample, labels last. Tuples `args` in here are those.
+
+    Args:
+        scheduler ([`FlowMatchScheduler`] or another diffusers scheduler):
+            The path, what the network predicts, and how to sample; another one is converted.
+        unet ([`~diffusers.UNet2DModel`], *optional*):
+            The network. Exactly one of `unet` and `transformer` is given.
+        transformer ([`~diffusers.DiTTransformer2DModel`] or [`~diffusers.SD3Transformer2DModel`], *optional*):
+            The network.
+        vae ([`~diffusers.AutoencoderKL`], [`~diffusers.AutoencoderTiny`] or [`~diffusers.AutoencoderDC`], *optional*):
+            The autoencoder of a latent model.
+        class_embedder ([`ClassEmbedder`], *optional*):
+            The class conditioning of an `SD3Transformer2DModel`, and of no other network.
+        num_classes (`int`, *optional*):
+            Number of classes, where a `UNet2DModel` has a null class besides.
+        id2label (`dict`, *optional*):
+            Names of the classes by label.
+
+    Raises:
+        ValueError: if the components do not fit together.
+    """
+
+    model_cpu_offload_seq = "unet->transformer->vae"
+    # A small table that is read at every call of the network: not worth moving back and forth.
+    _exclude_from_cpu_offload = ["class_embedder"]
+    _optional_components = ["unet", "transformer", "vae", "class_embedder"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        unet: UNet2DModel | None = None,
+        transformer: DiTTransformer2DModel | SD3Transformer2DModel | None = None,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
+        class_embedder: ClassEmbedder | None = None,
+        num_classes: int | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        check_components(unet, transformer, vae, class_embedder, num_classes)
+        is_ours = isinstance(scheduler, FlowMatchScheduler)
+        self.register_modules(
+            scheduler=scheduler if is_ours else FlowMatchScheduler.from_config(scheduler.config),
+            unet=unet,
+            transformer=transformer,
+            vae=vae,
+            class_embedder=class_embedder,
+        )
+        self.register_to_config(num_classes=num_classes, id2label=id2label)
+        self.vae_scale_factor = 1 if vae is None else spatial_scale_factor(vae)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[PipelineT], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> PipelineT:
+        """
+        Loads a trained pipeline from a folder or the Hub, see [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A pipeline folder, or the id of a repository on the Hub.
+            kwargs (*optional*):
+                What [`~diffusers.DiffusionPipeline.from_pretrained`] takes, components included.
+
+        Returns:
+            The pipeline, its models in evaluation mode.
+
+        Raises:
+            ValueError: if the folder is that of an untrained pipeline, or does not hold exactly one network.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / cls.config_name).is_file():
+            index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+            declared = [name for name in cls._optional_components if index.get(name, [None])[0] is not None]
+            networks = {name: kwargs.get(name, name in declared or None) for name in ("unet", "transformer")}
+            check_one_network(**networks)
+            missing = [name for name in declared if name not in kwargs and not has_weights(folder / name)]
+            if missing:
+                raise ValueError(
+                    f"The folder {str(folder)!r} holds no weights for {' and '.join(missing)}; build an untrained"
+                    f" pipeline from its configs with `diffusers_fm.init_pipeline({str(folder)!r})`."
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network: the `unet` or the `transformer`."""
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the null class not counted; 0 for an unconditional model."""
+        network = unwrap_module(self.denoiser)
+        if isinstance(network, SD3Transformer2DModel):
+            return self.class_embedder.config.num_classes
+        if isinstance(network, DiTTransformer2DModel):
+            return network.config.num_embeds_ada_norm
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return network.config.num_class_embeds or 0
+
+    @property
+    def null_class(self) -> int | None:
+        """Label of the null class of classifier-free guidance, or `None` where the network has none."""
+        network = unwrap_module(self.denoiser)
+        if isinstance(network, UNet2DModel) and network.config.num_class_embeds != self.num_classes + 1:
+            return None
+        return self.num_classes
+
+    @property
+    def data_channels(self) -> int:
+        """Channels of x_t: those of the images, or of the latents."""
+        return unwrap_module(self.denoiser).config.in_channels
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape `(channels, height, width)` of what the network was configured for: pixels, or latents."""
+        config = unwrap_module(self.denoiser).config
+        if config.sample_size is None:
+            raise ValueError("The unet's config has no `sample_size`: `height` and `width` must be given.")
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.data_channels, height, width
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of classifier-free guidance of the call in progress; 1 is off."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether the call in progress evaluates the null class beside the wanted one."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of times at which the call in progress evaluates the network."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to stop, by setting `_interrupt`."""
+        return self._interrupt
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """
+        Labels of class names.
+
+        Args:
+            label (`str` or `list[str]`):
+                Names, or single synonyms, as they stand in the config's `id2label`.
+
+        Returns:
+            `list[int]`: one label for each name.
+
+        Raises:
+            ValueError: if the pipeline has no names, or a name is unknown or stands for several classes.
+        """
+        if self.config.id2label is None:
+            raise ValueError(f"The class name {label!r} was given, but this pipeline has no `id2label`: use integers.")
+        ids: dict[str, list[int]] = {}
+        for key, value in self.config.id2label.items():
+            for name in {str(value), *(part.strip() for part in str(value).split(","))}:
+                ids.setdefault(name, []).append(int(key))
+        labels = []
+        for name in [label] if isinstance(label, str) else label:
+            if name not in ids:
+                raise ValueError(
+                    f"Unknown class name {name!r}; the names are the values of `pipeline.config.id2label`."
+                )
+            if len(ids[name]) > 1:
+                raise ValueError(
+                    f"The class name {name!r} stands for the labels {ids[name]}: use one of the integers."
+                )
+            labels += ids[name]
+        return labels
+
+    def prepare_class_labels(
+        self,
+        class_labels: int | str | list[int] | list[str] | torch.Tensor | None,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        allow_null: bool = False,
+    ) -> torch.Tensor | None:
+        """
+        Checks labels and brings them to the form that [`predict`] takes.
+
+        Args:
+            class_labels (`int`, `str`, `list` of them, or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels in `0 .. num_classes - 1`, or class names. A single one serves the whole batch.
+            batch_size (`int`, *optional*):
+                Number of images; defaults to the number of labels.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+                Where the labels are wanted.
+            allow_null (`bool`, *optional*, defaults to `False`):
+                Whether [`null_class`] counts as a label.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, int64, or `None` for an unconditional model.
+
+        Raises:
+            ValueError: if labels are missing, superfluous, out of range, or not `batch_size` many.
+        """
+        if self.num_classes == 0:
+            if class_labels is not None:
+                raise ValueError(f"`class_labels` {class_labels!r} was given, but this pipeline has no classes.")
+            return None
+        if class_labels is None:
+            raise ValueError(f"`class_labels` must be given: this pipeline has {self.num_classes} classes.")
+        labels = class_labels.tolist() if isinstance(class_labels, (torch.Tensor, np.ndarray)) else class_labels
+        if not isinstance(labels, (list, tuple)):
+            labels = [labels] * (1 if batch_size is None else batch_size)
+        labels = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        for label in labels:
+            if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+                raise ValueError(f"A class label must be an integer or a class name, got {label!r}.")
+            if not 0 <= label < self.num_classes and not (allow_null and label == self.null_class):
+                raise ValueError(f"Class label {label} is out of range: labels are 0 to {self.num_classes - 1}.")
+        if batch_size is not None and len(labels) != batch_size:
+            raise ValueError(f"{len(labels)} class labels were given for a batch of {batch_size}.")
+        return torch.tensor(labels, dtype=torch.int64, device=device)
+
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        device: torch.device | str,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The start of the integration: standard normal noise, scaled to the prior of the path at t = 1.
+
+        Args:
+            shape (`tuple[int, ...]`):
+                `(batch_size, channels, height, width)`.
+            device (`torch.device` or `str`):
+                Where the latents are wanted.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One generator, or one for each image.
+            latents (`torch.Tensor`, *optional*):
+                Standard normal noise to use instead of a fresh draw.
+
+        Returns:
+            `torch.Tensor` of shape `shape`, float32.
+        """
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
+        return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor | float, *args: Any) -> torch.Tensor:
+        """One call of the network at x_t; see the pipelines."""
+        raise NotImplementedError
+
+    def predict_guided(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        args: tuple[torch.Tensor, ...] = (),
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        [`predict`] with classifier-free guidance (arXiv 2207.12598): one call of twice the batch.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                x_t, pixels or latents.
+            timestep (`torch.Tensor` of shape `()` or `(batch_size,)`):
+                `num_train_timesteps * t`.
+            args (`tuple[torch.Tensor, ...]`, *optional*):
+                What [`predict`] takes after the timestep, labels last.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Scale w of `null + w * (class - null)`; 1 is off.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, height, width)`: of the scheduler's `prediction_type`.
+        """
+        if guidance_scale == 1.0 or not args:
+            return self.predict(sample, timestep, *args)
+        *conditions, labels = args
+        sample, *conditions = [torch.cat([tensor, tensor]) for tensor in (sample, *conditions)]
+        if timestep.ndim:
+            timestep = torch.cat([timestep, timestep])
+        labels = torch.cat([torch.full_like(labels, self.null_class), labels])
+        null_output, class_output = self.predict(sample, timestep, *conditions, labels).float().chunk(2)
+        return null_output + guidance_scale * (class_output - null_output)
+
+    def _call_network(
+        self, model_input: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        network = unwrap_module(self.denoiser)
+        batch_size, device = model_input.shape[0], model_input.device
+        model_input = model_input.to(network.dtype)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch_size)
+        if class_labels is not None:
+            class_labels = class_labels.to(device)
+        elif self.num_classes > 0:
+            raise ValueError(f"`class_labels` must be given: this pipeline has {self.num_classes} classes.")
+        elif self.null_class is not None:
+            class_labels = torch.full((batch_size,), self.null_class, dtype=torch.int64, device=device)
+
+        if self.class_embedder is not None:
+            tokens, pooled = self.class_embedder(class_labels)
+            model_output = self.denoiser(
+                hidden_states=model_input,
+                timestep=timestep,
+                encoder_hidden_states=tokens.to(network.dtype),
+                pooled_projections=pooled.to(network.dtype),
+                return_dict=False,
+            )[0]
+        else:
+            if isinstance(network, DiTTransformer2DModel):
+                for module in network.modules():
+                    if isinstance(module, LabelEmbedding):
+                        module.eval()
+            model_output = self.denoiser(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
+        return model_output[:, : self.data_channels]
+
+    def check_inputs(
+        self,
+        batch_size: int,
+        latent_shape: tuple[int, int, int],
+        guidance_scale: float,
+        sigmas: list[float] | None,
+        timesteps: list[float] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> None:
+        """Raises a `ValueError` for arguments of a call that cannot work, before any work."""
+        if sigmas is not None and timesteps is not None:
+            raise ValueError("Only one of `sigmas` and `timesteps` can be given.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+        channels = latent_shape[0] if self.vae is None else self.vae.config.in_channels
+        if output_type == "pil" and channels not in (1, 3, 4):
+            raise ValueError(
+                f"An image of {channels} channels cannot be a PIL image: use `output_type` np, pt or latent."
+            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
+        if guidance_scale != 1.0 and self.num_classes == 0:
+            raise ValueError(f"`guidance_scale` {guidance_scale} needs classes, and this pipeline has none: use 1.")
+        if guidance_scale != 1.0 and self.null_class is None:
+            raise ValueError(
+                f"`guidance_scale` {guidance_scale} needs a null class, and this network has none: use 1, or train one"
+                " with `num_class_embeds == num_classes + 1`."
+            )
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}.")
+        if latents is not None and tuple(latents.shape) != (batch_size, *latent_shape):
+            raise ValueError(
+                f"`latents` must have the shape {(batch_size, *latent_shape)}, got {tuple(latents.shape)}."
+            )
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+            )
+        if not isinstance(self.scheduler, FlowMatchScheduler):
+            raise ValueError(
+                f"The scheduler must be a FlowMatchScheduler, got {self.scheduler.__class__.__name__}: convert it with"
+                " `FlowMatchScheduler.from_config(scheduler.config)`."
+            )
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """
+        Shape of the network's input for an image size, checked against what the network can do.
+
+        Args:
+            height (`int`, *optional*):
+                Height of the image in pixels; defaults to the size that the network was configured for.
+            width (`int`, *optional*):
+                Width of the image in pixels, likewise.
+
+        Returns:
+            `tuple[int, int, int]`: `(channels, height, width)`.
+
+        Raises:
+            ValueError: if the network or the autoencoder cannot make images of this size.
+        """
+        network = unwrap_module(self.denoiser)
+        config = network.config
+        if height is None or width is None:
+            _, default_height, default_width = self.sample_shape
+            height = default_height * self.vae_scale_factor if height is None else height
+            width = default_width * self.vae_scale_factor if width is None else width
+        patch = 2 ** (len(config.block_out_channels) - 1) if isinstance(network, UNet2DModel) else config.patch_size
+        multiple = patch * self.vae_scale_factor
+        if height < 1 or width < 1 or height % multiple or width % multiple:
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {multiple} for this pipeline, got"
+                f" {height} x {width}."
+            )
+        if isinstance(network, DiTTransformer2DModel) and height != width:
+            raise ValueError(f"DiTTransformer2DModel makes square images only, got {height} x {width}.")
+        if isinstance(network, SD3Transformer2DModel) and max(height, width) > config.pos_embed_max_size * multiple:
+            raise ValueError(
+                f"`height` and `width` must not exceed {config.pos_embed_max_size * multiple}, the reach of the"
+                f" transformer's position embeddings, got {height} x {width}."
+            )
+        return self.data_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    def check_solver(
+        self,
+        solver: str | None,
+        rtol: float | None,
+        atol: float | None,
+        sigmas: list[float] | None,
+        timesteps: list[float] | None,
+        mu: float | None,
+        callback_on_step_end: Callback | None,
+    ) -> None:
+        """Raises a `ValueError` for arguments that the solver of a call has no use for, before any work."""
+        adaptive = solver in ADAPTIVE_SOLVERS
+        # An adaptive solver has no timesteps to lay out and no steps to call back after.
+        fixed_only = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu, "callback_on_step_end": callback_on_step_end}
+        unused = fixed_only if adaptive else {"rtol": rtol, "atol": atol}
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            kind = "an adaptive one" if adaptive else "one with fixed steps"
+            raise ValueError(f"`{given[0]}` has no meaning for the solver {solver!r}, which is {kind}.")
+
+    def integrate(
+        self,
+        latents: torch.Tensor,
+        args: tuple[torch.Tensor, ...],
+        guidance_scale: float,
+        num_inference_steps: int,
+        sigmas: list[float] | None,
+        timesteps: list[float] | None,
+        mu: float | None,
+        solver: str | None,
+        rtol: float | None,
+        atol: float | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callback | None,
+        tensor_inputs: list[str],
+    ) -> tuple[torch.Tensor, int]:
+        """
+        From noise to data, by the scheduler's solver or that of the call. The arguments are those of a call.
+
+        Args:
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                x_t at t = 1, as [`prepare_latents`] gives it.
+            args (`tuple[torch.Tensor, ...]`):
+                What [`predict`] takes after the timestep, labels last.
+
+        Returns:
+            `tuple[torch.Tensor, int]`: x_t at t = 0, in float32, and the number of calls of the network.
+        """
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+        if solver in ADAPTIVE_SOLVERS:
+            solution = self._draw_adaptively(latents, args, solver, guidance_scale, rtol, atol)
+            return solution.x.float(), int(solution.evaluations.max())
+
+        # 1. Timesteps
+        scheduler = self.scheduler
+        if solver is not None:
+            scheduler = FlowMatchScheduler.from_config(scheduler.config, solver=solver)
+        if mu is None and scheduler.config.use_dynamic_shifting:
+            mu = self._default_mu(scheduler, tuple(latents.shape[1:]))
+        scheduler.set_timesteps(
+            num_inference_steps if sigmas is None and timesteps is None else None,
+            device=latents.device,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            mu=mu,
+        )
+        scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+
+        # 2. From noise to data
+        nfe = 0
+        order, last = scheduler.order, self._num_timesteps - 1
+        with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
+            for i, timestep in enumerate(scheduler.timesteps):
+                if self.interrupt:
+                    break
+                model_output = self.predict_guided(latents, timestep, args, self.guidance_scale).float()
+                nfe += 1
+                latents = scheduler.step(model_output, timestep, latents, generator=generator, return_dict=False)[0]
+
+                # Every step has `order` stages, save the last, which is a single one where the path asks for it.
+                if (i + 1) % order == 0 or i == last:
+                    if callback_on_step_end is not None:
+                        begin = scheduler.timesteps[i // order * order]
+                        tensors = {"latents": latents} if "latents" in tensor_inputs else {}
+                        outputs = callback_on_step_end(self, i // order, begin, tensors)
+                        latents = outputs.pop("latents", latents)
+                    progress_bar.update()
+        return latents, nfe
+
+    def _default_mu(self, scheduler: FlowMatchScheduler, shape: tuple[int, int, int]) -> float:
+        patch_size = unwrap_module(self.denoiser).config.get("patch_size", 1)
+        return calculate_shift(
+            (shape[1] // patch_size) * (shape[2] // patch_size),
+            scheduler.config.base_image_seq_len,
+            scheduler.config.max_image_seq_len,
+            scheduler.config.base_shift,
+            scheduler.config.max_shift,
+        )
+
+    @torch.no_grad()
+    def to_images(self, data: torch.Tensor, output_type: str = "pil") -> Any:
+        """
+        What the flow ends in, as images: the way back of [`to_data`].
+
+        Args:
+            data (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                Pixels in about [-1, 1], or latents.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for `data` itself.
+
+        Returns:
+            PIL images; an array `(batch_size, height, width, channels)` or a tensor
+            `(batch_size, channels, height, width)` with values in [0, 1]; or `data`.
+        """
+        if output_type == "latent":
+            return data
+        pixels = data if self.vae is None else decode_latents(self.vae, data)
+        return self.image_processor.postprocess(pixels, output_type=output_type)
+
+    def _end(self, t: float) -> float:
+        """An end of the flow, or a time beside it where the network's answer determines no velocity there."""
+        at = torch.tensor(t, dtype=torch.float64)
+        straight = (-torch.ones_like(at), torch.ones_like(at))
+        if bool(self.scheduler.path.determines(at, self.scheduler.config.prediction_type, straight)):
+            return t
+        return MARGIN if t == 0.0 else 1 - MARGIN
+
+    def _draw_adaptively(
+        self,
+        x: torch.Tensor,
+        args: tuple[torch.Tensor, ...],
+        method: str,
+        guidance_scale: float,
+        rtol: float | None,
+        atol: float | None,
+    ) -> Solution:
+        """From the prior to the data by an adaptive solver, each sample with its own steps."""
+        return transport(
+            NetworkField(self, guidance_scale),
+            x,
+            self.scheduler.path,
+            start=self._end(1.0),
+            end=self._end(0.0),
+            prediction_type=self.scheduler.config.prediction_type,
+            num_steps=None,
+            method=method,
+            rtol=rtol,
+            atol=atol,
+            step_control="per_sample",
+            args=args,
+        )
