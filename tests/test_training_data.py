@@ -14,7 +14,6 @@ from sklearn.datasets import load_digits
 from diffusers_fm.training.data import (
     ImageData,
     ImageTransform,
-    StreamSampler,
     choose_split,
     class_names,
     held_out_split_name,
@@ -22,6 +21,7 @@ from diffusers_fm.training.data import (
     make_loader,
     to_pixels,
 )
+from diffusers_fm.training.samplers import StreamSampler
 
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits"
@@ -146,7 +146,7 @@ def test_modes_become_grey_or_rgb(mode: str, channels: int) -> None:
         assert image.mode == "I;16"
     else:
         image = PIL.Image.fromarray(grey).convert(mode)
-    pixels = to_pixels(image, 8, channels)
+    pixels = to_pixels(image, (8, 8), channels)
     assert pixels.shape == (channels, 8, 8)
     assert pixels.dtype == np.uint8
     # One bit says only black or white, and a palette and four inks round.
@@ -157,11 +157,11 @@ def test_modes_become_grey_or_rgb(mode: str, channels: int) -> None:
 def test_the_shorter_side_is_resized_without_aliasing() -> None:
     # A checkerboard of single pixels is grey from afar.
     board = PIL.Image.fromarray((np.indices((64, 128)).sum(0) % 2 * 255).astype(np.uint8))
-    pixels = to_pixels(board, 16, 1)
+    pixels = to_pixels(board, (16, 16), 1)
     assert pixels.shape == (1, 16, 32)
     assert np.abs(pixels[0, 2:-2, 2:-2].astype(int) - 127).max() <= 2
-    assert to_pixels(board.resize((3, 9)), 16, 1).shape == (1, 48, 16)
-    assert np.array_equal(to_pixels(picture(0, mode="L"), 8, 1)[0], np.asarray(picture(0, mode="L")))
+    assert to_pixels(board.resize((3, 9)), (16, 16), 1).shape == (1, 48, 16)
+    assert np.array_equal(to_pixels(picture(0, mode="L"), (8, 8), 1)[0], np.asarray(picture(0, mode="L")))
 
 
 def test_center_crop_and_random_crop() -> None:
@@ -306,6 +306,6 @@ def test_empty_data_and_unreadable_images_are_named() -> None:
 
 def test_images_without_a_range_and_other_channels_are_refused() -> None:
     with pytest.raises(ValueError, match="mode 'F' have no fixed range"):
-        to_pixels(PIL.Image.new("F", (8, 8)), 8, 1)
+        to_pixels(PIL.Image.new("F", (8, 8)), (8, 8), 1)
     with pytest.raises(ValueError, match="1 or 3 channels, but the model takes 4"):
         ImageTransform(8, 4)

@@ -4,7 +4,7 @@
 import torch
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import EncoderOutput
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 
 
@@ -53,19 +53,67 @@ def encode_latents(
     Raises:
         ValueError: if the autoencoder's `encode` returns a kind of output that is not known here.
     """
+    return latents_of_moments(vae, encode_moments(vae, images), generator, sample)
+
+
+def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """
+    What an autoencoder says of images, from which [`latents_of_moments`] draws latents as often as they are needed.
+
+    Args:
+        vae (`ModelMixin`):
+            The autoencoder; it runs in its own dtype.
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            Images with values in [-1, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 2 * latent_channels, height / factor, width / factor)`: means and log
+        variances of the posterior, in the autoencoder's dtype; of a deterministic autoencoder, its
+        `latent_channels` latents.
+
+    Raises:
+        ValueError: if the autoencoder's `encode` returns a kind of output that is not known here.
+    """
     encoded = vae.encode(images.to(vae.dtype))
     if isinstance(encoded, AutoencoderKLOutput):
-        posterior = encoded.latent_dist
+        return encoded.latent_dist.parameters
+    if isinstance(encoded, AutoencoderTinyOutput):
+        return encoded.latents
+    if isinstance(encoded, EncoderOutput):
+        return encoded.latent
+    raise ValueError(
+        f"{vae.__class__.__name__}.encode returned {encoded.__class__.__name__}; the autoencoders that can be used"
+        " are those that return AutoencoderKLOutput, AutoencoderTinyOutput or EncoderOutput."
+    )
+
+
+def latents_of_moments(
+    vae: ModelMixin,
+    moments: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    sample: bool = True,
+) -> torch.Tensor:
+    """
+    Latents in the scale of the flow matching model, see [`encode_latents`].
+
+    Args:
+        vae (`ModelMixin`):
+            The autoencoder that gave the moments.
+        moments (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            As [`encode_moments`] returns them.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            Source of the posterior's noise: one, or one for each image.
+        sample (`bool`, *optional*, defaults to `True`):
+            Whether to draw from the posterior, or to take its mode.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, latent_channels, height, width)`: float32.
+    """
+    if moments.shape[1] == 2 * vae.config.latent_channels:
+        posterior = DiagonalGaussianDistribution(moments)
         latents = posterior.sample(generator) if sample else posterior.mode()
-    elif isinstance(encoded, AutoencoderTinyOutput):
-        latents = encoded.latents
-    elif isinstance(encoded, EncoderOutput):
-        latents = encoded.latent
     else:
-        raise ValueError(
-            f"{vae.__class__.__name__}.encode returned {encoded.__class__.__name__}; the autoencoders that can be used"
-            " are those that return AutoencoderKLOutput, AutoencoderTinyOutput or EncoderOutput."
-        )
+        latents = moments
     shift, scale = _shift_and_scale(vae, latents)
     return (latents.float() - shift) * scale
 

@@ -14,11 +14,12 @@ from .arguments import (
     saved_arguments,
     weighting_scheme,
 )
+from .buckets import assign_buckets, make_buckets, parse_buckets
+from .captions import CaptionColumn, choose_caption, drop_captions
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
 from .data import (
     ImageData,
     ImageTransform,
-    StreamSampler,
     choose_split,
     class_names,
     held_out_split_name,
@@ -34,10 +35,13 @@ from .options import choose_label_dropout, choose_resolution, choose_shift
 from .publishing import create_repo, model_card, save_arguments, upload
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 from .run import TrainingRun
+from .samplers import BucketSampler, StreamSampler
 
 
 __all__ = [
     "BatchSlice",
+    "BucketSampler",
+    "CaptionColumn",
     "ImageData",
     "ImageTransform",
     "LossMeter",
@@ -52,8 +56,10 @@ __all__ = [
     "add_optimisation_arguments",
     "add_run_arguments",
     "add_validation_arguments",
+    "assign_buckets",
     "averaged_weights",
     "check_shared_arguments",
+    "choose_caption",
     "choose_label_dropout",
     "choose_resolution",
     "choose_shift",
@@ -63,6 +69,7 @@ __all__ = [
     "create_repo",
     "derive_seed",
     "draw_times",
+    "drop_captions",
     "epoch_order",
     "find_checkpoint",
     "handle_model_files",
@@ -71,6 +78,7 @@ __all__ = [
     "load_checkpoint",
     "load_splits",
     "make_accelerator",
+    "make_buckets",
     "make_generator",
     "make_grid",
     "make_loader",
@@ -78,6 +86,7 @@ __all__ = [
     "model_card",
     "normalize",
     "parse_arguments",
+    "parse_buckets",
     "read_manifest",
     "sample_grid",
     "save_arguments",

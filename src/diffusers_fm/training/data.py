@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images and labels from any `datasets` data set, in an order and with augmentations that depend on the seed alone."""
+"""Images, labels and captions from any `datasets` data set, with augmentations that depend on the seed alone."""
 
-from collections.abc import Iterator
+import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .randomness import epoch_order, make_generator, row_uniforms
+from .buckets import assign_buckets
+from .captions import CaptionColumn
+from .randomness import make_generator, row_uniforms
 
 
 # Decoded images are kept in memory, in every process, if all of them together take no more than this.
@@ -177,15 +182,15 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> dict[int, str] 
     return dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def to_pixels(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndarray:
+def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
     """
-    An image's pixels, its shorter side resized to `resolution` (bicubic, antialiased) if it is not that already.
+    An image's pixels, resized (bicubic, antialiased) to cover a size in both directions, if it does not fit already.
 
     Args:
         image (`PIL.Image.Image`):
             Any mode with 8 or 16 bits a channel.
-        resolution (`int`):
-            The wanted length of the shorter side.
+        size (`tuple[int, int]`):
+            Height and width to cover: one side has the wanted length, the other at least that.
         channels (`int`):
             1 for grey, 3 for RGB; images are converted.
 
@@ -200,18 +205,41 @@ def to_pixels(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndar
     elif image.mode in ("I", "F"):
         raise ValueError(f"images of mode {image.mode!r} have no fixed range")
     image = image.convert("L" if channels == 1 else "RGB")
-    shorter = min(image.size)
-    if shorter != resolution:
-        width, height = (max(resolution, round(side * resolution / shorter)) for side in image.size)
-        image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    height, width = size
+    scale = max(height / image.height, width / image.width)
+    if scale != 1:
+        wanted = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def image_size(file: bytes | str) -> tuple[int, int]:
+    """
+    The size of an image as it is seen, from the head of its file.
+
+    Args:
+        file (`bytes` or `str`):
+            Its contents or its path.
+
+    Returns:
+        `tuple[int, int]`: height and width.
+
+    Raises:
+        OSError: if it is no image.
+    """
+    with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        width, height = image.size
+        # Orientations from 5 on lie on their side, and `datasets` turns them.
+        lies = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
+    return (width, height) if lies else (height, width)
 
 
 @dataclass(frozen=True)
 class ImageTransform:
     """
-    What is done to each image: resize the shorter side, crop to a square, perhaps mirror.
+    What is done to each image: resize so that it covers a size, crop to the size, perhaps mirror. The size is a
+    square, or the bucket of the nearest aspect ratio.
 
     Args:
         resolution (`int`):
@@ -222,12 +250,15 @@ class ImageTransform:
             Crop at the centre; otherwise anywhere, anew at each visit.
         random_flip (`bool`, *optional*, defaults to `False`):
             Mirror half of the images, anew at each visit.
+        buckets (`tuple[tuple[int, int], ...]`, *optional*):
+            Heights and widths that take the square's place.
     """
 
     resolution: int
     channels: int
     center_crop: bool = False
     random_flip: bool = False
+    buckets: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -236,7 +267,7 @@ class ImageTransform:
 
 class ImageData(Dataset):
     """
-    Images and labels by epoch and row, batch by batch.
+    Images, labels and captions by epoch and row, batch by batch.
 
     Decoded and resized images are kept in memory if all of them fit `MEMORY_BUDGET`; otherwise they are decoded at
     each visit, best in several loader workers.
@@ -258,10 +289,22 @@ class ImageData(Dataset):
             Use so many rows, chosen at random.
         memory_budget (`int`, *optional*, defaults to `MEMORY_BUDGET`):
             Bytes of decoded images to keep at most.
+        caption_column (`str`, *optional*):
+            Name of the column of captions; without it there are none.
+
+    Attributes:
+        captions ([`CaptionColumn`], *optional*):
+            The captions.
+        bucket_rows (`list[np.ndarray]`, *optional*):
+            Numbers of the samples in each bucket, if the transform has buckets. The samples of a batch must be of one.
+        read_moments (`Callable`, *optional*):
+            If set, batches hold `moments` in place of `images`: `read_moments(number, mirrored)` gives what the
+            autoencoder says of an image.
 
     Raises:
         ValueError: if the data set is empty, columns are missing or of the wrong type, a label is missing or out of
-            range, or an image cannot be read (with its row; at once if images are kept, else at its first visit).
+            range, or an image cannot be read (with its row; at once if images are kept or there are buckets, else at
+            its first visit).
     """
 
     def __init__(
@@ -274,8 +317,10 @@ class ImageData(Dataset):
         seed: int = 0,
         max_samples: int | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        caption_column: str | None = None,
     ) -> None:
         self._images = _image_rows(dataset, image_column)
+        self._files = self._images.cast_column(image_column, datasets.Image(decode=False))
         if len(dataset) == 0:
             raise ValueError("The data set is empty.")
         self._rows = np.arange(len(dataset))
@@ -285,8 +330,16 @@ class ImageData(Dataset):
         self._labels = None
         if label_column is not None:
             self._labels = torch.from_numpy(read_labels(dataset, label_column, num_classes)[self._rows])
+        self.captions = None if caption_column is None else CaptionColumn(dataset, caption_column, self._rows, seed)
         self.transform = transform
         self._seed = seed
+        self.read_moments: Callable[[int, bool], torch.Tensor] | None = None
+        self.bucket_rows: list[np.ndarray] | None = None
+        self._bucket_of = None
+        if transform.buckets:
+            sizes = [self._read(index, lambda index: image_size(self.file(index))) for index in range(len(self))]
+            self._bucket_of = assign_buckets(np.array(sizes), transform.buckets)
+            self.bucket_rows = [np.flatnonzero(self._bucket_of == bucket) for bucket in range(len(transform.buckets))]
         self._kept: list[np.ndarray] | None = None
         self._stack: torch.Tensor | None = None
         # Images that are not square take more; that many are decoded at first only to see whether it fits.
@@ -301,7 +354,7 @@ class ImageData(Dataset):
         """Whether all images are decoded and kept."""
         return self._kept is not None or self._stack is not None
 
-    def __getitem__(self, keys: np.ndarray) -> dict[str, torch.Tensor]:
+    def __getitem__(self, keys: np.ndarray) -> dict[str, Any]:
         """
         A batch.
 
@@ -310,36 +363,77 @@ class ImageData(Dataset):
                 Epoch (for augmentation) and number of each sample.
 
         Returns:
-            `dict[str, torch.Tensor]`: `images`, uint8 of shape `(batch_size, channels, resolution, resolution)`, and,
-            with labels, `labels`, int64 of shape `(batch_size,)`.
+            `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)`, or `moments`; with
+            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`.
         """
         indices = torch.from_numpy(keys[:, 1])
-        if self._stack is not None:
-            images = self._stack[indices]
-        else:
-            images = self._crop(keys)
+        mirrored = torch.zeros(len(keys), dtype=torch.bool)
         if self.transform.random_flip:
-            flip = torch.from_numpy(row_uniforms(self._seed, "flip", keys) < 0.5)
-            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
-        batch = {"images": images}
+            mirrored = torch.from_numpy(row_uniforms(self._seed, "flip", keys) < 0.5)
+        batch: dict[str, Any] = {}
+        if self.read_moments is not None:
+            numbers = zip(indices.tolist(), mirrored.tolist())
+            batch["moments"] = torch.stack([self.read_moments(index, mirror) for index, mirror in numbers])
+        else:
+            images = self._crop(keys) if self._stack is None else self._stack[indices]
+            if mirrored.any():
+                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            batch["images"] = images
         if self._labels is not None:
             batch["labels"] = self._labels[indices]
+        if self.captions is not None:
+            batch["captions"] = self.captions.draw(keys)
         return batch
 
-    def _decode(self, index: int) -> np.ndarray:
-        row = int(self._rows[index])
+    def size(self, index: int) -> tuple[int, int]:
+        """
+        The size to which an image is brought.
+
+        Args:
+            index (`int`):
+                Number of the sample.
+
+        Returns:
+            `tuple[int, int]`: height and width.
+        """
+        if self._bucket_of is None:
+            return self.transform.resolution, self.transform.resolution
+        return self.transform.buckets[self._bucket_of[index]]
+
+    def file(self, index: int) -> bytes | str:
+        """
+        The file of an image.
+
+        Args:
+            index (`int`):
+                Number of the sample.
+
+        Returns:
+            `bytes` or `str`: its contents, or its path.
+        """
+        file = next(iter(self._files[int(self._rows[index])].values()))
+        if file is None:
+            raise ValueError("there is none")
+        return file["path"] if file["bytes"] is None else file["bytes"]
+
+    def _read(self, index: int, read: Callable[[int], Any]) -> Any:
+        """Something of an image; where that fails, the error names its row."""
         try:
-            image = next(iter(self._images[row].values()))
-            if image is None:
-                raise ValueError("there is none")
-            return to_pixels(image, self.transform.resolution, self.transform.channels)
+            return read(index)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            row = int(self._rows[index])
             raise ValueError(f"The image in row {row} of the data set cannot be read: {error}.") from error
+
+    def _decode(self, index: int) -> np.ndarray:
+        image = next(iter(self._images[int(self._rows[index])].values()))
+        if image is None:
+            raise ValueError("there is none")
+        return to_pixels(image, self.size(index), self.transform.channels)
 
     def _keep_in_memory(self, memory_budget: int) -> None:
         kept, used = [], 0
         for index in range(len(self)):
-            kept.append(self._decode(index))
+            kept.append(self._read(index, self._decode))
             used += kept[-1].nbytes
             if used > memory_budget:
                 return
@@ -350,76 +444,17 @@ class ImageData(Dataset):
             self._kept = kept
 
     def _crop(self, keys: np.ndarray) -> torch.Tensor:
-        side = self.transform.resolution
         if self.transform.center_crop:
             down = across = np.full(len(keys), 0.5)
         else:
             down, across = row_uniforms(self._seed, "down", keys), row_uniforms(self._seed, "across", keys)
         images = []
-        for index, y, x in zip(keys[:, 1], down, across):
-            pixels = self._decode(index) if self._kept is None else self._kept[index]
-            top, left = int(y * (pixels.shape[1] - side + 1)), int(x * (pixels.shape[2] - side + 1))
-            images.append(pixels[:, top : top + side, left : left + side])
+        for index, y, x in zip(keys[:, 1].tolist(), down, across):
+            height, width = self.size(index)
+            pixels = self._read(index, self._decode) if self._kept is None else self._kept[index]
+            top, left = int(y * (pixels.shape[1] - height + 1)), int(x * (pixels.shape[2] - width + 1))
+            images.append(pixels[:, top : top + height, left : left + width])
         return torch.from_numpy(np.stack(images))
-
-
-class StreamSampler(Sampler[np.ndarray]):
-    """
-    One process's share of an endless stream of samples: epoch after epoch, each in its own order, without gaps.
-
-    Step `s` takes `total` samples of the stream; accumulation steps and processes take consecutive parts of them. Any
-    step can be the first, at no cost.
-
-    Args:
-        num_rows (`int`):
-            Rows of the data set.
-        seed (`int`):
-            Seed of the run.
-        batch_size (`int`):
-            Samples a process handles at once.
-        accumulation_steps (`int`, *optional*, defaults to 1):
-            Batches a process handles in a step.
-        num_processes (`int`, *optional*, defaults to 1):
-            Processes that share a step.
-        process (`int`, *optional*, defaults to 0):
-            Rank of this one.
-        samples_seen (`int`, *optional*, defaults to 0):
-            Where in the stream to begin.
-        num_steps (`int`, *optional*, defaults to 1):
-            Steps to serve.
-    """
-
-    def __init__(
-        self,
-        num_rows: int,
-        seed: int,
-        batch_size: int,
-        accumulation_steps: int = 1,
-        num_processes: int = 1,
-        process: int = 0,
-        samples_seen: int = 0,
-        num_steps: int = 1,
-    ) -> None:
-        self.num_rows, self.seed, self.batch_size = num_rows, seed, batch_size
-        self.num_processes, self.process = num_processes, process
-        self.samples_seen = samples_seen
-        self.num_batches = num_steps * accumulation_steps
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        orders: dict[int, np.ndarray] = {}
-        for number in range(self.num_batches):
-            start = self.samples_seen + (number * self.num_processes + self.process) * self.batch_size
-            positions = np.arange(start, start + self.batch_size)
-            epochs, places = positions // self.num_rows, positions % self.num_rows
-            orders = {
-                epoch: orders[epoch] if epoch in orders else epoch_order(self.seed, epoch, self.num_rows)
-                for epoch in np.unique(epochs).tolist()
-            }
-            rows = np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
-            yield np.stack([epochs, rows], axis=1)
 
 
 def make_loader(data: ImageData, sampler: Sampler[np.ndarray], num_workers: int = 0) -> DataLoader:

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
-from .data import ImageData, StreamSampler, make_loader
+from .data import ImageData, make_loader
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
 from .optimisation import averaged_weights, make_optimizer
 from .publishing import create_repo, save_arguments, upload
 from .randomness import BatchSlice, seed_layers
+from .samplers import BucketSampler, StreamSampler
 
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class TrainingRun:
                 self.ema.to(accelerator.device)
         return self.model
 
-    def batches(self, data: ImageData) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, data: ImageData) -> Iterator[dict[str, Any]]:
         """
         This process's batches, one for each part of each step, from where the run begins.
 
@@ -206,10 +207,9 @@ class TrainingRun:
                 What is trained on.
 
         Returns:
-            `Iterator[dict[str, torch.Tensor]]`: batches, on the CPU.
+            `Iterator[dict[str, Any]]`: batches, on the CPU; each of one size, if the images are in buckets.
         """
-        sampler = StreamSampler(
-            len(data),
+        place = (
             self.seed,
             self.args.train_batch_size,
             self.args.gradient_accumulation_steps,
@@ -218,6 +218,8 @@ class TrainingRun:
             self.first_sample,
             max(0, self.args.max_train_steps - self.first_step),
         )
+        buckets = data.bucket_rows
+        sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
         return iter(make_loader(data, sampler, self.args.dataloader_num_workers))
 
     def start(self, validate: Validate, export: Export, description: str) -> None:

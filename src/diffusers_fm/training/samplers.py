@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples come when: endless streams in which any step can be the first, and batches of one size each."""
+
+import bisect
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from .randomness import derive_seed, epoch_order
+
+
+class StreamSampler(Sampler[np.ndarray]):
+    """
+    One process's share of an endless stream of samples: epoch after epoch, each in its own order, without gaps.
+
+    Step `s` takes `total` samples of the stream; accumulation steps and processes take consecutive parts of them. Any
+    step can be the first, at no cost.
+
+    Args:
+        num_rows (`int`):
+            Rows of the data set.
+        seed (`int`):
+            Seed of the run.
+        batch_size (`int`):
+            Samples a process handles at once.
+        accumulation_steps (`int`, *optional*, defaults to 1):
+            Batches a process handles in a step.
+        num_processes (`int`, *optional*, defaults to 1):
+            Processes that share a step.
+        process (`int`, *optional*, defaults to 0):
+            Rank of this one.
+        samples_seen (`int`, *optional*, defaults to 0):
+            Where in the stream to begin.
+        num_steps (`int`, *optional*, defaults to 1):
+            Steps to serve.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        seed: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        num_processes: int = 1,
+        process: int = 0,
+        samples_seen: int = 0,
+        num_steps: int = 1,
+    ) -> None:
+        self.num_rows, self.seed, self.batch_size = num_rows, seed, batch_size
+        self.num_processes, self.process = num_processes, process
+        self.samples_seen = samples_seen
+        self.num_batches = num_steps * accumulation_steps
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        orders: dict[int, np.ndarray] = {}
+        for number in range(self.num_batches):
+            start = self.samples_seen + (number * self.num_processes + self.process) * self.batch_size
+            positions = np.arange(start, start + self.batch_size)
+            epochs, places = positions // self.num_rows, positions % self.num_rows
+            orders = {
+                epoch: orders[epoch] if epoch in orders else epoch_order(self.seed, epoch, self.num_rows)
+                for epoch in np.unique(epochs).tolist()
+            }
+            rows = np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
+            yield np.stack([epochs, rows], axis=1)
+
+
+class BucketSampler(Sampler[np.ndarray]):
+    """
+    Like [`StreamSampler`], for images of several sizes: a batch holds rows of one bucket.
+
+    Each bucket is a stream of its own, epoch after epoch without gaps, cut into batches; no row is left out, repeated
+    to fill a batch, or resized for company. The batches of all buckets are shuffled among each other within each
+    epoch. Where the rows of a bucket are no multiple of the batch size, one of its batches lies across the boundary of
+    two epochs: at the end of an epoch only rows of that one batch have been seen once more or once less often, and two
+    rows of a bucket never differ by more than one visit. A bucket with fewer rows than a batch has its turn every few
+    epochs.
+
+    Buckets change from batch to batch, so accumulation steps and processes mix them.
+
+    Args:
+        bucket_rows (`Sequence[np.ndarray]`):
+            Rows of each bucket. Together they are all rows of the data set.
+        seed (`int`):
+            Seed of the run.
+        batch_size (`int`):
+            Samples a process handles at once.
+        accumulation_steps (`int`, *optional*, defaults to 1):
+            Batches a process handles in a step.
+        num_processes (`int`, *optional*, defaults to 1):
+            Processes that share a step.
+        process (`int`, *optional*, defaults to 0):
+            Rank of this one.
+        samples_seen (`int`, *optional*, defaults to 0):
+            Where in the stream to begin; a multiple of `batch_size`, else the batch it lies in is begun again.
+        num_steps (`int`, *optional*, defaults to 1):
+            Steps to serve.
+    """
+
+    def __init__(
+        self,
+        bucket_rows: Sequence[np.ndarray],
+        seed: int,
+        batch_size: int,
+        accumulation_steps: int = 1,
+        num_processes: int = 1,
+        process: int = 0,
+        samples_seen: int = 0,
+        num_steps: int = 1,
+    ) -> None:
+        self.bucket_rows = [rows for rows in bucket_rows if len(rows)]
+        self.seed, self.batch_size = seed, batch_size
+        self.num_processes, self.process = num_processes, process
+        self.first_batch = samples_seen // batch_size
+        self.num_batches = num_steps * accumulation_steps
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        epoch, schedule = -1, np.empty((0, 2), dtype=np.int64)
+        orders: dict[int, dict[int, np.ndarray]] = {}
+        for number in range(self.num_batches):
+            batch = self.first_batch + number * self.num_processes + self.process
+            if not self._batches_before(epoch) <= batch < self._batches_before(epoch + 1):
+                # The bound is generous: an epoch has at least one batch in as many epochs as rows go into a batch.
+                epoch = bisect.bisect_right(
+                    range((batch + 1) * 2 * self.batch_size), batch, key=lambda e: self._batches_before(e + 1)
+                )
+                schedule = self._schedule(epoch)
+            bucket, turn = schedule[batch - self._batches_before(epoch)].tolist()
+            yield self._keys(bucket, turn, orders.setdefault(bucket, {}))
+
+    def _turns_before(self, bucket: int, epoch: int) -> int:
+        """Batches of a bucket in the epochs before this one, to the nearest whole number."""
+        return (2 * max(epoch, 0) * len(self.bucket_rows[bucket]) + self.batch_size) // (2 * self.batch_size)
+
+    def _batches_before(self, epoch: int) -> int:
+        return sum(self._turns_before(bucket, epoch) for bucket in range(len(self.bucket_rows)))
+
+    def _schedule(self, epoch: int) -> np.ndarray:
+        """Bucket and turn of each batch of an epoch."""
+        pairs = [
+            (bucket, turn)
+            for bucket in range(len(self.bucket_rows))
+            for turn in range(self._turns_before(bucket, epoch), self._turns_before(bucket, epoch + 1))
+        ]
+        order = epoch_order(derive_seed(self.seed, "buckets"), epoch, len(pairs))
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2)[order]
+
+    def _keys(self, bucket: int, turn: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+        """Epoch and row of each sample of a bucket's batch; `orders` are those of the bucket's latest epochs."""
+        rows = self.bucket_rows[bucket]
+        positions = np.arange(turn * self.batch_size, (turn + 1) * self.batch_size)
+        epochs, places = positions // len(rows), positions % len(rows)
+        needed = np.unique(epochs).tolist()
+        for epoch in [old for old in orders if old not in needed]:
+            del orders[epoch]
+        for epoch in needed:
+            if epoch not in orders:
+                orders[epoch] = epoch_order(derive_seed(self.seed, "bucket", bucket), epoch, len(rows))
+        chosen = np.array([rows[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places)])
+        return np.stack([epochs, chosen], axis=1)
