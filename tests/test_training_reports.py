@@ -18,7 +18,16 @@ from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 from training_runs import make_dataset, save_untrained, train
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.training import ImageData, ImageTransform, LossMeter, RunLog, held_out_loss, make_grid, sample_grid
+from diffusers_fm.training import (
+    ImageData,
+    ImageTransform,
+    LossMeter,
+    RunLog,
+    data_and_labels,
+    held_out_loss,
+    make_grid,
+    sample_grid,
+)
 
 
 @pytest.fixture
@@ -73,7 +82,17 @@ def test_the_held_out_loss_means_the_same_on_every_path(
     dataset = datasets.Dataset.from_dict({"image": images}, features=datasets.Features({"image": datasets.Image()}))
     data = ImageData(dataset, ImageTransform(8, 1, center_crop=True))
     model = NoDataIsThere(pipeline)
-    one, many = (held_out_loss(accelerator, model, pipeline, data, batch_size) for batch_size in (3, 64))
+    one, many = (
+        held_out_loss(
+            accelerator,
+            model,
+            pipeline.scheduler,
+            data,
+            batch_size,
+            lambda batch: data_and_labels(pipeline, batch, accelerator.device),
+        )
+        for batch_size in (3, 64)
+    )
     # With d taken for 0, the noise is taken for noise + (alpha / sigma) d: the straight velocity is off by d / s.
     energy = torch.tensor([np.square(np.asarray(image) / 127.5 - 1).mean() for image in images])
     spread = (torch.arange(40, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 + 0.5) % 1

@@ -58,6 +58,7 @@ from diffusers_fm.training import (
     choose_shift,
     choose_split,
     class_names,
+    data_and_labels,
     draw_times,
     held_out_loss,
     held_out_split_name,
@@ -165,7 +166,14 @@ def main(args: argparse.Namespace) -> None:
         """Held-out loss and picture grid of what would be saved now."""
         figures: dict[str, Any] = {}
         if held_out_data is not None:
-            figures = held_out_loss(run.accelerator, model, pipeline, held_out_data, args.eval_batch_size)
+            figures = held_out_loss(
+                run.accelerator,
+                model,
+                pipeline.scheduler,
+                held_out_data,
+                args.eval_batch_size,
+                lambda batch: data_and_labels(pipeline, batch, device),
+            )
         if args.num_validation_images and run.accelerator.is_main_process:
             grid = sample_grid(
                 pipeline,

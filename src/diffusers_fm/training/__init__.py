@@ -26,7 +26,7 @@ from .data import (
     load_splits,
     make_loader,
 )
-from .evaluation import held_out_loss, make_grid, normalize, sample_grid
+from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, sample_grid
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
 from .objective import draw_times
@@ -67,6 +67,7 @@ __all__ = [
     "class_names",
     "compare_arguments",
     "create_repo",
+    "data_and_labels",
     "derive_seed",
     "draw_times",
     "drop_captions",

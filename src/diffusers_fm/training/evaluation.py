@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training looks at without learning from it: the held-out loss and sampled pictures."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,14 @@ from torch import nn
 
 from ..models import encode_latents
 from ..pipelines import FlowMatchPipeline
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .data import ImageData
 from .logs import TIME_BINS, rounded
 from .randomness import make_generator
 
+
+# The data of a batch, as the flow sees it, and what the model takes after x_t and the timestep.
+Prepare = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, tuple[Any, ...]]]
 
 # The seed of noise and times in evaluation is not the run's: runs with different seeds can be compared.
 EVALUATION_SEED = 0
@@ -41,9 +46,38 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
+def data_and_labels(
+    pipeline: FlowMatchPipeline, batch: dict[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+    """
+    What [`held_out_loss`] asks of a batch, for a [`FlowMatchPipeline`]: nothing in it is drawn.
+
+    Args:
+        pipeline ([`FlowMatchPipeline`]):
+            With the autoencoder.
+        batch (`dict[str, torch.Tensor]`):
+            `images`, and `labels` for a model with classes.
+        device (`torch.device`):
+            Where both are wanted.
+
+    Returns:
+        `tuple`: pixels in [-1, 1] or latents, of shape `(batch_size, channels, height, width)`, and `(labels,)`.
+    """
+    data = normalize(batch["images"]).to(device)
+    if pipeline.vae is not None:
+        data = encode_latents(pipeline.vae, data, sample=False)
+    labels = batch.get("labels")
+    return data, (None if labels is None else labels.to(device),)
+
+
 @torch.no_grad()
 def held_out_loss(
-    accelerator: Accelerator, model: nn.Module, pipeline: FlowMatchPipeline, data: ImageData, batch_size: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    scheduler: FlowMatchScheduler,
+    data: ImageData,
+    batch_size: int,
+    prepare: Prepare,
 ) -> dict[str, Any]:
     """
     The velocity loss on held-out images at fixed noise and evenly spread times, each image at one time.
@@ -56,19 +90,22 @@ def held_out_loss(
         accelerator (`Accelerator`):
             Of the run.
         model (`nn.Module`):
-            What is evaluated, a `TrainableModel`.
-        pipeline ([`FlowMatchPipeline`]):
-            With the path, the prediction type and the autoencoder.
+            What is evaluated, called as `model(x_t, timesteps, *conditions)`.
+        scheduler ([`FlowMatchScheduler`]):
+            With the path and the prediction type.
         data ([`ImageData`]):
             The held-out images.
         batch_size (`int`):
             Images at once.
+        prepare (`Callable`):
+            Called as `prepare(batch)`: the batch's data, on the model's device, and the tuple of conditions, such as
+            [`data_and_labels`].
 
     Returns:
         `dict[str, Any]`: `validation_loss` and `validation_loss_by_time`, the means of ten bins of the straight time
         from data to noise.
     """
-    path, prediction_type = pipeline.scheduler.path, pipeline.scheduler.config.prediction_type
+    path, prediction_type = scheduler.path, scheduler.config.prediction_type
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, TIME_BINS)
@@ -76,19 +113,16 @@ def held_out_loss(
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
         rows = range(start, min(start + batch_size, len(data)))
         batch = data[np.stack([np.zeros(len(rows), dtype=np.int64), np.array(rows)], axis=1)]
-        clean = normalize(batch["images"]).to(accelerator.device)
-        if pipeline.vae is not None:
-            clean = encode_latents(pipeline.vae, clean, sample=False)
+        clean, conditions = prepare(batch)
         spread = (torch.arange(start, start + len(rows), dtype=torch.float64) * _GOLDEN + 0.5) % 1
         ratio = path.ratio_min + (path.ratio_max - path.ratio_min) * spread
         t = path.time_at(ratio)
         noise = torch.stack(
             [torch.randn(clean.shape[1:], generator=make_generator(EVALUATION_SEED, "held-out", row)) for row in rows]
         ).to(clean)
-        labels = batch["labels"].to(accelerator.device) if "labels" in batch else None
         with accelerator.autocast():
-            timesteps = (pipeline.scheduler.timestep_scale * t).float().to(accelerator.device)
-            prediction = model(path.sample(clean, noise, t), timesteps, labels)
+            timesteps = (scheduler.timestep_scale * t).float().to(accelerator.device)
+            prediction = model(path.sample(clean, noise, t), timesteps, *conditions)
         error = prediction.float() - path.target(clean, noise, t, prediction_type)
         # The straight velocity is noise - data; both follow from the prediction, and their errors with them.
         by_noise, by_data = (path.coefficients(t, prediction_type, type_)[1] for type_ in ("epsilon", "sample"))

@@ -8,7 +8,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..pipelines import FlowMatchPipeline
+from ..pipelines.base import FlowMatchPipelineBase
 
 
 class TrainableModel(nn.Module):
@@ -17,20 +17,18 @@ class TrainableModel(nn.Module):
     class embedder. A call is the pipeline's own `predict`.
 
     Args:
-        pipeline ([`FlowMatchPipeline`]):
+        pipeline ([`FlowMatchPipelineBase`]):
             Whose models are trained in place.
     """
 
-    def __init__(self, pipeline: FlowMatchPipeline) -> None:
+    def __init__(self, pipeline: FlowMatchPipelineBase) -> None:
         super().__init__()
         self.denoiser = pipeline.denoiser
         self.class_embedder = pipeline.class_embedder
         # In a tuple because a pipeline is no part of a module: its autoencoder is not trained.
         self._predict = (pipeline.predict,)
 
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
         """
         The network's answer at x_t.
 
@@ -39,13 +37,13 @@ class TrainableModel(nn.Module):
                 x_t, float32.
             timestep (`torch.Tensor` of shape `(batch_size,)`):
                 `timestep_scale * t`, continuous.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Labels, for a model with classes.
+            conditions (`torch.Tensor`, *optional*):
+                What the pipeline's `predict` takes besides, such as labels of shape `(batch_size,)`.
 
         Returns:
             `torch.Tensor` of the shape of `sample`: of the scheduler's `prediction_type`.
         """
-        return self._predict[0](sample, timestep, class_labels)
+        return self._predict[0](sample, timestep, *conditions)
 
 
 def make_optimizer(
