@@ -543,7 +543,9 @@ class FlowMatchPipelineBase(DiffusionPipeline):
         self._guidance_scale = guidance_scale
         self._interrupt = False
         if solver in ADAPTIVE_SOLVERS:
-            solution = self._draw_adaptively(latents, args, solver, guidance_scale, rtol, atol)
+            # Each sample takes its own steps.
+            options = {"method": solver, "num_steps": None, "rtol": rtol, "atol": atol, "step_control": "per_sample"}
+            solution = self.transport(latents, 1.0, 0.0, args, guidance_scale, **options)
             return solution.x.float(), int(solution.evaluations.max())
 
         # 1. Timesteps
@@ -614,34 +616,54 @@ class FlowMatchPipelineBase(DiffusionPipeline):
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _end(self, t: float) -> float:
-        """An end of the flow, or a time beside it where the network's answer determines no velocity there."""
+        """A time, or for an end where the network's answer determines no velocity, one beside it."""
         at = torch.tensor(t, dtype=torch.float64)
         straight = (-torch.ones_like(at), torch.ones_like(at))
         if bool(self.scheduler.path.determines(at, self.scheduler.config.prediction_type, straight)):
             return t
         return MARGIN if t == 0.0 else 1 - MARGIN
 
-    def _draw_adaptively(
+    @torch.no_grad()
+    def transport(
         self,
-        x: torch.Tensor,
-        args: tuple[torch.Tensor, ...],
-        method: str,
-        guidance_scale: float,
-        rtol: float | None,
-        atol: float | None,
+        x_t: torch.Tensor,
+        start: float,
+        end: float,
+        args: tuple[torch.Tensor, ...] = (),
+        guidance_scale: float = 1.0,
+        **options: Any,
     ) -> Solution:
-        """From the prior to the data by an adaptive solver, each sample with its own steps."""
+        """
+        Carry points of the path from one time to another, in either direction (arXiv 2210.02747, equation 1).
+
+        Args:
+            x_t (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                Points of the path at `start`: data at t = 0; at t = 1, standard normal noise times the scheduler's
+                `init_noise_sigma`.
+            start (`float`):
+                The time of `x_t`, in [0, 1], 0 = data, 1 = noise.
+            end (`float`):
+                The time to go to, in [0, 1].
+            args (`tuple[torch.Tensor, ...]`, *optional*):
+                What [`predict`] takes after the timestep, labels last.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Scale of classifier-free guidance, 1 is off.
+            options:
+                Arguments of [`~likelihood.transport`]: `method`, `num_steps`, `rtol`, `step_control`, ...
+
+        Returns:
+            [`~solvers.Solution`]: The points at `end`, and the calls of the network for each sample.
+
+        Raises:
+            ValueError: If an argument is out of range.
+        """
         return transport(
             NetworkField(self, guidance_scale),
-            x,
+            x_t,
             self.scheduler.path,
-            start=self._end(1.0),
-            end=self._end(0.0),
+            start=self._end(start),
+            end=self._end(end),
             prediction_type=self.scheduler.config.prediction_type,
-            num_steps=None,
-            method=method,
-            rtol=rtol,
-            atol=atol,
-            step_control="per_sample",
             args=args,
+            **options,
         )

@@ -9,9 +9,10 @@ import torch
 from diffusers import ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 
-from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood, transport
+from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood
 from ..models.autoencoding import encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..solvers import Solution
 from .base import NetworkField
 
 
@@ -49,6 +50,10 @@ class FlowTransportMixin:
         ) -> torch.Tensor | None: ...
 
         def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]: ...
+
+        def transport(
+            self, x_t: torch.Tensor, start: float, end: float, args: tuple[torch.Tensor, ...] = (), **options: Any
+        ) -> Solution: ...
 
     @torch.no_grad()
     def encode(
@@ -292,15 +297,5 @@ class FlowTransportMixin:
         end: float,
         num_steps: int | None,
     ) -> torch.Tensor:
-        solution = transport(
-            NetworkField(self),
-            x,
-            self.scheduler.path,
-            start=self._end(start),
-            end=self._end(end),
-            prediction_type=self.scheduler.config.prediction_type,
-            num_steps=num_steps,
-            method="abm3" if num_steps is not None else "dopri5",
-            args=args,
-        )
-        return solution.x.float()
+        method = "abm3" if num_steps is not None else "dopri5"
+        return self.transport(x, start, end, args, method=method, num_steps=num_steps).x.float()
