@@ -422,16 +422,22 @@ def test_several_processes_that_would_run_as_one_are_refused(
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, data: Path, tmp_path: Path) -> None:
-    bad = {"learning_rate": 1e30, "max_train_steps": 20}
+    bad = {"learning_rate": 1e30, "max_train_steps": 20, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
     with pytest.raises(ValueError, match=r"The gradient at step \d is not finite\. .* last good checkpoint is .*-1\."):
-        train(folder, data, tmp_path / "stop", checkpointing_steps=1, **bad)
+        train(folder, data, tmp_path / "stop", nan_policy="stop", **bad)
     assert damage(tmp_path / "stop" / "checkpoint-1") is None
     assert not list((tmp_path / "stop").glob("checkpoint-2*"))
-    with pytest.raises(ValueError, match="The gradient at step 1[0-9] is not finite"):
-        train(folder, data, tmp_path / "skip", nan_policy="skip", **bad)
-    skipped = read_log(tmp_path / "skip", "skipped_steps")
-    assert skipped
-    assert max(count for _, count in skipped) == 10
+    # By default such steps are skipped, ten in a row at most. Checkpoints wait for a finite gradient.
+    message = (
+        r"not finite at step 1\d, nor was it in the 10 steps before\. Losses by time, .*"
+        r" the numbers of those that are not finite \[\d.*\]\. The last good checkpoint is .*-1\."
+    )
+    with pytest.raises(ValueError, match=message):
+        train(folder, data, tmp_path / "skip", **bad)
+    assert [path.name for path in (tmp_path / "skip").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert max(count for _, count in read_log(tmp_path / "skip", "skipped_steps")) == 10
+    with pytest.raises(ValueError, match="not finite at step 5, nor was it in the 3 steps before"):
+        train(folder, data, tmp_path / "three", max_skipped_steps=3, **bad)
 
 
 # What the arguments do

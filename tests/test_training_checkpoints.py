@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_fm.training.checkpoints import (
     MANIFEST,
+    CheckpointError,
     damage,
     find_checkpoint,
     handle_model_files,
@@ -45,7 +47,8 @@ def fake(output_dir: Path, step: int, size: int = 5) -> Path:
     checkpoint = output_dir / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     (checkpoint / "file.bin").write_bytes(b"x" * size)
-    (checkpoint / MANIFEST).write_text(json.dumps({"step": step, "files": {"file.bin": 5}}))
+    entry = {"bytes": 5, "xxh3_128": xxhash.xxh3_128_hexdigest(b"xxxxx")}
+    (checkpoint / MANIFEST).write_text(json.dumps({"step": step, "files": {"file.bin": entry}}))
     return checkpoint
 
 
@@ -97,28 +100,31 @@ def test_a_failed_save_leaves_the_earlier_ones(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("diffusers_fm.training.checkpoints.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 could not be written: \[Errno 28\] No space left"):
         save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    assert damage(tmp_path / "checkpoint-1") is None
+    assert names(tmp_path) == ["checkpoint-1"]
     monkeypatch.undo()
-    # What was left half-written is cleared away by the next save.
     save_checkpoint(accelerator, tmp_path, 3, {}, total_limit=1)
     assert names(tmp_path) == ["checkpoint-3"]
 
 
 def test_damaged_checkpoints_are_named_and_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert latest_checkpoint(tmp_path / "nowhere") is None
-    for step in (1, 2, 3, 4, 20):
+    for step in (1, 2, 3, 4, 20, 21):
         fake(tmp_path, step)
+    # The disk gives back other bytes than were written.
+    (tmp_path / "checkpoint-21" / "file.bin").write_bytes(b"xxyxx")
+    assert damage(tmp_path / "checkpoint-21", thorough=False) is None
     (tmp_path / "checkpoint-20" / "file.bin").write_bytes(b"xx")
     (tmp_path / "checkpoint-4" / "file.bin").unlink()
     (tmp_path / "checkpoint-3" / MANIFEST).unlink()
     (tmp_path / "checkpoint-2" / MANIFEST).write_text("{")
     with caplog.at_level(logging.WARNING):
         assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-1"
-    faults = ["file.bin has 2 bytes of 5", "file.bin is missing", "it holds no checkpoint.json", "cannot be read"]
-    for record, step, fault in zip(caplog.records, (20, 4, 3, 2), faults, strict=True):
+    faults = ["file.bin is not what was written", "file.bin has 2 bytes of 5", "file.bin is missing"]
+    faults += ["it holds no checkpoint.json", "cannot be read"]
+    for record, step, fault in zip(caplog.records, (21, 20, 4, 3, 2), faults, strict=True):
         assert f"checkpoint-{step} is damaged" in record.getMessage()
         assert fault in record.getMessage()
 

@@ -189,7 +189,9 @@ def main(args: argparse.Namespace) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
         rows = {"held-out loss": f"{figures['validation_loss']:.4f}"} if figures else {}
-        model_card(pipeline, args, run.repo_id or str(folder), run.global_batch_size, rows).save(folder / "README.md")
+        model_card(pipeline, args, run.repo_id or args.output_dir, run.global_batch_size, rows).save(
+            folder / "README.md"
+        )
 
     run.start(
         validate,

@@ -98,7 +98,8 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0, help="Clip gradients to this norm; inf for no clipping.")
-    add("--nan_policy", choices=["stop", "skip"], default="stop", help="What to do at a gradient that is not finite.")
+    add("--nan_policy", choices=["skip", "stop"], default="skip", help="What to do at a gradient that is not finite.")
+    add("--max_skipped_steps", type=int, default=10, help="Skip so many steps in a row at most, then stop.")
     add("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action="store_true", help="Faster float32 matrix products on Ampere GPUs and later.")
@@ -155,7 +156,7 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     for name in (
         "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps checkpointing_steps"
         " logging_steps validation_steps num_inference_steps eval_batch_size checkpoints_total_limit resolution"
-        " max_train_samples max_validation_samples"
+        " max_train_samples max_validation_samples max_skipped_steps"
     ).split():
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -3,15 +3,19 @@
 
 import json
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
+
+from .files import PARTIAL, sync_to_disk
+from .launch import failures
 
 
 logger = logging.getLogger(__name__)
@@ -19,8 +23,14 @@ logger = logging.getLogger(__name__)
 MANIFEST = "checkpoint.json"
 MODEL_FILE = "model.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
-_PARTIAL = ".partial-"
+# So many checkpoints in a row that cannot be written end the run.
+MAX_FAILED_IN_A_ROW = 3
+
 _RUN_FILES = ("model_index.json", "training_args.json", "log.jsonl")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written."""
 
 
 def _checkpoint_steps(output_dir: Path) -> list[int]:
@@ -31,30 +41,57 @@ def _checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
-def damage(checkpoint: Path) -> str | None:
+def checksum(file: Path) -> str:
+    """
+    The 128-bit XXH3 hash of a file, which is read in pieces at about the speed of memory.
+
+    Args:
+        file (`Path`):
+            The file.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    state = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**22):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def damage(checkpoint: Path, thorough: bool = True) -> str | None:
     """
     What is wrong with a checkpoint.
 
     Args:
         checkpoint (`Path`):
             Its folder.
+        thorough (`bool`, *optional*, defaults to `True`):
+            Read every file and compare its checksum. Otherwise only sizes are looked at.
 
     Returns:
-        `str`, *optional*: the fault in a few words, or `None` if each file that the manifest lists has its full size.
+        `str`, *optional*: the fault in a few words, or `None` if each file that the manifest lists is as it was
+        written.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"it holds no {MANIFEST}"
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-    except (ValueError, KeyError):
+        files = read_manifest(checkpoint)["files"]
+        listed = {checkpoint / name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-    for name, size in files.items():
-        path = checkpoint / name
+    for path, (size, digest) in listed.items():
+        name = path.relative_to(checkpoint).as_posix()
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes of {size}"
+        try:
+            if thorough and checksum(path) != digest:
+                return f"{name} is not what was written: its checksum has changed"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
 
 
@@ -120,6 +157,39 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     return checkpoint
 
 
+def agree_on_checkpoint(
+    accelerator: Accelerator, output_dir: Path, resume_from_checkpoint: str | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """
+    [`find_checkpoint`] by the main process, for all. Every process calls it.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        output_dir (`Path`):
+            Folder of the run.
+        resume_from_checkpoint (`str`, *optional*):
+            As [`find_checkpoint`] takes it.
+
+    Returns:
+        `tuple[Path | None, dict[str, Any]]`: the checkpoint's folder, or `None` to start afresh, and its manifest.
+
+    Raises:
+        ValueError: as [`find_checkpoint`].
+    """
+    found: list[Any] = [None, {}, None]
+    if accelerator.is_main_process:
+        try:
+            checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+            found = [checkpoint, {} if checkpoint is None else read_manifest(checkpoint), None]
+        except ValueError as error:
+            found[2] = str(error)
+    checkpoint, manifest, refusal = broadcast_object_list(found)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return checkpoint, manifest
+
+
 def handle_model_files(accelerator: Accelerator) -> None:
     """
     Make the accelerator's checkpoints hold the bare model's weights, so that a run can be resumed with another number
@@ -146,29 +216,50 @@ def handle_model_files(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load_model)
 
 
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_manifest(folder: Path, state: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    sync_to_disk(*files)
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
+        for path in files
+    }
     manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({**state, "files": sizes}, indent=2) + "\n", encoding="utf-8")
-    for path in [*files, manifest, folder]:
-        _sync_to_disk(path)
+    manifest.write_text(json.dumps({**state, "files": entries}, indent=2) + "\n", encoding="utf-8")
+    sync_to_disk(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
 
 
 def _remove(folder: Path) -> None:
     """Remove a folder under a name that is no checkpoint's, so that no half of one is ever seen."""
-    doomed = folder.with_name(f"{_PARTIAL}removed-{folder.name}")
+    doomed = folder.with_name(f"{PARTIAL}removed-{folder.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _put_in_place(partial: Path, checkpoint: Path) -> None:
+    """Rename a folder that is whole; one of that name is gone no longer than between two renames."""
+    former = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
+    shutil.rmtree(former, ignore_errors=True)
+    if checkpoint.exists():
+        checkpoint.rename(former)
+    partial.rename(checkpoint)
+    sync_to_disk(checkpoint.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _rotate(output_dir: Path, step: int, total_limit: int) -> None:
+    """
+    Remove what is older than the newest `total_limit` whole checkpoints up to a step. Damaged ones are not counted,
+    and later ones, of a run that was resumed from an earlier checkpoint, are none of ours.
+    """
+    steps = [old for old in _checkpoint_steps(output_dir) if old <= step]
+    whole = [old for old in steps if damage(output_dir / f"checkpoint-{old}", thorough=False) is None]
+    for old in steps:
+        if old < min(whole[-total_limit:], default=0):
+            try:
+                _remove(output_dir / f"checkpoint-{old}")
+            except OSError as error:
+                logger.warning("An old checkpoint could not be removed: %s.", error)
 
 
 def save_checkpoint(
@@ -178,7 +269,7 @@ def save_checkpoint(
     Saves everything that the accelerator prepared or was given to keep, as `checkpoint-STEP`. Every process calls it.
 
     The files are written to a folder beside it, which is renamed when it is whole. Only then are the oldest
-    checkpoints beyond the limit removed. If writing fails, the earlier checkpoints are as they were.
+    checkpoints beyond the limit removed.
 
     Args:
         accelerator (`Accelerator`):
@@ -190,31 +281,101 @@ def save_checkpoint(
         state (`dict[str, Any]`):
             What else is needed to go on, for the manifest.
         total_limit (`int`, *optional*):
-            Checkpoints to keep, at least 1.
+            Whole checkpoints to keep, at least 1.
 
     Returns:
         `Path`: the checkpoint's folder.
+
+    Raises:
+        CheckpointError: in every process, if one could not write. The earlier checkpoints are as they were.
     """
     checkpoint = output_dir / f"checkpoint-{step}"
-    partial = output_dir / f"{_PARTIAL}{checkpoint.name}"
+    partial = output_dir / f"{PARTIAL}{checkpoint.name}"
     if accelerator.is_main_process:
-        for leftover in output_dir.glob(f"{_PARTIAL}*"):
-            shutil.rmtree(leftover)
+        for leftover in output_dir.glob(f"{PARTIAL}*checkpoint-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write_manifest(partial, {"step": step, **state})
-        if checkpoint.exists():
-            _remove(checkpoint)
-        partial.rename(checkpoint)
-        _sync_to_disk(output_dir)
-        if total_limit is not None:
-            for old in _checkpoint_steps(output_dir)[:-total_limit]:
-                if old < step:
-                    _remove(output_dir / f"checkpoint-{old}")
-    accelerator.wait_for_everyone()
+    error: Exception | None = None
+    # What cannot be written is an OSError, a RuntimeError or a SafetensorError, as the writer likes.
+    try:
+        accelerator.save_state(str(partial))
+    except Exception as caught:
+        error = caught
+    faults = failures(accelerator, error)
+    if not faults:
+        if accelerator.is_main_process:
+            try:
+                _write_manifest(partial, {"step": step, **state})
+                _put_in_place(partial, checkpoint)
+            except OSError as caught:
+                error = caught
+            else:
+                if total_limit is not None:
+                    _rotate(output_dir, step, total_limit)
+        faults = failures(accelerator, error)
+    if faults:
+        if accelerator.is_main_process:
+            # Room for the log, at least.
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(f"{checkpoint} could not be written: {'; '.join(faults)}.") from error
     return checkpoint
+
+
+class CheckpointKeeper:
+    """
+    Writes a run's checkpoints and knows the last good one. What cannot be written does not end the run at once: the
+    disk may have room again at the next checkpoint, and the steps until then are worth having.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        output_dir (`Path`):
+            Its folder.
+        total_limit (`int`, *optional*):
+            Whole checkpoints to keep, at least 1.
+        last (`Path`, *optional*):
+            The checkpoint that was resumed.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, total_limit: int | None = None, last: Path | None = None
+    ) -> None:
+        self._accelerator, self._output_dir, self._total_limit = accelerator, output_dir, total_limit
+        self._failed_in_a_row = 0
+        self.last = last
+
+    def save(self, step: int, state: dict[str, Any], rotate: bool = True) -> bool:
+        """
+        Save a checkpoint. Every process calls it.
+
+        Args:
+            step (`int`):
+                Optimizer steps done.
+            state (`dict[str, Any]`):
+                What else is needed to go on.
+            rotate (`bool`, *optional*, defaults to `True`):
+                Remove the checkpoints beyond the limit afterwards.
+
+        Returns:
+            `bool`: whether there is a new checkpoint; if not, an error is in the log.
+
+        Raises:
+            CheckpointError: if this was the third attempt in a row that failed.
+        """
+        try:
+            limit = self._total_limit if rotate else None
+            self.last = save_checkpoint(self._accelerator, self._output_dir, step, state, limit)
+        except CheckpointError as error:
+            self._failed_in_a_row += 1
+            good = f"The last good checkpoint is {self.last or 'none'}."
+            if self._failed_in_a_row == MAX_FAILED_IN_A_ROW:
+                raise CheckpointError(
+                    f"{error} Nothing could be saved {MAX_FAILED_IN_A_ROW} times in a row, and the run ends. {good}"
+                ) from error
+            logger.error("%s The run goes on, and will try again at the next checkpoint. %s", error, good)
+            return False
+        self._failed_in_a_row = 0
+        return True
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:

@@ -3,13 +3,19 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, is_tensorboard_available
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    gather_object,
+    is_tensorboard_available,
+)
 
 
 def make_accelerator(
@@ -75,9 +81,29 @@ def make_accelerator(
     return accelerator
 
 
+def failures(accelerator: Accelerator, error: BaseException | None) -> list[str]:
+    """
+    What went wrong in any process, so that all of them go on or none. Every process calls it; it is a barrier, too.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        error (`BaseException`, *optional*):
+            What went wrong in this process.
+
+    Returns:
+        `list[str]`: a few words for each process in which something did.
+    """
+    if accelerator.num_processes == 1:
+        return [] if error is None else [str(error) or type(error).__name__]
+    text = None if error is None else f"process {accelerator.process_index}: {str(error) or type(error).__name__}"
+    return [found for found in gather_object([text]) if found is not None]
+
+
 class StopSignal:
     """
-    Turns SIGTERM and SIGINT into a question that the loop asks after each step, with one answer for all processes.
+    Turns SIGTERM, SIGINT, SIGUSR1 (what Slurm's `--signal` sends) and the appearance of a file into a question that
+    the loop asks after each step, with one answer for all processes.
 
     The processes of a run get the signal at different moments. So each step starts an exchange of what they know,
     which is looked at after the next step: nobody waits for it, and all stop at the same step. A second signal ends
@@ -86,11 +112,19 @@ class StopSignal:
     Args:
         accelerator (`Accelerator`):
             Tells how many processes there are.
+        stop_file (`Path`, *optional*):
+            Its appearance is a wish to stop. The main process looks once a second and removes it.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
+    # What `received` answers for the file: no signal has this number.
+    STOP_FILE = -1
+
+    def __init__(self, accelerator: Accelerator, stop_file: Path | None = None) -> None:
         self.signum = 0
-        self._former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT, *([signal.SIGUSR1] if os.name == "posix" else [])]
+        self._former = {number: signal.getsignal(number) for number in numbers}
+        self._stop_file = stop_file if accelerator.is_main_process else None
+        self._looked = 0.0
         self._exchange: tuple[torch.Tensor, dist.Work] | None = None
         # A group of its own: the exchange must not stand between the collectives of the model.
         self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
@@ -111,20 +145,37 @@ class StopSignal:
         self.signum = signum
         signal.signal(signum, self._former[signum])
 
-    def received(self) -> int:
+    def _look_for_file(self) -> None:
+        now = time.monotonic()
+        if self._stop_file is not None and now >= self._looked + 1:
+            self._looked = now
+            if self._stop_file.exists():
+                self._stop_file.unlink(missing_ok=True)
+                self.signum = self.signum or self.STOP_FILE
+
+    def received(self, wait: bool = False) -> int:
         """
         Whether to stop now. Called by every process after each step.
 
+        Args:
+            wait (`bool`, *optional*, defaults to `False`):
+                Wait for what the other processes know at this moment: after something that took long.
+
         Returns:
-            `int`: the number of the signal, or 0 to go on.
+            `int`: the number of the signal, `STOP_FILE`, or 0 to go on.
         """
+        self._look_for_file()
         if self._group is None:
             return self.signum
-        answer = 0
-        if self._exchange is not None:
-            self._exchange[1].wait()
-            answer = int(self._exchange[0].item())
-        known = torch.tensor([self.signum])
+        answer = self._answer()
+        known = torch.tensor([self.signum, -self.signum])
         work = dist.all_reduce(known, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         self._exchange = (known, work)
-        return answer
+        return self._answer() if wait else answer
+
+    def _answer(self) -> int:
+        if self._exchange is None:
+            return 0
+        self._exchange[1].wait()
+        largest, smallest = self._exchange[0].tolist()
+        return largest or -smallest

@@ -2,6 +2,8 @@
 """What a run writes down: losses by time, a log of lines, and the trackers."""
 
 import json
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,10 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 
+from .files import replace_text
+
+
+logger = logging.getLogger(__name__)
 
 TIME_BINS = 10
 
@@ -30,7 +36,8 @@ class LossMeter:
 
     def __init__(self, bins: int = TIME_BINS) -> None:
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._sums = torch.zeros(2, bins, dtype=torch.float64)
+        # Of the finite ones, their number, and the number of those that are not finite.
+        self._sums = torch.zeros(3, bins, dtype=torch.float64)
 
     def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """
@@ -50,8 +57,10 @@ class LossMeter:
             t = torch.cat([t for t, _ in self._pending]).double()
             losses = torch.cat([losses for _, losses in self._pending]).double().cpu()
             bins = (t * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
-            self._sums[0].index_add_(0, bins, losses)
-            self._sums[1].index_add_(0, bins, torch.ones_like(losses))
+            finite = losses.isfinite()
+            self._sums[0].index_add_(0, bins, losses.where(finite, torch.zeros_like(losses)))
+            self._sums[1].index_add_(0, bins, finite.double())
+            self._sums[2].index_add_(0, bins, (~finite).double())
             self._pending.clear()
         if accelerator.num_processes > 1:
             # Losses are of order one: float32, which every device can add, is exact enough for them.
@@ -64,12 +73,14 @@ class LossMeter:
 
         Returns:
             `dict[str, Any]`: `loss`, the mean, and `loss_by_time`, the means of the bins from data to noise, `None`
-            where a bin is empty.
+            where a bin is empty. Losses that are not finite are left out and counted, where there are any, in
+            `non_finite_by_time`.
         """
-        sums, counts = self._sums.tolist()
+        sums, counts, others = self._sums.tolist()
         self._sums = torch.zeros_like(self._sums)
         by_time = [rounded(total / count) if count else None for total, count in zip(sums, counts)]
-        return {"loss": rounded(sum(sums) / sum(counts)) if sum(counts) else None, "loss_by_time": by_time}
+        report = {"loss": rounded(sum(sums) / sum(counts)) if sum(counts) else None, "loss_by_time": by_time}
+        return {**report, "non_finite_by_time": [int(count) for count in others]} if any(others) else report
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What has been reduced since the last report."""
@@ -78,6 +89,14 @@ class LossMeter:
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Take up what [`state_dict`] gave; the other processes' part is in the main one's already."""
         self._sums = state_dict["sums"].clone()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; none has one that was being written when the run was killed."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class RunLog:
@@ -98,13 +117,10 @@ class RunLog:
         self._accelerator = accelerator
         self._output_dir = output_dir
         self._file = output_dir / "log.jsonl"
+        self._unwritten = ""
         if accelerator.is_main_process and self._file.exists():
-            kept = []
-            for line in self._file.read_text(encoding="utf-8").splitlines(keepends=True):
-                # A line that was being written when the run was killed is incomplete.
-                if line.endswith("\n") and json.loads(line)["step"] <= first_step:
-                    kept.append(line)
-            self._file.write_text("".join(kept), encoding="utf-8")
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            replace_text(self._file, "".join(line for line in lines if _step_of(line) <= first_step))
 
     def start_trackers(self, project_name: str, arguments: dict[str, Any], first_step: int) -> None:
         """
@@ -134,8 +150,7 @@ class RunLog:
         """
         if not self._accelerator.is_main_process:
             return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        self._append(json.dumps({"step": step, **values}) + "\n")
         flat = {}
         for name, value in values.items():
             if isinstance(value, list):
@@ -145,6 +160,21 @@ class RunLog:
             elif value is not None:
                 flat[name] = value
         self._accelerator.log(flat, step=step)
+
+    def _append(self, line: str) -> None:
+        """Append a line, with those before it that a full disk did not take. It is no reason to end the run."""
+        self._unwritten += line
+        content = self._unwritten.encode()
+        try:
+            with self._file.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(content) == len(content):
+                    self._unwritten = ""
+                else:
+                    file.truncate(size)
+                    raise OSError("the disk is full")
+        except OSError as error:
+            logger.error("%s could not be written: %s. Its lines are kept until it can be.", self._file, error)
 
     def write_grid(self, step: int, grid: PIL.Image.Image, name: str | None = None) -> None:
         """
@@ -159,8 +189,11 @@ class RunLog:
                 File name in the output folder; by default `samples/step-STEP.png`.
         """
         file = self._output_dir / (name or f"samples/step-{step}.png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        grid.save(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            grid.save(file)
+        except OSError as error:
+            logger.error("%s could not be written: %s.", file, error)
         for tracker in self._accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 pictures = np.asarray(grid.convert("RGB"))[None] if tracker.name == "tensorboard" else [grid]

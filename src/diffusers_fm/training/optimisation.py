@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..pipelines.base import FlowMatchPipelineBase
 
@@ -88,6 +90,28 @@ def make_optimizer(
     return torch.optim.AdamW(
         parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
     )
+
+
+def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """
+    Clip the gradient of all parameters together, over all processes.
+
+    Args:
+        accelerator (`Accelerator`):
+            What prepared the model.
+        parameters (`list[nn.Parameter]`):
+            What is trained.
+        max_norm (`float`):
+            The norm to clip to; infinity for none.
+
+    Returns:
+        `torch.Tensor` of shape `()`: the norm before clipping, on the device, the same in every process.
+    """
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    # DeepSpeed clips by itself, and tells the norm as a number or, before its first step, not at all.
+    return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
 
 
 @contextmanager

@@ -20,11 +20,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .arguments import compare_arguments, saved_arguments
-from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
+from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
 from .data import ImageData, make_loader
-from .launch import StopSignal, make_accelerator
+from .files import replace_contents
+from .guard import GradientGuard
+from .launch import StopSignal, failures, make_accelerator
 from .logs import LossMeter, RunLog
-from .optimisation import averaged_weights, make_optimizer
+from .optimisation import averaged_weights, clip_gradients, make_optimizer
 from .publishing import create_repo, save_arguments, upload
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
@@ -32,20 +34,21 @@ from .samplers import BucketSampler, StreamSampler
 
 logger = logging.getLogger(__name__)
 
-# With --nan_policy skip: so many steps in a row without a finite gradient end the run.
-MAX_SKIPPED_IN_A_ROW = 10
-
 # Arguments that must stay as they are when a run is resumed, and those that may change without a word.
 FIXED_ON_RESUME = ("use_ema",)
 FREE_ON_RESUME = (
     "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
     " logging_dir report_to tracker_project_name dataloader_num_workers push_to_hub hub_model_id hub_private_repo"
-    " cache_dir"
+    " cache_dir max_skipped_steps"
 ).split()
+
+# Touched in the output folder, it ends the run with a checkpoint.
+STOP_FILE = "STOP"
 
 # Figures of what would be saved now: held-out losses, and a picture grid in a file of the given name.
 Validate = Callable[[int, str | None], dict[str, Any]]
-# Writes the trained pipeline and its card to a folder. It is given the figures of the last validation.
+# Writes the trained pipeline and its card to a folder, whose contents are moved to the output folder when they are
+# whole. It is given the figures of the last validation.
 Export = Callable[[Path, dict[str, Any]], None]
 
 
@@ -97,11 +100,6 @@ class TrainingRun:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.output_dir = Path(args.output_dir)
-        self.checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
-        self._manifest: dict[str, Any] = {"step": 0, "samples_seen": 0}
-        if self.checkpoint is not None:
-            self._manifest = read_manifest(self.checkpoint)
-        self.first_step, self.first_sample = self._manifest["step"], self._manifest["samples_seen"]
         self.accelerator = make_accelerator(
             self.output_dir,
             args.logging_dir,
@@ -113,8 +111,11 @@ class TrainingRun:
         is_main = self.accelerator.is_main_process
         logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
         logging.getLogger("diffusers_fm").setLevel(logging.INFO if is_main else logging.ERROR)
-        # Everyone has looked at the output folder before anyone writes to it.
-        self.accelerator.wait_for_everyone()
+        self.checkpoint, self._manifest = agree_on_checkpoint(
+            self.accelerator, self.output_dir, args.resume_from_checkpoint
+        )
+        self.first_step: int = self._manifest.get("step", 0)
+        self.first_sample: int = self._manifest.get("samples_seen", 0)
         self.repo_id: str | None = None
         if is_main:
             if args.push_to_hub:
@@ -130,9 +131,12 @@ class TrainingRun:
         )
         self.meter = LossMeter()
         self.ema: EMAModel | None = None
-        self._last_checkpoint = self.checkpoint
-        self._skipped, self._skipped_in_a_row = 0, 0
+        self._checkpoints = CheckpointKeeper(
+            self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
+        )
+        self._guard = GradientGuard(self.accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self._gradient_norm = torch.zeros(())
+        self._checkpoint_is_due = False
 
     def prepare(self, model: nn.Module, num_samples: int) -> nn.Module:
         """
@@ -179,7 +183,7 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        accelerator.register_for_checkpointing(self._lr_scheduler, self.meter)
+        accelerator.register_for_checkpointing(self._lr_scheduler, self.meter, self._guard)
         if args.use_ema:
             self.ema = EMAModel(
                 self._parameters,
@@ -233,7 +237,8 @@ class TrainingRun:
                 folder, `None` for the one of a step), and returns the figures, which are logged.
             export (`Callable`):
                 Called as `export(folder, figures)` by the main process, with the averaged weights in the model: writes
-                the trained pipeline and its card.
+                the trained pipeline and its card to a folder, which is not the output folder: what is in it is moved
+                there when it is whole.
             description (`str`):
                 What is trained on what, for the log.
         """
@@ -258,8 +263,8 @@ class TrainingRun:
         )
 
     def __enter__(self) -> "TrainingRun":
-        """From here on a signal to stop is answered after the step that it meets."""
-        self._stop = StopSignal(self.accelerator).__enter__()
+        """From here on a wish to stop is answered after the step that it meets: a signal, or a file `STOP`."""
+        self._stop = StopSignal(self.accelerator, self.output_dir / STOP_FILE).__enter__()
         self._progress_bar = tqdm(
             total=self.args.max_train_steps,
             initial=self.first_step,
@@ -283,6 +288,8 @@ class TrainingRun:
         Raises:
             ValueError: if a gradient is not finite, see `--nan_policy`.
         """
+        if self._manifest.get("validation_is_due"):
+            self._run_validation(self.first_step)
         self._window_start, self._window_step = time.perf_counter(), self.first_step
         for step in range(self.first_step, self.args.max_train_steps):
             yield step
@@ -324,9 +331,8 @@ class TrainingRun:
         self.meter.add(t, losses)
         self.accelerator.backward(losses.mean())
         if self.accelerator.sync_gradients:
-            self._gradient_norm = self.accelerator.clip_grad_norm_(self._parameters, self.args.max_grad_norm)
-            if self.args.nan_policy == "skip" and self.accelerator.scaler is None:
-                self._skip_if_not_finite()
+            self._gradient_norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
+            self._guard.before_step(self._optimizer, self._gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -337,58 +343,78 @@ class TrainingRun:
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
         self._progress_bar.close()
-        figures = self._run_validation(self.args.max_train_steps, "grid.png")
+        done = self.args.max_train_steps
+        figures = self._run_validation(done, "grid.png")
+        error: Exception | None = None
         if self.accelerator.is_main_process:
-            with self.averaged_weights():
-                self._export(self.output_dir, figures)
-            loss = figures.get("validation_loss")
-            logger.info(
-                "The trained pipeline is in %s%s.",
-                self.output_dir,
-                "" if loss is None else f"; held-out loss {loss:.4f}",
-            )
+            try:
+                with self.averaged_weights():
+                    replace_contents(self.output_dir, lambda folder: self._export(folder, figures))
+            except Exception as caught:
+                error = caught
+        self._end_if_failed("The trained pipeline could not be saved", error, done)
+        loss = figures.get("validation_loss")
+        logger.info(
+            "The trained pipeline is in %s%s.", self.output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
+        )
         self.accelerator.end_training()
         if self.repo_id is not None:
             upload(self.args, self.output_dir, self.repo_id)
             logger.info("Uploaded to %s.", self.repo_id)
 
     def _run_validation(self, step: int, grid_name: str | None = None) -> dict[str, Any]:
-        with self.averaged_weights():
-            figures = self._validate(step, grid_name)
+        figures: dict[str, Any] = {}
+        error: Exception | None = None
+        try:
+            with self.averaged_weights():
+                figures = self._validate(step, grid_name)
+        except Exception as caught:
+            error = caught
+        self._end_if_failed("Validation failed", error, step, validation_is_due=grid_name is None)
         if figures:
             self.log.write(step, figures)
-        self.accelerator.wait_for_everyone()
         return figures
 
-    def _save_checkpoint(self, step: int) -> Path:
-        """A checkpoint of everything that the next step needs."""
+    def _end_if_failed(self, what: str, error: Exception | None, step: int, validation_is_due: bool = False) -> None:
+        """If a process failed, end the run with a checkpoint: the steps until here were good."""
+        faults = failures(self.accelerator, error)
+        if not faults:
+            return
+        self._save_checkpoint(step, validation_is_due)
+        raise RuntimeError(
+            f"{what} after step {step}: {'; '.join(faults)}. The last good checkpoint is"
+            f" {self._checkpoints.last or 'none'}; go on from it with --resume_from_checkpoint latest."
+        ) from error
+
+    def _save_checkpoint(self, step: int, validation_is_due: bool = False) -> bool:
+        """A checkpoint of everything that the next step needs, if there is none yet; whether it could be written."""
+        if self._checkpoints.last == self.output_dir / f"checkpoint-{step}":
+            return True
         self.meter.reduce(self.accelerator)
         state = {
             "samples_seen": self._samples_seen(step),
             "seed": self.seed,
             "num_processes": self.accelerator.num_processes,
+            "validation_is_due": validation_is_due,
             "arguments": saved_arguments(self.args),
         }
-        return save_checkpoint(self.accelerator, self.output_dir, step, state, self.args.checkpoints_total_limit)
+        return self._checkpoints.save(step, state, rotate=not self._guard.in_a_row)
 
     def _samples_seen(self, step: int) -> int:
         return self.first_sample + (step - self.first_step) * self.global_batch_size
 
-    def _skip_if_not_finite(self) -> None:
-        finite = bool(torch.isfinite(self._gradient_norm))
-        self._skipped += not finite
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            self._refuse_non_finite(self._progress_bar.n + 1)
-        if not finite:
-            self._optimizer.zero_grad()
-
-    def _refuse_non_finite(self, step: int) -> None:
-        """End the run; nothing that came of this gradient is saved."""
+    def _end_if_not_finite(self, done: int) -> None:
+        """If too many gradients were not finite, end the run."""
+        fault = self._guard.look(done)
+        if fault is None:
+            return
         self.meter.reduce(self.accelerator)
+        report = self.meter.report()
+        counts = report.get("non_finite_by_time")
         raise ValueError(
-            f"The gradient at step {step} is not finite. Losses by time, from data to noise, are"
-            f" {self.meter.report()['loss_by_time']}. The last good checkpoint is {self._last_checkpoint or 'none'}."
+            f"{fault} Losses by time, from data to noise, are {report['loss_by_time']}"
+            f"{'' if counts is None else f', and the numbers of those that are not finite {counts}'}."
+            f" The last good checkpoint is {self._checkpoints.last or 'none'}."
         )
 
     def _after_step(self, done: int, learning_rate: float) -> None:
@@ -396,40 +422,53 @@ class TrainingRun:
         args = self.args
         is_last = done == args.max_train_steps
         signum = self._stop.received()
-        checkpoint_is_due = done % args.checkpointing_steps == 0 or (signum and not is_last)
-        log_is_due = done % args.logging_steps == 0 or is_last
-        if (checkpoint_is_due or log_is_due) and args.nan_policy == "stop":
-            if not torch.isfinite(self._gradient_norm) and not self.accelerator.optimizer_step_was_skipped:
-                self._refuse_non_finite(done)
-        if log_is_due:
+        if done % args.logging_steps == 0 or is_last:
+            self._end_if_not_finite(done)
             self._write_log(done, learning_rate)
         aside = time.perf_counter()
-        if done % args.validation_steps == 0 and not is_last:
+        validation_is_due = done % args.validation_steps == 0 and not is_last
+        # There may not be time for both; the resumed run begins with the validation.
+        if validation_is_due and not signum:
             self._run_validation(done)
-        if checkpoint_is_due:
-            self._last_checkpoint = self._save_checkpoint(done)
+            validation_is_due = False
+            signum = self._stop.received(wait=True)
+        saved = False
+        self._checkpoint_is_due |= done % args.checkpointing_steps == 0
+        if self._checkpoint_is_due or signum:
+            self._end_if_not_finite(done)
+            # Weights that gave no finite gradient may be spoilt: the checkpoint waits for one.
+            if signum or not self._guard.in_a_row:
+                saved = self._save_checkpoint(done, validation_is_due)
+                self._checkpoint_is_due = False
         self._window_start += time.perf_counter() - aside
         if signum and not is_last:
-            self._progress_bar.close()
-            logger.warning(
-                "Stopped by signal %d after step %d. %s is saved; go on with --resume_from_checkpoint latest.",
-                signum,
-                done,
-                self._last_checkpoint,
-            )
-            self.accelerator.end_training()
-            sys.exit(128 + signum)
+            self._leave(done, signum, saved)
+
+    def _leave(self, done: int, signum: int, saved: bool) -> None:
+        """End the process, as it was asked to."""
+        self._progress_bar.close()
+        logger.warning(
+            "Stopped by %s after step %d. %s; go on with --resume_from_checkpoint latest.",
+            f"the file {STOP_FILE}" if signum == StopSignal.STOP_FILE else f"signal {signum}",
+            done,
+            f"{self._checkpoints.last} is saved"
+            if saved
+            else f"No checkpoint could be saved, the last good one is {self._checkpoints.last or 'none'}",
+        )
+        self.accelerator.end_training()
+        sys.exit(0 if signum == StopSignal.STOP_FILE else 128 + signum)
 
     def _write_log(self, done: int, learning_rate: float) -> None:
         self.meter.reduce(self.accelerator)
         seconds = time.perf_counter() - self._window_start
+        norm = float(self._gradient_norm)
         values = {
             "epoch": self._samples_seen(done) / self._num_samples,
             **self.meter.report(),
             "learning_rate": learning_rate,
-            "gradient_norm": float(self._gradient_norm),
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "images_per_second": round((done - self._window_step) * self.global_batch_size / seconds, 1),
-            **({"skipped_steps": self._skipped} if self._skipped else {}),
+            **({"skipped_steps": self._guard.skipped} if self._guard.skipped else {}),
         }
         self.log.write(done, values)
         self._progress_bar.set_postfix(
