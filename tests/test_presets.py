@@ -67,7 +67,10 @@ def script() -> ModuleType:
 
 
 def test_every_folder_is_listed_here() -> None:
-    assert sorted(path.name for path in PIPELINES.iterdir()) == sorted(PRESETS)
+    folders = {
+        path.name for path in PIPELINES.iterdir() if model_index(path.name)["_class_name"] == "FlowMatchPipeline"
+    }
+    assert folders == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from training_runs import load_script
 
 from diffusers_fm.training.data import (
     ImageData,
@@ -70,6 +71,32 @@ def test_digits_are_those_of_scikit_learn() -> None:
             stored.append((*levels.ravel().tolist(), label))
     original = load_digits()
     assert sorted(stored) == sorted(zip(*original.images.reshape(1797, 64).T.tolist(), original.target.tolist()))
+
+
+def test_captions_name_the_digit_in_wordings_of_each_split() -> None:
+    names = "zero one two three four five six seven eight nine".split()
+    wordings = {}
+    for name, split in load_splits(str(DIGITS)).items():
+        wordings[name] = set()
+        for label, captions in zip(split["label"], split["text"]):
+            assert len(captions) == len(set(captions)) == {"train": 16, "test": 8}[name]
+            for caption in captions:
+                words = caption.replace(",", "").split()
+                said = [word for word in words if word in names or word.isdigit()]
+                assert said in ([names[label]], [str(label)])
+                wordings[name].add(caption.replace(said[0], "{}"))
+    assert [len(found) for found in wordings.values()] == [8, 4]
+    assert not wordings["train"] & wordings["test"]
+
+
+def test_restyled_digits(tmp_path: Path) -> None:
+    load_script(DIGITS / "make_digits.py").main(tmp_path / "inverted", "inverted")
+    original, inverted = load_splits(str(DIGITS)), load_splits(str(tmp_path / "inverted"), cache_dir=str(tmp_path))
+    for name, split in original.items():
+        assert split["text"][:] == inverted[name]["text"][:]
+        for one, other in zip(split["image"], inverted[name]["image"]):
+            levels = [np.round(np.asarray(image, dtype=np.float64) * 16 / 255) for image in (one, other)]
+            assert np.array_equal(levels[0] + levels[1], np.full((8, 8), 16))
 
 
 # Where data comes from

@@ -140,6 +140,7 @@ def main(args: argparse.Namespace) -> None:
         vae=args.vae_name_or_path,
         revision=args.revision,
         variant=args.variant,
+        pipeline_class=FlowMatchPipeline,
     )
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)

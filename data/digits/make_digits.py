@@ -3,12 +3,16 @@
 # requires-python = ">=3.10"
 # dependencies = ["datasets", "pillow", "numpy", "scikit-learn"]
 # ///
-"""Write the two parquet files of this folder from the digits that scikit-learn bundles.
+"""Write the two parquet files of this folder from the digits that scikit-learn bundles, or a restyled copy of them.
 
     python data/digits/make_digits.py
+    python data/digits/make_digits.py --style inverted --output_dir runs/inverted-digits
 
 The images have 17 grey levels (0 to 16). They are stored as 8-bit PNG files, level `v` as `round(255 v / 16)`, so
 `round(16 p / 255)` gives every original value back. The split is stratified by class and seeded.
+
+Captions are made from the labels. The two splits have different wordings, so that a text-to-image model can be judged
+by wordings that it was not trained on.
 """
 
 import argparse
@@ -16,7 +20,7 @@ import io
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -24,6 +28,41 @@ from sklearn.model_selection import train_test_split
 
 NUM_TEST = 297
 SEED = 0
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDINGS = {
+    "train": (
+        "{}",
+        "the digit {}",
+        "the number {}",
+        "a handwritten {}",
+        "a picture of the digit {}",
+        "somebody wrote the number {}",
+        "a small grey image of a {}",
+        "{}, written by hand",
+    ),
+    "test": (
+        "the handwritten number {}",
+        "an image of the digit {}",
+        "a {} that somebody wrote by hand",
+        "please draw the number {}",
+    ),
+}
+STYLES = ("original", "inverted", "slanted")
+
+
+def captions(label: int, split: str) -> list[str]:
+    """Every wording of a split for a digit, with its name and with its numeral."""
+    return [wording.format(name) for wording in WORDINGS[split] for name in (NAMES[label], str(label))]
+
+
+def restyle(levels: np.ndarray, style: str) -> np.ndarray:
+    """Images `(num_images, 8, 8)` with values 0 to 16: dark on light, or every second row moved on to the right."""
+    if style == "inverted":
+        return 16 - levels
+    if style == "slanted":
+        return np.stack([np.roll(levels[:, row], (7 - row) // 2 - 2, axis=1) for row in range(8)], axis=1)
+    return levels
 
 
 def to_png(levels: np.ndarray) -> bytes:
@@ -34,15 +73,25 @@ def to_png(levels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def main(output_dir: Path) -> None:
+def main(output_dir: Path, style: str) -> None:
     digits = load_digits()
-    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    images = restyle(digits.images, style)
+    features = Features(
+        {
+            "image": Image(),
+            "label": ClassLabel(names=[str(digit) for digit in range(10)]),
+            "text": List(Value("string")),
+        }
+    )
     rows = np.arange(len(digits.target))
     train, test = train_test_split(rows, test_size=NUM_TEST, random_state=SEED, stratify=digits.target)
+    output_dir.mkdir(parents=True, exist_ok=True)
     for split, indices in (("train", train), ("test", test)):
+        labels = digits.target[indices].tolist()
         columns = {
-            "image": [{"bytes": to_png(digits.images[row]), "path": None} for row in indices],
-            "label": digits.target[indices].tolist(),
+            "image": [{"bytes": to_png(images[row]), "path": None} for row in indices],
+            "label": labels,
+            "text": [captions(label, split) for label in labels],
         }
         Dataset.from_dict(columns, features=features).to_parquet(output_dir / f"{split}-00000-of-00001.parquet")
         print(f"{split}: {len(indices)} images")
@@ -51,4 +100,5 @@ def main(output_dir: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
-    main(parser.parse_args().output_dir)
+    parser.add_argument("--style", choices=STYLES, default="original", help="What is done to the images.")
+    main(**vars(parser.parse_args()))

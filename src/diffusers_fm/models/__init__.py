@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 from .autoencoding import decode_latents, encode_latents, encode_moments, latents_of_moments, spatial_scale_factor
 from .class_embedder import ClassEmbedder
+from .pixel_autoencoder import can_be_identity, set_identity
 
 
 __all__ = [
     "ClassEmbedder",
+    "can_be_identity",
     "decode_latents",
     "encode_latents",
     "encode_moments",
     "latents_of_moments",
+    "set_identity",
     "spatial_scale_factor",
 ]

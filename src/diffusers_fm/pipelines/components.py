@@ -10,6 +10,7 @@ from diffusers import (
     DiTTransformer2DModel,
     ModelMixin,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     UNet2DModel,
 )
 from diffusers.utils.torch_utils import unwrap_module
@@ -139,4 +140,44 @@ def check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
     if vae is not None and vae.config.latent_channels != config.in_channels:
         raise ValueError(
             f"The autoencoder has {vae.config.latent_channels} latent channels, the network {config.in_channels}."
+        )
+
+
+def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
+    """
+    Checks that the components of a Stable Diffusion 3 pipeline fit together; diffusers itself finds out in the first
+    step, in a matrix product.
+
+    Args:
+        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+            The pipeline; text encoders may be missing.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    config = pipeline.transformer.config
+    if pipeline.vae is not None and pipeline.vae.config.latent_channels != config.in_channels:
+        raise ValueError(
+            f"The autoencoder has {pipeline.vae.config.latent_channels} latent channels, the transformer"
+            f" {config.in_channels}."
+        )
+    clips = [model for model in (pipeline.text_encoder, pipeline.text_encoder_2) if model is not None]
+    if len(clips) == 2:
+        pooled = sum(model.config.projection_dim for model in clips)
+        if pooled != config.pooled_projection_dim:
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` project to {pooled} dimensions together, the transformer's"
+                f" `pooled_projection_dim` is {config.pooled_projection_dim}."
+            )
+        width = sum(model.config.hidden_size for model in clips)
+        if width > config.joint_attention_dim:
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` are {width} wide together, the transformer's"
+                f" `joint_attention_dim` is {config.joint_attention_dim}."
+            )
+    t5 = pipeline.text_encoder_3
+    if t5 is not None and t5.config.d_model != config.joint_attention_dim:
+        raise ValueError(
+            f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
+            f" {config.joint_attention_dim}."
         )

@@ -2,26 +2,71 @@
 """Untrained pipelines from folders of configs."""
 
 import importlib
+import inspect
 import json
 import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
-from diffusers import AutoModel, DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoModel,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ModelMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
 from torch import nn
+from transformers import PreTrainedModel
 
-from .components import check_one_network, has_weights
+from ..models.pixel_autoencoder import can_be_identity, set_identity
+from .components import check_one_network, check_sd3_components, has_weights
 from .pipeline_flow_match import FlowMatchPipeline
 
 
 logger = logging.getLogger(__name__)
 
+PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
+
 # model_index.json may come from anywhere, and importing a module runs it.
-LIBRARIES = ("diffusers", "diffusers_fm")
+LIBRARIES = ("diffusers", "diffusers_fm", "transformers")
+
+# The pipelines of Stable Diffusion 3 that have the same components; anything else is read as a FlowMatchPipeline.
+SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+
+TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+
+
+@overload
+def init_pipeline(
+    folder: str | os.PathLike,
+    seed: int | None = None,
+    vae: ModelMixin | str | os.PathLike | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    *,
+    pipeline_class: type[PipelineT],
+    text_encoders: str | os.PathLike | None = None,
+) -> PipelineT: ...
+
+
+@overload
+def init_pipeline(
+    folder: str | os.PathLike,
+    seed: int | None = None,
+    vae: ModelMixin | str | os.PathLike | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    *,
+    pipeline_class: None = None,
+    text_encoders: str | os.PathLike | None = None,
+) -> Any: ...
 
 
 def init_pipeline(
@@ -30,13 +75,17 @@ def init_pipeline(
     vae: ModelMixin | str | os.PathLike | None = None,
     revision: str | None = None,
     variant: str | None = None,
-) -> FlowMatchPipeline:
+    *,
+    pipeline_class: type[DiffusionPipeline] | None = None,
+    text_encoders: str | os.PathLike | None = None,
+) -> DiffusionPipeline:
     """
     Builds a pipeline for training: what has weights is loaded, the rest starts from its config with random weights.
 
     The random start is each model's own, except that the output layer and the layers that modulate or gate by time
     and class start at zero (DiT, arXiv 2212.09748, section 3.2), which diffusers' models leave to the caller: the
-    first prediction is 0, and each block of a transformer starts as the identity.
+    first prediction is 0, and each block of a transformer starts as the identity. An `AutoencoderKL` whose config
+    admits it starts as the identity ([`~diffusers_fm.models.set_identity`]), so that the latents are the pixels.
 
     Args:
         folder (`str` or `os.PathLike`):
@@ -49,62 +98,115 @@ def init_pipeline(
             Branch, tag or commit, if `folder` is a Hub id.
         variant (`str`, *optional*):
             Variant of the weights, such as `"fp16"`.
+        pipeline_class (`type[DiffusionPipeline]`, *optional*):
+            [`FlowMatchPipeline`] or [`~diffusers.StableDiffusion3Pipeline`], where only that one will do. By default
+            the one that `model_index.json` names.
+        text_encoders (`str` or `os.PathLike`, *optional*):
+            Folder or Hub id of a Stable Diffusion 3 pipeline whose text encoders and tokenizers take the place of
+            those in `folder`; they are loaded in the dtype of their files.
 
     Returns:
-        [`FlowMatchPipeline`]: the pipeline in float32, its models in evaluation mode.
+        [`FlowMatchPipeline`] or [`~diffusers.StableDiffusion3Pipeline`]: the pipeline in float32, its models in
+        evaluation mode.
 
     Raises:
-        ValueError: if there is no `folder` or no pipeline in it, it is not of a kind that can be built here, or `vae`
-            is given for a pipeline that works on pixels.
+        ValueError: if there is no `folder` or no pipeline in it, it is not of a kind that can be built here or not of
+            `pipeline_class`, `vae` is given for a pipeline that works on pixels, `text_encoders` for one that reads
+            no text, or a tokenizer has no files.
     """
-    path = Path(folder)
-    if not path.is_dir():
-        if path.is_absolute() or len(path.parts) > 2:
-            raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
-        path = Path(FlowMatchPipeline.download(str(folder), revision=revision, variant=variant))
-    if not (path / FlowMatchPipeline.config_name).is_file():
-        raise ValueError(f"The folder {str(folder)!r} is not a pipeline: it holds no {FlowMatchPipeline.config_name}.")
-    index = json.loads((path / FlowMatchPipeline.config_name).read_text(encoding="utf-8"))
+    path = _local_folder(folder, pipeline_class or DiffusionPipeline, revision, variant)
+    index = json.loads((path / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+    found = StableDiffusion3Pipeline if index.get("_class_name") in SD3_PIPELINES else FlowMatchPipeline
+    if pipeline_class not in (None, found):
+        raise ValueError(
+            f"{str(folder)!r} holds a {index.get('_class_name')}, where a {pipeline_class.__name__} is needed."
+        )
     declared = {
         name: tuple(index[name])
-        for name in ("scheduler", *FlowMatchPipeline._optional_components)
-        if index.get(name, [None])[0] is not None
+        for name in inspect.signature(found).parameters
+        if isinstance(index.get(name), list) and index[name][0] is not None
     }
-    check_one_network(declared.get("unet"), declared.get("transformer"))
+    if found is FlowMatchPipeline:
+        check_one_network(declared.get("unet"), declared.get("transformer"))
     if vae is not None and "vae" not in declared:
         raise ValueError(f"`vae` was given, but the pipeline {str(folder)!r} works on pixels.")
     components: dict[str, Any] = {}
     if vae is not None:
         components["vae"] = AutoModel.from_pretrained(str(vae)) if isinstance(vae, (str, os.PathLike)) else vae
+    if text_encoders is not None:
+        if found is FlowMatchPipeline:
+            raise ValueError(f"`text_encoders` was given, but the pipeline {str(folder)!r} reads no text.")
+        components |= _text_parts(text_encoders, variant)
 
+    for name in [name for name in declared if name.startswith("tokenizer") and name not in components]:
+        if not any((path / name).glob("*")):
+            raise ValueError(
+                f"The folder {str(path / name)!r} holds no tokenizer: give `text_encoders`, a Stable Diffusion 3"
+                " pipeline with trained text encoders and their tokenizers."
+            )
     untrained = [
-        name for name in declared if name != "scheduler" and name not in components and not has_weights(path / name)
+        name
+        for name in declared
+        if name != "scheduler"
+        and not name.startswith("tokenizer")
+        and name not in components
+        and not has_weights(path / name)
     ]
-    if "vae" in untrained:
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        for name in untrained:
+            components[name] = _untrained_model(path / name, *declared[name])
+    if "vae" in untrained and not _start_as_identity(components["vae"]):
         logger.warning(
             "The autoencoder of %s has random weights, and no model learns anything from its latents: give `vae` a"
             " trained one that fits %s.",
             folder,
             path / "vae" / "config.json",
         )
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)
-        for name in untrained:
-            components[name] = _untrained_model(path / name, *declared[name])
-    pipeline = FlowMatchPipeline.from_pretrained(path, variant=variant, **components)
+    pipeline = found.from_pretrained(path, variant=variant, **components)
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        check_sd3_components(pipeline)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
 
 
-def _untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin:
+def _local_folder(
+    folder: str | os.PathLike, pipeline_class: type[DiffusionPipeline], revision: str | None, variant: str | None
+) -> Path:
+    path = Path(folder)
+    if not path.is_dir():
+        if path.is_absolute() or len(path.parts) > 2:
+            raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
+        path = Path(pipeline_class.download(str(folder), revision=revision, variant=variant))
+    if not (path / DiffusionPipeline.config_name).is_file():
+        raise ValueError(f"The folder {str(folder)!r} is not a pipeline: it holds no {DiffusionPipeline.config_name}.")
+    return path
+
+
+def _text_parts(source: str | os.PathLike, variant: str | None) -> dict[str, Any]:
+    """Text encoders and tokenizers of a pipeline; what it lacks is `None`."""
+    others = StableDiffusion3Pipeline.from_pretrained(str(source), variant=variant, transformer=None, vae=None)
+    return {name: getattr(others, name) for name in TEXT_PARTS}
+
+
+def _start_as_identity(model: ModelMixin) -> bool:
+    if not (isinstance(model, AutoencoderKL) and can_be_identity(model)):
+        return False
+    set_identity(model)
+    return True
+
+
+def _untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
     if library not in LIBRARIES:
-        raise ValueError(f"A model of an untrained pipeline must be from {' or '.join(LIBRARIES)}, got {library!r}.")
+        raise ValueError(f"A model of an untrained pipeline must be from {', '.join(LIBRARIES)}, got {library!r}.")
     if not (folder / ModelMixin.config_name).is_file():
         raise ValueError(
             f"The pipeline's model_index.json names a {class_name}, but there is no config in {str(folder)!r}."
         )
     model_class = getattr(importlib.import_module(library), class_name)
+    if library == "transformers":
+        return model_class(model_class.config_class.from_pretrained(folder)).eval()
     model = model_class.from_config(model_class.load_config(folder))
     _zero_output_layers(model)
     return model.eval()
