@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainable part of a pipeline, its average, and the question whether to stop."""
+"""The trainable part of a pipeline, its optimizer, and the question whether to stop."""
 
 import os
 import signal
@@ -9,10 +9,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from diffusers.training_utils import EMAModel
 from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 
-from diffusers_fm.training import StopSignal, TrainableModel, averaged_weights, make_optimizer
+from diffusers_fm.training import StopSignal, TrainableModel, make_optimizer
 
 
 @pytest.fixture
@@ -38,22 +37,6 @@ def test_all_of_the_model_is_trained_and_nothing_else(kind: str) -> None:
     if pipeline.vae is not None:
         assert all(parameter.grad is None for parameter in pipeline.vae.parameters())
         assert not {id(p) for p in pipeline.vae.parameters()} & {id(p) for p in model.parameters()}
-
-
-def test_the_average_is_lent_and_taken_back() -> None:
-    model = torch.nn.Linear(2, 2)
-    before = model.weight.detach().clone()
-    ema = EMAModel(model.parameters(), foreach=True)
-    ema.shadow_params = [torch.full_like(parameter, 5.0) for parameter in model.parameters()]
-    with averaged_weights(model, ema):
-        assert (model.weight == 5).all()
-    assert torch.equal(model.weight, before)
-    # An error in between does not leave the average in the model.
-    with pytest.raises(RuntimeError, match="shape"), averaged_weights(model, ema):
-        model(torch.zeros(3))
-    assert torch.equal(model.weight, before)
-    with averaged_weights(model, None):
-        assert torch.equal(model.weight, before)
 
 
 def test_adamw_takes_what_it_is_given() -> None:

@@ -26,11 +26,12 @@ from .data import (
     load_splits,
     make_loader,
 )
+from .ema import EMA, ConstantDecay, PowerFunction
 from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, sample_grid
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
 from .objective import draw_times
-from .optimisation import TrainableModel, averaged_weights, make_optimizer
+from .optimisation import TrainableModel, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
 from .publishing import create_repo, model_card, save_arguments, upload
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
@@ -39,12 +40,15 @@ from .samplers import BucketSampler, StreamSampler
 
 
 __all__ = [
+    "EMA",
     "BatchSlice",
     "BucketSampler",
     "CaptionColumn",
+    "ConstantDecay",
     "ImageData",
     "ImageTransform",
     "LossMeter",
+    "PowerFunction",
     "RunLog",
     "StopSignal",
     "StreamSampler",
@@ -57,7 +61,6 @@ __all__ = [
     "add_run_arguments",
     "add_validation_arguments",
     "assign_buckets",
-    "averaged_weights",
     "check_shared_arguments",
     "choose_caption",
     "choose_label_dropout",

@@ -12,6 +12,7 @@ from diffusers.optimization import SchedulerType
 
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
+from .ema import MAX_SIGMA_REL
 
 
 logger = logging.getLogger(__name__)
@@ -110,9 +111,15 @@ def add_average_arguments(parser: argparse.ArgumentParser) -> None:
     """The running average of the weights."""
     add = parser.add_argument_group("average of the weights").add_argument
     add("--use_ema", action="store_true", help="Validate and save an exponential moving average of the weights.")
-    add("--ema_inv_gamma", type=float, default=1.0, help="Decay at step n: 1 - (1 + n / inv_gamma)^-power.")
-    add("--ema_power", type=float, default=0.75)
-    add("--ema_max_decay", type=float, default=0.9999)
+    add("--ema_profile", choices=["constant", "power"], default="constant", help="Constant decay, or power functions.")
+    add(
+        "--ema_inv_gamma", type=float, default=1.0, help="Of constant: decay at step n 1 - (1 + n / inv_gamma)^-power."
+    )
+    add("--ema_power", type=float, default=0.75, help="Of constant.")
+    add("--ema_max_decay", type=float, default=0.9999, help="Of constant.")
+    add("--ema_sigma_rel", type=float, nargs="+", default=[0.05, 0.1], help="Of power: relative widths to track.")
+    add("--ema_snapshot_steps", type=int, help="Of power: steps between snapshots; by default 32 in the whole run.")
+    add("--offload_ema", action="store_true", help="Keep the average on the CPU.")
 
 
 def add_validation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +163,7 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     for name in (
         "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps checkpointing_steps"
         " logging_steps validation_steps num_inference_steps eval_batch_size checkpoints_total_limit resolution"
-        " max_train_samples max_validation_samples max_skipped_steps"
+        " max_train_samples max_validation_samples max_skipped_steps ema_snapshot_steps"
     ).split():
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -170,6 +177,15 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
             f"--lr_warmup_steps {args.lr_warmup_steps} needs a schedule with a warm-up: use --lr_scheduler"
             " constant_with_warmup."
         )
+    if not 0 <= args.ema_max_decay <= 1:
+        raise ValueError(f"--ema_max_decay must be in [0, 1], got {args.ema_max_decay}.")
+    for sigma_rel in args.ema_sigma_rel:
+        if not 0 < sigma_rel < MAX_SIGMA_REL:
+            raise ValueError(f"--ema_sigma_rel must be in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel}.")
+    if len(set(args.ema_sigma_rel)) < len(args.ema_sigma_rel):
+        raise ValueError(f"--ema_sigma_rel must not name a width twice, got {args.ema_sigma_rel}.")
+    if args.ema_profile == "power" and not args.use_ema:
+        raise ValueError("--ema_profile power needs --use_ema.")
     if (args.dataset_name is None) == (args.train_data_dir is None):
         given = "neither" if args.dataset_name is None else "both"
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainable part of a pipeline, its optimizer and its running average."""
+"""The trainable part of a pipeline, and its optimizer."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
-from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -112,26 +110,3 @@ def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max
         return norm.full_tensor()
     # DeepSpeed clips by itself, and tells the norm as a number or, before its first step, not at all.
     return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
-
-
-@contextmanager
-def averaged_weights(model: nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """
-    Within this context the model has the weights of its running average.
-
-    Args:
-        model (`nn.Module`):
-            The bare model.
-        ema (`EMAModel`, *optional*):
-            Its average; without it the weights stay as they are.
-    """
-    if ema is None:
-        yield
-        return
-    parameters = list(model.parameters())
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)

@@ -12,8 +12,16 @@ from ..pipelines import FlowMatchPipeline
 from .arguments import saved_arguments
 
 
-# Optimizer states, logs and pictures under way stay at home.
-NOT_UPLOADED = ("checkpoint-*", "checkpoint-*/**", ".partial-*", ".partial-*/**", "logs/**", "samples/**")
+# Optimizer states, snapshots, logs and pictures under way stay at home.
+NOT_UPLOADED = (
+    "checkpoint-*",
+    "checkpoint-*/**",
+    ".partial-*",
+    ".partial-*/**",
+    "logs/**",
+    "samples/**",
+    "ema_snapshots/**",
+)
 
 CARD = """
 # {title}

@@ -8,25 +8,25 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from torch import nn
 from tqdm.auto import tqdm
 
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
 from .data import ImageData, make_loader
+from .ema import EMA, make_ema, remove_later_snapshots
 from .files import replace_contents
 from .guard import GradientGuard
 from .launch import StopSignal, failures, make_accelerator
 from .logs import LossMeter, RunLog
-from .optimisation import averaged_weights, clip_gradients, make_optimizer
+from .optimisation import clip_gradients, make_optimizer
 from .publishing import create_repo, save_arguments, upload
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
@@ -35,11 +35,11 @@ from .samplers import BucketSampler, StreamSampler
 logger = logging.getLogger(__name__)
 
 # Arguments that must stay as they are when a run is resumed, and those that may change without a word.
-FIXED_ON_RESUME = ("use_ema",)
+FIXED_ON_RESUME = ("use_ema", "ema_profile", "ema_sigma_rel")
 FREE_ON_RESUME = (
     "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
     " logging_dir report_to tracker_project_name dataloader_num_workers push_to_hub hub_model_id hub_private_repo"
-    " cache_dir max_skipped_steps"
+    " cache_dir max_skipped_steps offload_ema ema_snapshot_steps"
 ).split()
 
 # Touched in the output folder, it ends the run with a checkpoint.
@@ -130,7 +130,7 @@ class TrainingRun:
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
         self.meter = LossMeter()
-        self.ema: EMAModel | None = None
+        self.ema: EMA | None = None
         self._checkpoints = CheckpointKeeper(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
@@ -184,22 +184,13 @@ class TrainingRun:
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         accelerator.register_for_checkpointing(self._lr_scheduler, self.meter, self._guard)
-        if args.use_ema:
-            self.ema = EMAModel(
-                self._parameters,
-                decay=args.ema_max_decay,
-                use_ema_warmup=True,
-                inv_gamma=args.ema_inv_gamma,
-                power=args.ema_power,
-                foreach=True,
-            )
-            accelerator.register_for_checkpointing(self.ema)
+        self.ema = make_ema(args, accelerator, self.model)
         handle_model_files(accelerator)
         if self.checkpoint is not None:
             compare_arguments(args, self._manifest["arguments"], fixed=FIXED_ON_RESUME, free=FREE_ON_RESUME)
             load_checkpoint(accelerator, self.checkpoint)
-            if self.ema is not None:
-                self.ema.to(accelerator.device)
+        if accelerator.is_main_process:
+            remove_later_snapshots(self.output_dir, self.first_step)
         return self.model
 
     def batches(self, data: ImageData) -> Iterator[dict[str, Any]]:
@@ -296,7 +287,7 @@ class TrainingRun:
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self._parameters)
+                self.ema.step()
             self._progress_bar.update()
             self._after_step(step + 1, learning_rate)
 
@@ -338,7 +329,7 @@ class TrainingRun:
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
-        return averaged_weights(self.accelerator.unwrap_model(self.model), self.ema)
+        return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
@@ -426,6 +417,8 @@ class TrainingRun:
             self._end_if_not_finite(done)
             self._write_log(done, learning_rate)
         aside = time.perf_counter()
+        if self.ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
+            self.ema.save_snapshots(self.accelerator, self.output_dir)
         validation_is_due = done % args.validation_steps == 0 and not is_last
         # There may not be time for both; the resumed run begins with the validation.
         if validation_is_due and not signum:
