@@ -19,7 +19,13 @@ from .paths import (
     VPPath,
     make_path,
 )
-from .pipelines import FlowMatchPipeline, FlowMatchPipelineOutput, init_pipeline, with_stock_scheduler
+from .pipelines import (
+    FlowMatchPipeline,
+    FlowMatchPipelineOutput,
+    FlowMatchUpscalePipeline,
+    init_pipeline,
+    with_stock_scheduler,
+)
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
 from .timesteps import sample_timesteps
 
@@ -36,6 +42,7 @@ __all__ = [
     "FlowMatchPipeline",
     "FlowMatchPipelineOutput",
     "FlowMatchScheduler",
+    "FlowMatchUpscalePipeline",
     "OTPath",
     "VEPath",
     "VPPath",

@@ -13,11 +13,12 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
+from .pipelines.pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 
 
 logger = logging.getLogger(__name__)
 
-PIPELINES = (FlowMatchPipeline,)
+PIPELINES = (FlowMatchPipeline, FlowMatchUpscalePipeline)
 
 
 def register() -> None:

@@ -2,7 +2,14 @@
 from .base import FlowMatchPipelineOutput
 from .init_pipeline import init_pipeline
 from .pipeline_flow_match import FlowMatchPipeline
+from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 from .stock import with_stock_scheduler
 
 
-__all__ = ["FlowMatchPipeline", "FlowMatchPipelineOutput", "init_pipeline", "with_stock_scheduler"]
+__all__ = [
+    "FlowMatchPipeline",
+    "FlowMatchPipelineOutput",
+    "FlowMatchUpscalePipeline",
+    "init_pipeline",
+    "with_stock_scheduler",
+]

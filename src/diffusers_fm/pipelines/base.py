@@ -212,6 +212,14 @@ class FlowMatchPipelineBase(DiffusionPipeline):
         return self.data_channels, height, width
 
     @property
+    def size_multiple(self) -> int:
+        """What height and width of an image are multiples of, in pixels."""
+        network = unwrap_module(self.denoiser)
+        is_unet = isinstance(network, UNet2DModel)
+        patch = 2 ** (len(network.config.block_out_channels) - 1) if is_unet else network.config.patch_size
+        return patch * self.vae_scale_factor
+
+    @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance of the call in progress; 1 is off."""
         return self._guidance_scale
@@ -476,8 +484,7 @@ class FlowMatchPipelineBase(DiffusionPipeline):
             _, default_height, default_width = self.sample_shape
             height = default_height * self.vae_scale_factor if height is None else height
             width = default_width * self.vae_scale_factor if width is None else width
-        patch = 2 ** (len(config.block_out_channels) - 1) if isinstance(network, UNet2DModel) else config.patch_size
-        multiple = patch * self.vae_scale_factor
+        multiple = self.size_multiple
         if height < 1 or width < 1 or height % multiple or width % multiple:
             raise ValueError(
                 f"`height` and `width` must be positive multiples of {multiple} for this pipeline, got"
@@ -596,7 +603,7 @@ class FlowMatchPipelineBase(DiffusionPipeline):
         )
 
     @torch.no_grad()
-    def to_images(self, data: torch.Tensor, output_type: str = "pil") -> Any:
+    def to_images(self, data: torch.Tensor, output_type: str = "pil", size: tuple[int, int] | None = None) -> Any:
         """
         What the flow ends in, as images: the way back of [`to_data`].
 
@@ -605,6 +612,8 @@ class FlowMatchPipelineBase(DiffusionPipeline):
                 Pixels in about [-1, 1], or latents.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"`, or `"latent"` for `data` itself.
+            size (`tuple[int, int]`, *optional*):
+                Height and width of the images, where they are cut from something larger at the bottom and the right.
 
         Returns:
             PIL images; an array `(batch_size, height, width, channels)` or a tensor
@@ -613,6 +622,8 @@ class FlowMatchPipelineBase(DiffusionPipeline):
         if output_type == "latent":
             return data
         pixels = data if self.vae is None else decode_latents(self.vae, data)
+        if size is not None:
+            pixels = pixels[..., : size[0], : size[1]]
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def _end(self, t: float) -> float:

@@ -181,3 +181,28 @@ def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
             f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
             f" {config.joint_attention_dim}."
         )
+
+
+def check_upscale_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+    """
+    Checks that a network takes the low-resolution image beside x_t.
+
+    Args:
+        network ([`~diffusers.ModelMixin`]):
+            The network of a [`FlowMatchUpscalePipeline`].
+        vae ([`~diffusers.ModelMixin`]):
+            The autoencoder of a latent model, or `None`.
+
+    Raises:
+        ValueError: if it does not, or does not fit the autoencoder.
+    """
+    config = unwrap_module(network).config
+    channels = config.in_channels if config.out_channels is None else config.out_channels
+    if config.in_channels not in (2 * channels, 2 * channels + 1):
+        raise ValueError(
+            "An upscaling network takes x_t, the low-resolution image and perhaps a channel for its noise level: with"
+            f" `out_channels` {channels} its `in_channels` must be {2 * channels} or {2 * channels + 1}, got"
+            f" {config.in_channels}."
+        )
+    if vae is not None and vae.config.latent_channels != channels:
+        raise ValueError(f"The autoencoder has {vae.config.latent_channels} latent channels, the network {channels}.")

@@ -26,8 +26,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.pixel_autoencoder import can_be_identity, set_identity
+from .base import FlowMatchPipelineBase
 from .components import check_one_network, check_sd3_components, has_weights
 from .pipeline_flow_match import FlowMatchPipeline
+from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,14 @@ PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
 # model_index.json may come from anywhere, and importing a module runs it.
 LIBRARIES = ("diffusers", "diffusers_fm", "transformers")
 
-# The pipelines of Stable Diffusion 3 that have the same components; anything else is read as a FlowMatchPipeline.
-SD3_PIPELINES = ("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline")
+# As what a pipeline is built, by the class that model_index.json names. The three of Stable Diffusion 3 have the same
+# components; anything else is read as a FlowMatchPipeline.
+PIPELINES: dict[str | None, type[DiffusionPipeline]] = {
+    "FlowMatchUpscalePipeline": FlowMatchUpscalePipeline,
+    "StableDiffusion3Pipeline": StableDiffusion3Pipeline,
+    "StableDiffusion3Img2ImgPipeline": StableDiffusion3Pipeline,
+    "StableDiffusion3InpaintPipeline": StableDiffusion3Pipeline,
+}
 
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
@@ -99,15 +107,14 @@ def init_pipeline(
         variant (`str`, *optional*):
             Variant of the weights, such as `"fp16"`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*):
-            [`FlowMatchPipeline`] or [`~diffusers.StableDiffusion3Pipeline`], where only that one will do. By default
-            the one that `model_index.json` names.
+            [`FlowMatchPipeline`], [`FlowMatchUpscalePipeline`] or [`~diffusers.StableDiffusion3Pipeline`], where only
+            that one will do. By default the one that `model_index.json` names.
         text_encoders (`str` or `os.PathLike`, *optional*):
             Folder or Hub id of a Stable Diffusion 3 pipeline whose text encoders and tokenizers take the place of
             those in `folder`; they are loaded in the dtype of their files.
 
     Returns:
-        [`FlowMatchPipeline`] or [`~diffusers.StableDiffusion3Pipeline`]: the pipeline in float32, its models in
-        evaluation mode.
+        A pipeline of that class, in float32, its models in evaluation mode.
 
     Raises:
         ValueError: if there is no `folder` or no pipeline in it, it is not of a kind that can be built here or not of
@@ -116,7 +123,7 @@ def init_pipeline(
     """
     path = _local_folder(folder, pipeline_class or DiffusionPipeline, revision, variant)
     index = json.loads((path / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
-    found = StableDiffusion3Pipeline if index.get("_class_name") in SD3_PIPELINES else FlowMatchPipeline
+    found = PIPELINES.get(index.get("_class_name"), FlowMatchPipeline)
     if pipeline_class not in (None, found):
         raise ValueError(
             f"{str(folder)!r} holds a {index.get('_class_name')}, where a {pipeline_class.__name__} is needed."
@@ -126,7 +133,7 @@ def init_pipeline(
         for name in inspect.signature(found).parameters
         if isinstance(index.get(name), list) and index[name][0] is not None
     }
-    if found is FlowMatchPipeline:
+    if issubclass(found, FlowMatchPipelineBase):
         check_one_network(declared.get("unet"), declared.get("transformer"))
     if vae is not None and "vae" not in declared:
         raise ValueError(f"`vae` was given, but the pipeline {str(folder)!r} works on pixels.")
@@ -134,7 +141,7 @@ def init_pipeline(
     if vae is not None:
         components["vae"] = AutoModel.from_pretrained(str(vae)) if isinstance(vae, (str, os.PathLike)) else vae
     if text_encoders is not None:
-        if found is FlowMatchPipeline:
+        if issubclass(found, FlowMatchPipelineBase):
             raise ValueError(f"`text_encoders` was given, but the pipeline {str(folder)!r} reads no text.")
         components |= _text_parts(text_encoders, variant)
 
