@@ -20,6 +20,8 @@ from .paths import (
     make_path,
 )
 from .pipelines import (
+    FlowMatchInversePipeline,
+    FlowMatchInversePipelineOutput,
     FlowMatchPipeline,
     FlowMatchPipelineOutput,
     FlowMatchUpscalePipeline,
@@ -39,6 +41,8 @@ __all__ = [
     "ConditionalPath",
     "CosinePath",
     "DiscreteVPPath",
+    "FlowMatchInversePipeline",
+    "FlowMatchInversePipelineOutput",
     "FlowMatchPipeline",
     "FlowMatchPipelineOutput",
     "FlowMatchScheduler",

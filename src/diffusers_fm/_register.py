@@ -13,12 +13,13 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
+from .pipelines.pipeline_flow_match_inverse import FlowMatchInversePipeline
 from .pipelines.pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 
 
 logger = logging.getLogger(__name__)
 
-PIPELINES = (FlowMatchPipeline, FlowMatchUpscalePipeline)
+PIPELINES = (FlowMatchPipeline, FlowMatchUpscalePipeline, FlowMatchInversePipeline)
 
 
 def register() -> None:

@@ -57,7 +57,11 @@ class FlowTransportMixin:
 
     @torch.no_grad()
     def encode(
-        self, images: Images, class_labels: Labels = None, num_inference_steps: int | None = 64
+        self,
+        images: Images,
+        class_labels: Labels = None,
+        num_inference_steps: int | None = 64,
+        solver: str | None = None,
     ) -> torch.Tensor:
         """
         Carry images along the flow to the noise that they come from (arXiv 2210.02747, equation 1).
@@ -69,7 +73,10 @@ class FlowTransportMixin:
             class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
                 The classes of the images. Needed exactly if the model has classes.
             num_inference_steps (`int`, *optional*, defaults to 64):
-                Number of steps, each one call of the network; `None` for adaptive steps (dopri5, 1e-5).
+                Number of steps; `None` for adaptive steps, to 1e-5.
+            solver (`str`, *optional*):
+                A method of [`~solvers.odeint`]. Defaults to `"abm3"`, of one call of the network a step, and to
+                `"dopri5"` for adaptive steps.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`: About standard normal noise, in float32,
@@ -79,7 +86,7 @@ class FlowTransportMixin:
             ValueError: If images or labels do not fit the pipeline.
         """
         data, args = self._data_and_labels(images, class_labels)
-        noise = self._carry(data, args, 0.0, 1.0, num_inference_steps)
+        noise = self._carry(data, args, 0.0, 1.0, num_inference_steps, solver)
         return noise / self.scheduler.init_noise_sigma
 
     @torch.no_grad()
@@ -89,6 +96,7 @@ class FlowTransportMixin:
         class_labels: Labels = None,
         num_inference_steps: int | None = 64,
         output_type: str = "pil",
+        solver: str | None = None,
     ) -> Any:
         """
         Carry noise along the flow to images: the way back of [`encode`].
@@ -102,6 +110,8 @@ class FlowTransportMixin:
                 Number of steps; `None` for adaptive steps.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            solver (`str`, *optional*):
+                As for [`encode`].
 
         Returns:
             The images, as `output_type` says.
@@ -112,7 +122,7 @@ class FlowTransportMixin:
         self._check_shape("noise", noise)
         labels = self.prepare_class_labels(class_labels, len(noise), noise.device, allow_null=True)
         x_1 = noise.float() * self.scheduler.init_noise_sigma
-        data = self._carry(x_1, () if labels is None else (labels,), 1.0, 0.0, num_inference_steps)
+        data = self._carry(x_1, () if labels is None else (labels,), 1.0, 0.0, num_inference_steps, solver)
         return self.to_images(data, output_type)
 
     @torch.no_grad()
@@ -296,6 +306,7 @@ class FlowTransportMixin:
         start: float,
         end: float,
         num_steps: int | None,
+        solver: str | None = None,
     ) -> torch.Tensor:
-        method = "abm3" if num_steps is not None else "dopri5"
+        method = solver or ("abm3" if num_steps is not None else "dopri5")
         return self.transport(x, start, end, args, method=method, num_steps=num_steps).x.float()

@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inpainting and other linear inverse problems with a trained flow matching model, without training it again."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+
+from ..inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
+from ..models.autoencoding import decode_latents, encode_latents
+from ..operators import LinearOperator, MaskOperator, check_operator
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from .base import Callback, NetworkField
+from .pipeline_flow_match import FlowMatchPipeline
+from .transport import Images, Labels
+
+
+METHODS = ("projection", "guided")
+
+# A measurement without noise is met to this, in pixels of [-1, 1], or as nearly as a number of rounds allows.
+MET = 1e-5
+ROUNDS = 100
+
+
+@dataclass
+class FlowMatchInversePipelineOutput(BaseOutput):
+    """
+    Output of [`FlowMatchInversePipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            PIL images; an array of shape `(batch_size, height, width, channels)` or a tensor of shape
+            `(batch_size, channels, height, width)` with values in [0, 1]; or latents.
+        nfe (`int`):
+            Number of calls of the network. A guided call evaluates twice the batch and counts once.
+        num_backward (`int`):
+            Number of backward passes through the network, each of the cost of about two calls; 0 for `"projection"`.
+        residuals (`torch.Tensor` of shape `(batch_size,)`):
+            The largest absolute value of `y - A x` of each image, for pixels in [-1, 1] before they are rounded to 8
+            bits.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    nfe: int
+    num_backward: int
+    residuals: torch.Tensor
+
+
+class FlowMatchInversePipeline(FlowMatchPipeline):
+    r"""
+    Draws images that fit a measurement `y = A x + noise_level * noise`, by a [`FlowMatchPipeline`] that knows nothing
+    of measurements: inpainting, superresolution, deblurring, compressed sensing.
+
+    It has the components of a [`FlowMatchPipeline`] and loads every folder of one;
+    `FlowMatchInversePipeline.from_pipe(pipeline)` shares the weights of one that is loaded.
+    """
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        measurement: torch.Tensor | None = None,
+        operator: LinearOperator | None = None,
+        image: Images | None = None,
+        mask_image: Images | None = None,
+        noise_level: float = 0.0,
+        method: str = "guided",
+        covariance: str = "isotropic",
+        num_covariance_iterations: int = 3,
+        sigma_data: float | None = None,
+        class_labels: Labels = None,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        num_images_per_measurement: int = 1,
+        eta: float | None = None,
+        solver: str | None = None,
+        mu: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> FlowMatchInversePipelineOutput | tuple[Any, int, int, torch.Tensor]:
+        """
+        Draws images given a measurement.
+
+        Either `image` and `mask_image` are given, or `measurement` and `operator`.
+
+        Args:
+            measurement (`torch.Tensor` of shape `(num_measurements, ...)`, *optional*):
+                The measurement `y` of images with values in [-1, 1].
+            operator ([`~operators.LinearOperator`], *optional*):
+                The linear map `A`. For latent models too it acts on pixels.
+            image (PIL images, `np.ndarray` or `torch.Tensor`, *optional*):
+                Images of which a part is to be drawn anew; arrays and tensors with values in [0, 1].
+            mask_image (PIL images, `np.ndarray` or `torch.Tensor`, *optional*):
+                Where: white is drawn anew, black is kept. One mask, or one for each image, of the size of the images;
+                it is split into black and white at one half.
+            noise_level (`float`, *optional*, defaults to 0.0):
+                Standard deviation of the noise in the measurement, for pixels in [-1, 1]. At 0 the images meet it.
+            method (`str`, *optional*, defaults to `"guided"`):
+                `"guided"`: the velocity is corrected by the gradient of `log p(y | x_t)` through the network, see
+                [`~inverse_problems.guide`]. `"projection"`: the data estimate is projected on what fits the
+                measurement and noised again, without gradients, see [`~inverse_problems.project`].
+            covariance (`str`, *optional*, defaults to `"isotropic"`):
+                What the guided method takes for the covariance of the data given `x_t`: `"isotropic"`, at the cost of
+                one backward pass a call, or `"jacobian"`, which knows which pixels belong together, at the cost of one
+                for each iteration.
+            num_covariance_iterations (`int`, *optional*, defaults to 3):
+                The most iterations of conjugate gradients, for `"jacobian"` and for latents. The Jacobian of a trained
+                network is not quite a covariance, so more of them need not be better.
+            sigma_data (`float`, *optional*):
+                Standard deviation of the data, pixels in [-1, 1] or latents: how far the first estimates may be off.
+                Defaults to the scheduler's, which is 1 if nobody has set it; the deviation from the mean of the class
+                or data set, where it is known, gives better images.
+            class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
+                What is in the images: one label, or one for each measurement. Needed exactly if the model has classes;
+                `null_class`, where there is one, stands for any.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Scale of classifier-free guidance, see [`FlowMatchPipeline`].
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Number of steps.
+            num_images_per_measurement (`int`, *optional*, defaults to 1):
+                How many images to draw for each measurement; they stand side by side in the batch.
+            eta (`float`, *optional*):
+                How much the estimate is noised anew in each step: from not at all (0, the ordinary differential
+                equation) to the ancestral step of DDPM (1), which mends errors of earlier steps. Defaults to 1, with a
+                `solver` to 0. Other values than 0 need the solver `"euler"`.
+            solver (`str`, *optional*):
+                Solver of this call, one of those with fixed steps. Defaults to `"euler"` where `eta` is not 0, and to
+                the scheduler's otherwise.
+            mu (`float`, *optional*):
+                Dynamic shift, see [`FlowMatchPipeline`].
+            height (`int`, *optional*):
+                Height of the images in pixels, where it is not that of `image` or the network's own.
+            width (`int`, *optional*):
+                Width, likewise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of the noise. With one for each image, the images do not depend on the batch they are made in.
+            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
+                The noise to start from, standard normal on every path.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"`, or `"latent"` for latents, or pixels in about [-1, 1]. Of latent models, all
+                but the latents themselves meet a measurement without noise.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`FlowMatchInversePipelineOutput`] or a tuple of its values.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step, as in [`FlowMatchPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                Names of the tensors handed to the callback.
+
+        Returns:
+            [`FlowMatchInversePipelineOutput`] or `tuple`: The images, the work, and how well they fit.
+
+        Raises:
+            ValueError: For arguments that do not fit the pipeline or each other, before any work.
+        """
+        tensor_inputs = (
+            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
+        )
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. The measurement, labels, sizes, and a check of everything else
+        device = self._execution_device
+        sigma_data = self.scheduler.config.sigma_data if sigma_data is None else sigma_data
+        _check_options(method, covariance, noise_level, sigma_data)
+        for name, value in (
+            ("num_covariance_iterations", num_covariance_iterations),
+            ("num_images_per_measurement", num_images_per_measurement),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        copies = num_images_per_measurement
+        if image is not None or mask_image is not None:
+            if measurement is not None or operator is not None:
+                raise ValueError("Give `image` and `mask_image`, or `measurement` and `operator`, not both pairs.")
+            measurement, operator = self.prepare_mask(image, mask_image, copies)
+            height, width = self._agree(measurement, height, width)
+        elif measurement is None or operator is None:
+            raise ValueError("`measurement` and `operator` must be given, or `image` and `mask_image`.")
+        else:
+            measurement = measurement.to(device, torch.float32).repeat_interleave(copies, 0)
+        batch_size = len(measurement)
+        labels = self.prepare_class_labels(class_labels, batch_size // copies, device, allow_null=True)
+        labels = None if labels is None else labels.repeat_interleave(copies)
+        shape = self.latent_shape(height, width)
+        self.check_inputs(
+            batch_size, shape, guidance_scale, None, None, generator, latents, output_type, tensor_inputs
+        )
+        channels = shape[0] if self.vae is None else self.vae.config.in_channels
+        image_shape = (channels, shape[1] * self.vae_scale_factor, shape[2] * self.vae_scale_factor)
+        check_operator(operator, image_shape, measurement)
+        measured = LinearMeasurement(measurement, operator, noise_level, *self._autoencoder())
+        self._guidance_scale = guidance_scale
+        self._interrupt = False
+
+        # 2. Timesteps: the corrected estimate of the data takes the network's place
+        scheduler = self.prepare_scheduler(eta, solver)
+        if mu is None and scheduler.config.use_dynamic_shifting:
+            mu = self._default_mu(scheduler, shape)
+        scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
+        scheduler.set_begin_index(0)
+        self._num_timesteps = len(scheduler.timesteps)
+        times = scheduler.time(scheduler.timesteps.to("cpu", torch.float64))
+        path, prediction_type = scheduler.path, self.scheduler.config.prediction_type
+        path.coefficients(times, prediction_type, "sample")
+
+        # 3. Latents
+        latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
+
+        # 4. Integration from noise to data
+        nfe = num_backward = 0
+        network = NetworkField(self, guidance_scale)
+        order, last = scheduler.order, self._num_timesteps - 1
+        with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
+            for i, t in enumerate(times):
+                if self.interrupt:
+                    break
+
+                def denoise(x_t: torch.Tensor, t: torch.Tensor = t) -> torch.Tensor:
+                    output = network(x_t, t.to(x_t), *(() if labels is None else (labels,)))
+                    return path.convert(output, x_t, t, prediction_type, "sample")
+
+                if method == "guided":
+                    data, backward = guide(
+                        denoise, latents, t, path, measured, covariance, sigma_data, num_covariance_iterations
+                    )
+                    num_backward += backward
+                else:
+                    data = project(denoise(latents), measured, data_variance(path, t, sigma_data).item())
+                nfe += 1
+                timestep = scheduler.timesteps[i]
+                latents = scheduler.step(data, timestep, latents, generator=generator, return_dict=False)[0]
+
+                if (i + 1) % order == 0 or i == last:
+                    if callback_on_step_end is not None:
+                        begin = scheduler.timesteps[i // order * order]
+                        tensors = {"latents": latents} if "latents" in tensor_inputs else {}
+                        outputs = callback_on_step_end(self, i // order, begin, tensors)
+                        latents = outputs.pop("latents", latents)
+                    progress_bar.update()
+
+        # 5. Images, which meet the measurement
+        pixels = latents if self.vae is None else decode_latents(self.vae, latents)
+        pixels = self._meet(pixels, measured, clip=output_type != "latent")
+        residuals = (measurement - operator.forward(pixels)).abs().flatten(1).amax(1)
+        if output_type == "latent":
+            images = pixels if self.vae is None else latents
+        else:
+            images = self.image_processor.postprocess(pixels, output_type=output_type)
+
+        # 6. Offloading
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images, nfe, num_backward, residuals)
+        return FlowMatchInversePipelineOutput(images, nfe, num_backward, residuals)
+
+    def prepare_mask(
+        self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
+    ) -> tuple[torch.Tensor, MaskOperator]:
+        """
+        The measurement that inpainting is: the known pixels of images.
+
+        Args:
+            image (PIL images, `np.ndarray` or `torch.Tensor`):
+                The images.
+            mask_image (PIL images, `np.ndarray` or `torch.Tensor`):
+                White where they are unknown: one mask, or one for each image.
+            num_images_per_image (`int`, *optional*, defaults to 1):
+                How often each image is repeated.
+
+        Returns:
+            `tuple[torch.Tensor, MaskOperator]`: The known pixels, in [-1, 1], and 0 elsewhere, of shape
+            `(batch_size, channels, height, width)`; and the operator.
+
+        Raises:
+            ValueError: If one of them is missing, or their sizes or numbers differ.
+        """
+        if image is None or mask_image is None:
+            missing = "image" if image is None else "mask_image"
+            raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`.")
+        # At their own size: an image of another size than the network can draw is an error, not a reason to rescale.
+        as_image = VaeImageProcessor(do_resize=False)
+        as_mask = VaeImageProcessor(do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        pixels = as_image.preprocess(image).to(self._execution_device, torch.float32)
+        if isinstance(mask_image, torch.Tensor):
+            mask_image = mask_image.float()
+        unknown = as_mask.preprocess(mask_image).to(self._execution_device, torch.float32)
+        if unknown.shape[-2:] != pixels.shape[-2:]:
+            raise ValueError(
+                f"`mask_image` must have the size of `image`, {_size(pixels)}, got {_size(unknown)} (height x width)."
+            )
+        if unknown.shape[1] != 1 or len(unknown) not in (1, len(pixels)):
+            raise ValueError(
+                f"`mask_image` must be one mask, or one for each of the {len(pixels)} images, of one channel, got "
+                f"{len(unknown)} of {unknown.shape[1]}."
+            )
+        pixels, unknown = (x.expand(len(pixels), *x.shape[1:]) for x in (pixels, unknown))
+        pixels, unknown = (x.repeat_interleave(num_images_per_image, 0) for x in (pixels, unknown))
+        operator = MaskOperator(1 - unknown)
+        return operator.forward(pixels), operator
+
+    def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
+        """
+        The scheduler of a call, a copy whose steps take estimates of the data.
+
+        Args:
+            eta (`float`, *optional*):
+                Fresh noise in each step, as in a call.
+            solver (`str`, *optional*):
+                The solver, as in a call.
+
+        Returns:
+            [`FlowMatchScheduler`]: The scheduler.
+
+        Raises:
+            ValueError: If they do not go together.
+        """
+        if eta is None:
+            eta = 1.0 if solver in (None, "euler") else 0.0
+        changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}
+        if eta > 0:
+            changes |= {"sampling_path": "ot", "s_churn": 0.0, "solver": "euler"}
+        if solver is not None:
+            changes["solver"] = solver
+        # The class of the scheduler, which may have a path of its own.
+        scheduler: Any = type(self.scheduler).from_config(self.scheduler.config, **changes)
+        return scheduler
+
+    def _autoencoder(self) -> tuple[Callable[..., torch.Tensor] | None, Callable[..., torch.Tensor] | None]:
+        vae = self.vae
+        if vae is None:
+            return None, None
+        return lambda data: decode_latents(vae, data), lambda images: encode_latents(vae, images, sample=False)
+
+    @staticmethod
+    def _agree(measurement: torch.Tensor, height: int | None, width: int | None) -> tuple[int, int]:
+        given = (
+            measurement.shape[-2] if height is None else height,
+            measurement.shape[-1] if width is None else width,
+        )
+        if given != tuple(measurement.shape[-2:]):
+            raise ValueError(
+                f"`height` and `width` must be those of `image`, {_size(measurement)}, got {given[0]} x {given[1]}."
+            )
+        return given
+
+    @staticmethod
+    def _meet(pixels: torch.Tensor, measured: LinearMeasurement, clip: bool) -> torch.Tensor:
+        """The nearest images that meet a measurement without noise; clipped ones by alternating projections."""
+        for _ in range(ROUNDS):
+            if measured.noise_level == 0.0:
+                pixels = pixels + measured.explain(pixels, 1.0)
+            if not clip:
+                break
+            pixels = pixels.clamp(-1, 1)
+            error = (measured.value - measured.operator.forward(pixels)).abs().max()
+            if measured.noise_level > 0.0 or bool(error < MET):
+                break
+        return pixels
+
+
+def _size(x: torch.Tensor) -> str:
+    return f"{x.shape[-2]} x {x.shape[-1]}"
+
+
+def _check_options(method: str, covariance: str, noise_level: float, sigma_data: float) -> None:
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
+    if covariance not in COVARIANCES:
+        raise ValueError(f"`covariance` must be one of {list(COVARIANCES)}, got {covariance!r}.")
+    if not 0 <= noise_level < math.inf:
+        raise ValueError(f"`noise_level` must be a number of at least 0, got {noise_level!r}.")
+    if not 0 < sigma_data < math.inf:
+        raise ValueError(f"`sigma_data` must be a number above 0, got {sigma_data!r}.")
