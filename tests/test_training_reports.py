@@ -209,7 +209,7 @@ def test_a_failed_upload_loses_nothing(hub: FakeHub, tmp_path: Path) -> None:
     folder = save_untrained(tmp_path / "untrained", "unet-classes")
     data = make_dataset(tmp_path / "data")
     output_dir = tmp_path / "run"
-    again = r"Try again with `hf upload our/blobs .* --exclude 'samples/\*\*'`"
+    again = r"Try again with `hf upload our/blobs .* --exclude 'samples/\*\*'.*`"
     with pytest.raises(RuntimeError, match=r"complete and saved in (?s:.)*No space (?s:.)*" + again):
         train(folder, data, output_dir, push_to_hub=True, hub_model_id="our/blobs", hub_token="secret-token")
     assert FlowMatchPipeline.from_pretrained(output_dir).num_classes == NUM_CLASSES

@@ -65,6 +65,30 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images; results do not change.")
 
 
+def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Captions, sizes of images, what is computed once and kept, and prompts to look at."""
+    add = parser.add_argument_group("text and images").add_argument
+    add("--caption_column", default="text", help="Column of captions, or of lists of which each visit takes one.")
+    add("--caption_dropout", type=float, default=0.1, help="Part of the captions made empty, for guidance.")
+    add(
+        "--text_encoder_dropout",
+        type=float,
+        nargs="+",
+        default=[0.0],
+        help="Part of the captions for which a text encoder gives zeros: one number, or one for each encoder.",
+    )
+    add("--max_sequence_length", type=int, default=256, help="Tokens of the T5; that of sampling is 256 by default.")
+    add("--use_aspect_ratio_buckets", action="store_true", help="Keep images near their shape, not square.")
+    add("--aspect_ratio_buckets", help='The sizes themselves, height,width: "1024,1024;832,1216;1216,832".')
+    add("--max_aspect_ratio", type=float, default=2.0, help="Longer to shorter side of a bucket at most.")
+    add("--shift_base_resolution", type=int, help="Shift times by sqrt(pixels of an image / pixels of this square).")
+    add("--cache_latents", action="store_true", help="Encode images once, to disk; needs --center_crop.")
+    add("--cache_text_embeddings", action="store_true", help="Encode captions once, to disk.")
+    add("--precomputed_dir", help="Where these are; by default `precomputed` in the output folder.")
+    add("--offload", action="store_true", help="Keep frozen models on the CPU but for the moments they are used.")
+    add("--validation_prompts", nargs="+", default=[], help="Prompts of the picture grids, a row each.")
+
+
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     """The density of the training times and the weight of the loss."""
     add = parser.add_argument_group("objective").add_argument
@@ -189,6 +213,33 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     if (args.dataset_name is None) == (args.train_data_dir is None):
         given = "neither" if args.dataset_name is None else "both"
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
+
+
+def check_text_to_image_arguments(args: argparse.Namespace) -> None:
+    """
+    Refuses values of the text-to-image arguments that can be refused without looking at model or data.
+
+    Args:
+        args (`argparse.Namespace`):
+            With the arguments of `add_text_to_image_arguments`.
+
+    Raises:
+        ValueError: naming the argument, its value, and what is accepted.
+    """
+    rates = {"caption_dropout": [args.caption_dropout], "text_encoder_dropout": args.text_encoder_dropout}
+    for name, values in rates.items():
+        if not all(0 <= value <= 1 for value in values):
+            raise ValueError(f"--{name} must be in [0, 1], got {' '.join(map(str, values))}.")
+    if not 0 <= args.max_sequence_length <= 512:
+        raise ValueError(f"--max_sequence_length must be from 0 to 512, got {args.max_sequence_length}.")
+    if not args.max_aspect_ratio >= 1:
+        raise ValueError(f"--max_aspect_ratio must be at least 1, got {args.max_aspect_ratio}.")
+    if args.shift_base_resolution is not None and args.shift_base_resolution < 1:
+        raise ValueError(f"--shift_base_resolution must be at least 1, got {args.shift_base_resolution}.")
+    if args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is not None:
+        raise ValueError("Of --use_aspect_ratio_buckets and --aspect_ratio_buckets one may be given.")
+    if args.cache_latents and not args.center_crop:
+        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .buckets import assign_buckets
 from .captions import CaptionColumn
 from .randomness import make_generator, row_uniforms
+from .tensor_cache import content_key
 
 
 # Decoded images are kept in memory, in every process, if all of them together take no more than this.
@@ -375,7 +376,7 @@ class ImageData(Dataset):
             numbers = zip(indices.tolist(), mirrored.tolist())
             batch["moments"] = torch.stack([self.read_moments(index, mirror) for index, mirror in numbers])
         else:
-            images = self._crop(keys) if self._stack is None else self._stack[indices]
+            images = self.pixels(keys)
             if mirrored.any():
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
             batch["images"] = images
@@ -384,6 +385,20 @@ class ImageData(Dataset):
         if self.captions is not None:
             batch["captions"] = self.captions.draw(keys)
         return batch
+
+    def groups(self, batch_size: int) -> list[np.ndarray]:
+        """
+        All samples in batches of one size each, the last of a size perhaps smaller.
+
+        Args:
+            batch_size (`int`):
+                Samples at once.
+
+        Returns:
+            `list[np.ndarray]`: their numbers, int64.
+        """
+        buckets = [np.arange(len(self))] if self.bucket_rows is None else self.bucket_rows
+        return [rows[start : start + batch_size] for rows in buckets for start in range(0, len(rows), batch_size)]
 
     def size(self, index: int) -> tuple[int, int]:
         """
@@ -399,6 +414,37 @@ class ImageData(Dataset):
         if self._bucket_of is None:
             return self.transform.resolution, self.transform.resolution
         return self.transform.buckets[self._bucket_of[index]]
+
+    def pixels(self, keys: np.ndarray) -> torch.Tensor:
+        """
+        Images of one size, cropped and not mirrored.
+
+        Args:
+            keys (`np.ndarray` of shape `(batch_size, 2)`):
+                Epoch and number of each sample.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, channels, height, width)`: uint8.
+        """
+        return self._crop(keys) if self._stack is None else self._stack[torch.from_numpy(keys[:, 1])]
+
+    def file_key(self, index: int) -> str:
+        """
+        A name for the contents of an image's file.
+
+        Args:
+            index (`int`):
+                Number of the sample.
+
+        Returns:
+            `str`: equal for equal contents.
+        """
+
+        def read(index: int) -> str:
+            file = self.file(index)
+            return content_key(file if isinstance(file, bytes) else Path(file).read_bytes())
+
+        return self._read(index, read)
 
     def file(self, index: int) -> bytes | str:
         """

@@ -109,16 +109,18 @@ def held_out_loss(
     was_training = model.training
     model.eval()
     sums = torch.zeros(2, TIME_BINS)
-    starts = range(0, len(data), batch_size)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
-        rows = range(start, min(start + batch_size, len(data)))
-        batch = data[np.stack([np.zeros(len(rows), dtype=np.int64), np.array(rows)], axis=1)]
+    groups = data.groups(batch_size)
+    for rows in groups[accelerator.process_index :: accelerator.num_processes]:
+        batch = data[np.stack([np.zeros_like(rows), rows], axis=1)]
         clean, conditions = prepare(batch)
-        spread = (torch.arange(start, start + len(rows), dtype=torch.float64) * _GOLDEN + 0.5) % 1
+        spread = (torch.from_numpy(rows).double() * _GOLDEN + 0.5) % 1
         ratio = path.ratio_min + (path.ratio_max - path.ratio_min) * spread
         t = path.time_at(ratio)
         noise = torch.stack(
-            [torch.randn(clean.shape[1:], generator=make_generator(EVALUATION_SEED, "held-out", row)) for row in rows]
+            [
+                torch.randn(clean.shape[1:], generator=make_generator(EVALUATION_SEED, "held-out", row))
+                for row in rows.tolist()
+            ]
         ).to(clean)
         with accelerator.autocast():
             timesteps = (scheduler.timestep_scale * t).float().to(accelerator.device)

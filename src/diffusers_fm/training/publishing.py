@@ -21,6 +21,7 @@ NOT_UPLOADED = (
     "logs/**",
     "samples/**",
     "ema_snapshots/**",
+    "precomputed/**",
 )
 
 CARD = """
@@ -90,9 +91,7 @@ def model_card(
     Returns:
         `ModelCard`: the card; `save` writes it.
     """
-    source = args.dataset_name or args.train_data_dir
-    # A local folder means nothing on the Hub, and its validation refuses it.
-    on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    source, datasets = data_source(args)
     classes = pipeline.num_classes
     scheduler = pipeline.scheduler.config
     channels, height, width = pipeline.sample_shape
@@ -108,7 +107,7 @@ def model_card(
         path=f"`{scheduler.path}`" + (f" ({path_kwargs})" if path_kwargs else ""),
         prediction_type=scheduler.prediction_type,
         shape=f"{channels} x {height} x {width}" + ("" if pipeline.vae is None else " latents"),
-        data=f"[{source}](https://huggingface.co/datasets/{source})" if on_hub else f"`{Path(source).name}`",
+        data=source,
         steps=args.max_train_steps,
         batch=global_batch_size,
         figures="".join(f"| {name} | {value} |\n" for name, value in figures.items()),
@@ -117,9 +116,27 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["diffusers-fm", "flow-matching", *(["class-conditional"] if classes else [])],
-        datasets=[source] if on_hub else None,
+        datasets=datasets,
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def data_source(args: argparse.Namespace) -> tuple[str, list[str] | None]:
+    """
+    What a card says of the data.
+
+    Args:
+        args (`argparse.Namespace`):
+            With `dataset_name` and `train_data_dir`.
+
+    Returns:
+        `tuple[str, list[str] | None]`: Markdown for the table, and ids for the card's head.
+    """
+    source = args.dataset_name or args.train_data_dir
+    # A local folder means nothing on the Hub, and its validation refuses it.
+    if args.dataset_name is None or Path(args.dataset_name).exists():
+        return f"`{Path(source).name}`", None
+    return f"[{source}](https://huggingface.co/datasets/{source})", [source]
 
 
 def create_repo(args: argparse.Namespace, output_dir: Path) -> str:

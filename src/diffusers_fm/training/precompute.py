@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the frozen models say of data, computed once, by all processes together, before training."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import ModelMixin
+from diffusers.training_utils import offload_models
+from tqdm.auto import tqdm
+
+from ..models import encode_moments
+from .data import ImageData
+from .evaluation import normalize
+from .prompts import CachedPrompts, PromptEncoder
+from .tensor_cache import TensorCache, content_key, model_fingerprint
+
+
+logger = logging.getLogger(__name__)
+
+
+def open_cache(accelerator: Accelerator, folder: Path, description: dict[str, str]) -> TensorCache:
+    """
+    A cache that all processes read; the main process makes it.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        folder (`Path`):
+            Where it is, seen by all processes.
+        description (`dict[str, str]`):
+            What it holds, see [`TensorCache`].
+
+    Returns:
+        [`TensorCache`]: the cache.
+
+    Raises:
+        ValueError: if the folder holds something else or is damaged.
+    """
+    with accelerator.main_process_first():
+        return TensorCache(folder, description)
+
+
+def cache_latents(
+    accelerator: Accelerator,
+    data: ImageData,
+    vae: ModelMixin,
+    folder: Path,
+    batch_size: int,
+) -> TensorCache:
+    """
+    Keep what the autoencoder says of all images, and let the data set read that in place of images.
+
+    What is kept are the moments of the posterior, so that each visit still draws its own latents. A record is found by
+    the bytes of the image's file and what is done to the image, the whole cache by the autoencoder. Mirrored images
+    have records of their own. Every process calls it and does its share; what is there already is not done again.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        data ([`ImageData`]):
+            The images, cropped at the centre. Its `read_moments` is set.
+        vae (`ModelMixin`):
+            The autoencoder; it is on the accelerator's device while it runs.
+        folder (`Path`):
+            Of the cache.
+        batch_size (`int`):
+            Images at once.
+
+    Returns:
+        [`TensorCache`]: the cache.
+
+    Raises:
+        ValueError: if images are cropped anywhere, an image cannot be read, or the cache does not match.
+    """
+    if not data.transform.center_crop:
+        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
+    description = {"what": "latents", "autoencoder": model_fingerprint(vae), "dtype": str(vae.dtype)}
+    cache = open_cache(accelerator, folder, description)
+    shares = range(accelerator.process_index, len(data), accelerator.num_processes)
+    bar = tqdm(shares, desc="Hashing images", disable=not accelerator.is_local_main_process)
+    own = [(index, data.file_key(index)) for index in bar]
+    file_keys = [key for _, key in sorted(gather_object(own))]
+    mirrors = (False, True) if data.transform.random_flip else (False,)
+    keys = [
+        [content_key(file_key, data.transform.channels, *data.size(index), mirror) for mirror in mirrors]
+        for index, file_key in enumerate(file_keys)
+    ]
+
+    # The same image twice is encoded once. Images of one size follow each other, to be encoded together.
+    missing = {
+        key: (data.size(index), index, mirror)
+        for index, of_image in enumerate(keys)
+        for key, mirror in zip(of_image, mirrors)
+        if key not in cache
+    }
+    work = sorted((size, index, mirror, key) for key, (size, index, mirror) in missing.items())
+    # Everybody has seen what is missing before anybody writes some of it.
+    accelerator.wait_for_everyone()
+    work = work[accelerator.process_index :: accelerator.num_processes]
+    if missing:
+        bar = tqdm(total=len(work), desc="Caching latents", disable=not accelerator.is_local_main_process)
+        with bar, cache.writer() as writer, offload_models(vae, device=accelerator.device):
+            while work:
+                batch = [item for item in work[:batch_size] if item[0] == work[0][0]]
+                work = work[len(batch) :]
+                images = data.pixels(np.array([[0, index] for _, index, _, _ in batch]))
+                images = torch.stack([image.flip(-1) if item[2] else image for image, item in zip(images, batch)])
+                with torch.no_grad():
+                    moments = encode_moments(vae, normalize(images).to(accelerator.device)).cpu()
+                writer.add([key for *_, key in batch], [[each] for each in moments])
+                bar.update(len(batch))
+        accelerator.wait_for_everyone()
+        cache.refresh()
+    logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
+    data.read_moments = CachedMoments(cache, keys)
+    return cache
+
+
+class CachedMoments:
+    """
+    Reads the moments of images.
+
+    Args:
+        cache ([`TensorCache`]):
+            Where they are.
+        keys (`list[list[str]]`):
+            For each image, its key and that of its mirror image.
+    """
+
+    def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
+        self._cache = cache
+        self._keys = np.array(keys)
+
+    def __call__(self, index: int, mirrored: bool) -> torch.Tensor:
+        """The moments of an image, as [`~diffusers_fm.models.encode_moments`] gives them."""
+        return self._cache.read(str(self._keys[index, int(mirrored)]))[0]
+
+
+def cache_prompts(
+    accelerator: Accelerator, captions: Iterable[str], encoder: PromptEncoder, folder: Path, batch_size: int
+) -> CachedPrompts:
+    """
+    Keep the embeddings of all captions. A record is found by the caption's tokens, the whole cache by the encoders.
+    Every process calls it and does its share; what is there already is not done again.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        captions (`Iterable[str]`):
+            All captions that will be asked for; the empty one is added.
+        encoder ([`PromptEncoder`]):
+            The encoders.
+        folder (`Path`):
+            Of the cache.
+        batch_size (`int`):
+            Captions at once.
+
+    Returns:
+        [`CachedPrompts`]: what reads them.
+
+    Raises:
+        ValueError: if the cache does not match.
+    """
+    models = encoder.encoders
+    description = {
+        "what": "text embeddings",
+        "text encoders": model_fingerprint(*models),
+        "dtype": ", ".join(str(model.dtype) for model in models),
+    }
+    cache = open_cache(accelerator, folder, description)
+    distinct = list(dict.fromkeys([*captions, ""]))
+    missing = {
+        key: caption
+        for start in range(0, len(distinct), 1000)
+        for key, caption in zip(encoder.keys(distinct[start : start + 1000]), distinct[start : start + 1000])
+        if key not in cache
+    }
+    accelerator.wait_for_everyone()
+    work = sorted(missing.items())[accelerator.process_index :: accelerator.num_processes]
+    if missing:
+        bar = tqdm(total=len(work), desc="Caching text embeddings", disable=not accelerator.is_local_main_process)
+        with bar, cache.writer() as writer, offload_models(*models, device=accelerator.device):
+            for start in range(0, len(work), batch_size):
+                batch = work[start : start + batch_size]
+                embeds = encoder([caption for _, caption in batch])
+                writer.add([key for key, _ in batch], encoder.pack(embeds))
+                bar.update(len(batch))
+        accelerator.wait_for_everyone()
+        cache.refresh()
+    logger.info("Embeddings of %d captions are in %s, %d of them new.", len(distinct), folder, len(missing))
+    return CachedPrompts(encoder, cache)
