@@ -112,6 +112,13 @@ def run_script(module: ModuleType, line: list[str]) -> None:
         GradientState._reset_state()
 
 
+def run_script_file(file: Path, line: list[str]) -> None:
+    """All of a process: a script and its arguments."""
+    torch.set_num_threads(1)
+    module = load_script(file)
+    module.main(parse_arguments(module.build_parser(), line))
+
+
 def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT) -> list[str]:
     """The command that a user would type, as words."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]

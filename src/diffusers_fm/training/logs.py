@@ -118,9 +118,13 @@ class RunLog:
         self._output_dir = output_dir
         self._file = output_dir / "log.jsonl"
         self._unwritten = ""
+        # What a run that was killed at its end had measured already is not told twice.
+        self._told: set[tuple[int, tuple[str, ...]]] = set()
         if accelerator.is_main_process and self._file.exists():
             lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            replace_text(self._file, "".join(line for line in lines if _step_of(line) <= first_step))
+            kept = [line for line in lines if _step_of(line) <= first_step]
+            replace_text(self._file, "".join(kept))
+            self._told = {(first_step, tuple(json.loads(line))) for line in kept if _step_of(line) == first_step}
 
     def start_trackers(self, project_name: str, arguments: dict[str, Any], first_step: int) -> None:
         """
@@ -148,9 +152,10 @@ class RunLog:
             values (`dict[str, Any]`):
                 Numbers, and lists of numbers by time bin.
         """
-        if not self._accelerator.is_main_process:
+        line = {"step": step, **values}
+        if not self._accelerator.is_main_process or (step, tuple(line)) in self._told:
             return
-        self._append(json.dumps({"step": step, **values}) + "\n")
+        self._append(json.dumps(line) + "\n")
         flat = {}
         for name, value in values.items():
             if isinstance(value, list):
