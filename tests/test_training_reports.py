@@ -13,9 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from fake_hub import FakeHub, fake_hub
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
-from training_runs import make_dataset, save_untrained, train
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.training import (
@@ -35,13 +33,6 @@ def accelerator() -> Iterator[Accelerator]:
     yield Accelerator(cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with fake_hub() as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
-        yield server
 
 
 # Losses
@@ -165,59 +156,3 @@ def test_sampled_grids_have_a_row_for_each_class_and_leave_the_pipeline_alone() 
     assert len(pipeline.scheduler.timesteps) == 7
     assert pipeline.unet.training
     assert sample_grid(tiny_pipeline("unet"), 3, 1).size == (2 + 3 * 50, 2 + 50)
-
-
-# The Hub
-
-
-def test_what_is_uploaded(hub: FakeHub, tmp_path: Path) -> None:
-    folder = save_untrained(tmp_path / "untrained", "unet-classes")
-    data = make_dataset(tmp_path / "data")
-    output_dir = train(
-        folder,
-        data,
-        tmp_path / "blobs",
-        push_to_hub=True,
-        hub_token="secret-token",
-        hub_private_repo=True,
-        checkpointing_steps=2,
-        num_validation_images=1,
-        validation_steps=2,
-        report_to="tensorboard",
-    )
-    request = hub.repos["someone/blobs"]
-    assert request.get("visibility") == "private" or request.get("private") is True
-    assert hub.tokens == {"secret-token"}
-    assert set(hub.files["someone/blobs"]) == {
-        "README.md",
-        "grid.png",
-        "log.jsonl",
-        "model_index.json",
-        "scheduler/scheduler_config.json",
-        "training_args.json",
-        "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors",
-    }
-    for name, content in hub.files["someone/blobs"].items():
-        assert content == (output_dir / name).read_bytes()
-        assert b"secret-token" not in content
-    assert b'from_pretrained("someone/blobs")' in hub.files["someone/blobs"]["README.md"]
-
-
-def test_a_failed_upload_loses_nothing(hub: FakeHub, tmp_path: Path) -> None:
-    hub.refuse_commits = True
-    folder = save_untrained(tmp_path / "untrained", "unet-classes")
-    data = make_dataset(tmp_path / "data")
-    output_dir = tmp_path / "run"
-    again = r"Try again with `hf upload our/blobs .* --exclude 'samples/\*\*'.*`"
-    with pytest.raises(RuntimeError, match=r"complete and saved in (?s:.)*No space (?s:.)*" + again):
-        train(folder, data, output_dir, push_to_hub=True, hub_model_id="our/blobs", hub_token="secret-token")
-    assert FlowMatchPipeline.from_pretrained(output_dir).num_classes == NUM_CLASSES
-
-
-def test_a_hub_that_does_not_answer_is_found_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    folder = save_untrained(tmp_path / "untrained", "unet-classes")
-    with pytest.raises(Exception, match="refused"):
-        train(folder, make_dataset(tmp_path / "data"), tmp_path / "run", push_to_hub=True, hub_token="x")
-    assert not (tmp_path / "run").exists()

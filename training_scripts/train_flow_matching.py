@@ -189,10 +189,8 @@ def main(args: argparse.Namespace) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        rows = {"held-out loss": f"{figures['validation_loss']:.4f}"} if figures else {}
-        model_card(pipeline, args, run.repo_id or args.output_dir, run.global_batch_size, rows).save(
-            folder / "README.md"
-        )
+        card = model_card(pipeline, args, run.repo_id, run.global_batch_size, figures, folder)
+        card.save(folder / "README.md")
 
     run.start(
         validate,

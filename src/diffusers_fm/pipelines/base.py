@@ -29,12 +29,15 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
+from huggingface_hub import ModelCard
 
 from ..likelihood import transport
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..sharing import PushMixin, model_card
 from ..solvers import Solution
+from .cards import pipeline_content
 from .components import check_components, check_one_network, has_weights
 
 
@@ -81,7 +84,7 @@ class NetworkField:
         return -output if inverted else output
 
 
-class FlowMatchPipelineBase(DiffusionPipeline):
+class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
     """
     Components, classes, guidance and integration of the pipelines of this package, which say what a call is given.
 
@@ -170,6 +173,32 @@ class FlowMatchPipelineBase(DiffusionPipeline):
                     f" pipeline from its configs with `diffusers_fm.init_pipeline({str(folder)!r})`."
                 )
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """
+        Saves the pipeline to a folder, see [`~diffusers.DiffusionPipeline.save_pretrained`].
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                The folder; it is created if need be.
+            args, kwargs (*optional*):
+                What [`~diffusers.DiffusionPipeline.save_pretrained`] takes, such as `variant`, `max_shard_size` and
+                `push_to_hub`.
+        """
+        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
+
+    def build_model_card(self, repo_id: str) -> ModelCard:
+        """
+        The card that `push_to_hub` writes where the repository has none.
+
+        Args:
+            repo_id (`str`):
+                The repository.
+
+        Returns:
+            `ModelCard`: the card.
+        """
+        return model_card(pipeline_content(self, repo_id))
 
     @property
     def denoiser(self) -> ModelMixin:

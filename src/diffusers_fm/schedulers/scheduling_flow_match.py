@@ -10,8 +10,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import ModelCard
 
 from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
+from ..sharing import CardContent, PushMixin, model_card
 from .grids import (
     FINAL_SIGMAS_TYPES,
     TIMESTEP_SPACINGS,
@@ -34,7 +36,7 @@ from .sampling_plan import (
 from .stock_configs import stock_flow_config, translate_stock_config
 
 
-class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
+class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
     """
     Flow matching on any Gaussian path: the one carrier of the path for training, sampling and likelihood.
 
@@ -309,6 +311,25 @@ class FlowMatchScheduler(FlowMatchEulerDiscreteScheduler):
         stock = FlowMatchEulerDiscreteScheduler(**stock_flow_config(self.config, self.path))
         stock.set_shift(self.shift)
         return stock
+
+    def build_model_card(self, repo_id: str) -> ModelCard:
+        """
+        The card that `push_to_hub` writes where the repository has none.
+
+        Args:
+            repo_id (`str`):
+                The repository.
+
+        Returns:
+            `ModelCard`: The card.
+        """
+        snippet = f"""
+from diffusers_fm import FlowMatchScheduler
+
+scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
+"""
+        summary = "The scheduler of a flow matching model for `diffusers-fm`: its path and how it is sampled."
+        return model_card(CardContent(repo_id, summary, snippet, self.config, self.path))
 
     def build_path(self) -> ConditionalPath:
         """

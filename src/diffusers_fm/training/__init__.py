@@ -4,6 +4,7 @@
 from .arguments import (
     add_average_arguments,
     add_data_arguments,
+    add_hub_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
     add_run_arguments,
@@ -18,6 +19,7 @@ from .arguments import (
 )
 from .buckets import assign_buckets, make_buckets, parse_buckets
 from .captions import CaptionColumn, choose_caption, drop_captions
+from .cards import lora_card, model_card, text_to_image_card
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
 from .data import (
     ImageData,
@@ -37,7 +39,7 @@ from .optimisation import TrainableModel, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
 from .precompute import cache_latents, cache_prompts
 from .prompts import CachedPrompts, PromptEncoder
-from .publishing import create_repo, model_card, save_arguments, upload
+from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 from .run import TrainingRun
 from .samplers import BucketSampler, StreamSampler
@@ -52,7 +54,6 @@ from .text_to_image import (
     prepare_prompts,
     prompt_grid,
 )
-from .text_to_image_card import text_to_image_card
 from .text_to_image_options import (
     choose_encoder_dropout,
     choose_scheduler,
@@ -75,6 +76,7 @@ __all__ = [
     "LossMeter",
     "PowerFunction",
     "PromptEncoder",
+    "Publisher",
     "RunLog",
     "StopSignal",
     "StreamSampler",
@@ -84,6 +86,7 @@ __all__ = [
     "TrainingRun",
     "add_average_arguments",
     "add_data_arguments",
+    "add_hub_arguments",
     "add_objective_arguments",
     "add_optimisation_arguments",
     "add_run_arguments",
@@ -106,7 +109,6 @@ __all__ = [
     "class_names",
     "compare_arguments",
     "content_key",
-    "create_repo",
     "data_and_labels",
     "derive_seed",
     "draw_times",
@@ -122,6 +124,7 @@ __all__ = [
     "load_captioned_data",
     "load_checkpoint",
     "load_splits",
+    "lora_card",
     "make_accelerator",
     "make_buckets",
     "make_generator",
@@ -145,6 +148,5 @@ __all__ = [
     "shift_of",
     "tell_of_long_captions",
     "text_to_image_card",
-    "upload",
     "weighting_scheme",
 ]

@@ -20,6 +20,12 @@ logger = logging.getLogger(__name__)
 # `piecewise_constant` needs rules that no argument gives.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
 
+# When a run uploads. With `newest_checkpoint` one that waits for the upload of another is dropped for a newer one.
+HUB_STRATEGIES = ("end", "checkpoint", "newest_checkpoint")
+
+# Trackers that write down no more than they are given; others record the command line, and with it a token.
+DISCREET_TRACKERS = (None, "none", "tensorboard")
+
 # Not written to files: a secret, and where the other arguments came from.
 UNSAVED = ("hub_token", "config")
 
@@ -168,9 +174,19 @@ def add_run_arguments(parser: argparse.ArgumentParser, project_name: str) -> Non
     add("--report_to", help="Tracker: tensorboard, wandb, all, ... or none; by default TensorBoard if installed.")
     add("--tracker_project_name", default=project_name, help="Name of the run in the trackers.")
     add("--push_to_hub", action="store_true", help="Upload the trained pipeline.")
-    add("--hub_model_id", help="Its repository; by default named like the output folder.")
+    add("--hub_strategy", choices=HUB_STRATEGIES, default="end", help="Upload at the end, or at checkpoints too.")
+    add("--hub_license", help="Licence of the model, by the Hub's identifier, such as apache-2.0; for its card.")
+    add_hub_arguments(parser)
+
+
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to upload."""
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_dry_run", action="store_true", help="Only list, at the end, the files that an upload would send.")
+    add("--hub_model_id", help="The repository; by default named like the output folder.")
     add("--hub_token", help="Token of the Hub; by default the one you logged in with.")
     add("--hub_private_repo", action="store_true", help="Make the repository private.")
+    add("--hub_revision", help="Branch to upload to; it is created if need be. By default main.")
 
 
 def check_shared_arguments(args: argparse.Namespace) -> None:
@@ -213,6 +229,15 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     if (args.dataset_name is None) == (args.train_data_dir is None):
         given = "neither" if args.dataset_name is None else "both"
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
+    if args.hub_token is not None and args.report_to not in DISCREET_TRACKERS:
+        raise ValueError(
+            f"--hub_token does not go with --report_to {args.report_to}, which may record the command line: log in"
+            " with `hf auth login`, or set HF_TOKEN."
+        )
+    if not args.push_to_hub and not args.push_dry_run:
+        for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_license"):
+            if getattr(args, name):
+                raise ValueError(f"--{name} {getattr(args, name)} needs --push_to_hub.")
 
 
 def check_text_to_image_arguments(args: argparse.Namespace) -> None:

@@ -1,55 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a trained pipeline, and its way to the Hub."""
+"""A run's way to the Hub: in the background, retried, and never the end of the run."""
 
 import argparse
 import json
+import logging
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ..pipelines import FlowMatchPipeline
+from ..sharing import Evaluation, portable_files, with_evaluation
+from ..sharing.portable import components
 from .arguments import saved_arguments
 
 
-# Optimizer states, snapshots, logs and pictures under way stay at home.
-NOT_UPLOADED = (
-    "checkpoint-*",
-    "checkpoint-*/**",
-    ".partial-*",
-    ".partial-*/**",
-    "logs/**",
-    "samples/**",
-    "ema_snapshots/**",
-    "precomputed/**",
-)
+logger = logging.getLogger(__name__)
 
-CARD = """
-# {title}
+# Seconds before an upload is tried again. The client has then repeated its requests for some time already.
+RETRY_WAITS = (5, 30)
 
-A {kind} image generator trained by flow matching with diffusers-fm, in diffusers' own folder format.
+# Answers of the Hub that another try may change.
+PASSING = (408, 425, 429)
 
-![Samples](grid.png)
+STAGING = ".hub"
 
-```python
-import diffusers_fm  # teaches diffusers the scheduler and the pipeline
-from diffusers import DiffusionPipeline
+ADVICE = {
+    401: "log in with `hf auth login`, or set HF_TOKEN",
+    403: "use a token that may write there, or another --hub_model_id",
+}
 
-pipeline = DiffusionPipeline.from_pretrained("{repo}")
-images = pipeline({call}).images
-```
-
-| | |
-|---|---|
-| network | `{network}`, {parameters:.2f} M parameters |
-| path | {path} |
-| prediction | `{prediction_type}` |
-| sample | {shape} |
-| data | {data} |
-| steps | {steps:,} of {batch:,} samples |
-{figures}
-`training_args.json` holds all arguments of the run, `log.jsonl` its losses.
-"""
+# What is to be loaded, in the snippet of a card that was written before the repository was known.
+LOADED = re.compile(r'((?:from_pretrained|load_lora_weights)\(")([^"]+)')
 
 
 def save_arguments(args: argparse.Namespace, output_dir: Path) -> None:
@@ -66,122 +55,238 @@ def save_arguments(args: argparse.Namespace, output_dir: Path) -> None:
     (output_dir / "training_args.json").write_text(text + "\n", encoding="utf-8")
 
 
-def model_card(
-    pipeline: FlowMatchPipeline,
-    args: argparse.Namespace,
-    repo: str,
-    global_batch_size: int,
-    figures: dict[str, Any],
-) -> ModelCard:
+class Publisher:
     """
-    A short card from what the pipeline and the run say of themselves.
+    Uploads what a run saves. Only the main process has one.
 
-    Args:
-        pipeline ([`FlowMatchPipeline`]):
-            The trained pipeline.
-        args (`argparse.Namespace`):
-            Arguments of the script.
-        repo (`str`):
-            Hub id or folder that the example loads.
-        global_batch_size (`int`):
-            Samples to an optimizer step.
-        figures (`dict[str, Any]`):
-            Measured numbers, for more rows of the table.
-
-    Returns:
-        `ModelCard`: the card; `save` writes it.
-    """
-    source, datasets = data_source(args)
-    classes = pipeline.num_classes
-    scheduler = pipeline.scheduler.config
-    channels, height, width = pipeline.sample_shape
-    path_kwargs = ", ".join(f"{key} {value}" for key, value in (scheduler.path_kwargs or {}).items())
-    call = f"class_labels=[{', '.join(map(str, range(min(classes, 4))))}]" if classes else "batch_size=4"
-    text = CARD.format(
-        title=Path(repo).name,
-        kind="class-conditional" if classes else "unconditional",
-        repo=repo,
-        call=f"{call}, num_inference_steps={args.num_inference_steps}",
-        network=pipeline.denoiser.__class__.__name__,
-        parameters=sum(parameter.numel() for parameter in pipeline.denoiser.parameters()) / 1e6,
-        path=f"`{scheduler.path}`" + (f" ({path_kwargs})" if path_kwargs else ""),
-        prediction_type=scheduler.prediction_type,
-        shape=f"{channels} x {height} x {width}" + ("" if pipeline.vae is None else " latents"),
-        data=source,
-        steps=args.max_train_steps,
-        batch=global_batch_size,
-        figures="".join(f"| {name} | {value} |\n" for name, value in figures.items()),
-    )
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers-fm", "flow-matching", *(["class-conditional"] if classes else [])],
-        datasets=datasets,
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def data_source(args: argparse.Namespace) -> tuple[str, list[str] | None]:
-    """
-    What a card says of the data.
+    Mistakes that no waiting repairs (a wrong token, a forbidden name) are errors of [`start`], before any work. A Hub
+    that cannot be reached is not: the run goes on, and at its end says how to upload the folder.
 
     Args:
         args (`argparse.Namespace`):
-            With `dataset_name` and `train_data_dir`.
-
-    Returns:
-        `tuple[str, list[str] | None]`: Markdown for the table, and ids for the card's head.
-    """
-    source = args.dataset_name or args.train_data_dir
-    # A local folder means nothing on the Hub, and its validation refuses it.
-    if args.dataset_name is None or Path(args.dataset_name).exists():
-        return f"`{Path(source).name}`", None
-    return f"[{source}](https://huggingface.co/datasets/{source})", [source]
-
-
-def create_repo(args: argparse.Namespace, output_dir: Path) -> str:
-    """
-    Create the run's repository, before any work, so that a wrong token or name is found at once.
-
-    Args:
-        args (`argparse.Namespace`):
-            With `hub_model_id`, `hub_token` and `hub_private_repo`.
+            With the arguments of `add_hub_arguments`, and `hub_strategy`.
         output_dir (`Path`):
-            Folder of the run; its name is the default id.
+            Folder of the run; its name is the default of `hub_model_id`.
 
-    Returns:
-        `str`: the id of the repository.
-    """
-    name = args.hub_model_id or output_dir.resolve().name
-    private = True if args.hub_private_repo else None
-    return HfApi(token=args.hub_token).create_repo(name, private=private, exist_ok=True).repo_id
-
-
-def upload(args: argparse.Namespace, output_dir: Path, repo_id: str) -> None:
-    """
-    Upload the output folder without checkpoints and logs.
-
-    Args:
-        args (`argparse.Namespace`):
-            With `hub_token`.
-        output_dir (`Path`):
-            Folder of the run, with everything saved.
+    Attributes:
         repo_id (`str`):
-            The repository.
-
-    Raises:
-        RuntimeError: if it fails; the message says how to try again.
+            The repository; as far as it is known before the Hub has answered.
     """
-    try:
-        HfApi(token=args.hub_token).upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            commit_message="Add the trained pipeline",
-            ignore_patterns=list(NOT_UPLOADED),
+
+    def __init__(self, args: argparse.Namespace, output_dir: Path) -> None:
+        self._args, self._output_dir = args, output_dir
+        self._api = HfApi(token=args.hub_token)
+        self._is_ready = False
+        self._uploads: list[tuple[Future, Path]] = []
+        self.repo_id: str = args.hub_model_id or output_dir.resolve().name
+        self._called = {self.repo_id, str(output_dir)}
+
+    def start(self) -> None:
+        """
+        Creates the repository and asks whether it may be written to.
+
+        Raises:
+            ValueError: if the Hub refuses, or the arguments do not fit what is there.
+        """
+        if self._args.push_dry_run:
+            return
+        shutil.rmtree(self._output_dir / STAGING, ignore_errors=True)
+        try:
+            self._prepare()
+        except Exception as error:
+            if _is_refusal(error):
+                raise ValueError(f"The Hub refuses {self.repo_id!r}: {self._reason(error)}.") from error
+            logger.warning(
+                "The Hub cannot be reached now (%s). The run goes on, and tries again when it has something to send.",
+                self._reason(error),
+            )
+
+    def checkpoint_saved(self, step: int, export: Callable[[Path], None]) -> None:
+        """
+        Uploads the pipeline as it is now in the background, if the strategy is to.
+
+        Args:
+            step (`int`):
+                Optimizer steps done.
+            export (`Callable`):
+                Writes the pipeline and its card to a folder; not called if nothing is to be uploaded.
+        """
+        if self._args.push_dry_run or self._args.hub_strategy == "end":
+            return
+        folder = self._output_dir / STAGING / f"step-{step}"
+        try:
+            folder.mkdir(parents=True)
+            for name in ("training_args.json", "log.jsonl"):
+                if (self._output_dir / name).is_file():
+                    shutil.copy(self._output_dir / name, folder / name)
+            grids = sorted((self._output_dir / "samples").glob("*.png"), key=lambda file: file.stat().st_mtime)
+            for grid in grids[-1:] or [self._output_dir / "grid.png"]:
+                if grid.is_file():
+                    shutil.copy(grid, folder / "grid.png")
+            export(folder)
+        except Exception as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            logger.warning("Step %d is not uploaded (%s); training goes on.", step, self._reason(error))
+            return
+        if self._args.hub_strategy == "newest_checkpoint":
+            self.drop_waiting()
+        self._uploads.append((self._api.run_as_future(self._upload_step, folder, step), folder))
+
+    def drop_waiting(self) -> None:
+        """Forgets the checkpoints whose upload has not begun."""
+        for upload, folder in self._uploads:
+            if upload.cancel():
+                shutil.rmtree(folder, ignore_errors=True)
+        self._uploads = [(upload, folder) for upload, folder in self._uploads if not upload.done()]
+
+    def finish(self) -> bool:
+        """
+        Uploads the output folder, after the checkpoints that are still to go; with `--push_dry_run`, lists its files.
+
+        Returns:
+            `bool`: whether it has been done. If not, the log says why, and how to do it.
+        """
+        if self._args.push_dry_run:
+            self._list_files()
+            return True
+        if self._args.hub_strategy == "newest_checkpoint":
+            self.drop_waiting()
+        try:
+            url = self._api.run_as_future(self._send, self._output_dir, "Add the trained pipeline").result()
+        except BaseException as error:
+            logger.warning(
+                "The run is complete and saved in %s, but it could not be uploaded (%s). Upload it with `%s`.",
+                self._output_dir,
+                self._reason(error),
+                self._command(),
+            )
+            if isinstance(error, Exception):
+                return False
+            raise
+        finally:
+            shutil.rmtree(self._output_dir / STAGING, ignore_errors=True)
+        logger.info("Uploaded to %s.", url)
+        return True
+
+    def _prepare(self) -> None:
+        args = self._args
+        private = True if args.hub_private_repo else None
+        repo_id = self._api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
+        info = self._api.model_info(repo_id)
+        if private and info.private is False:
+            raise _Refusal("it exists and is public, which --hub_private_repo does not change")
+        self._api.auth_check(repo_id, write=True)
+        if args.hub_revision is not None:
+            self._api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
+        self.repo_id, self._is_ready = repo_id, True
+        if any(file.rfilename != ".gitattributes" for file in info.siblings or ()):
+            logger.info("%s exists; what this run uploads becomes its next commit.", repo_id)
+
+    def _upload_step(self, folder: Path, step: int) -> None:
+        try:
+            with _without_progress_bars():
+                self._send(folder, f"Step {step}")
+        except Exception as error:
+            logger.warning("Step %d could not be uploaded (%s); training goes on.", step, self._reason(error))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _send(self, folder: Path, message: str) -> str:
+        """One commit; its address. What the Hub has already, from an earlier try too, is not sent again."""
+        for wait in (*RETRY_WAITS, None):
+            try:
+                if not self._is_ready:
+                    self._prepare()
+                commit = self._api.create_commit(
+                    self.repo_id, self._operations(folder), commit_message=message, revision=self._args.hub_revision
+                )
+                return commit.commit_url
+            except Exception as error:
+                if wait is None or _is_refusal(error):
+                    raise
+                logger.info("%s: %s. Next try in %d seconds.", message, self._reason(error), wait)
+                time.sleep(wait)
+        raise AssertionError("unreachable")
+
+    def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """The files of a folder; what else is in the same components on the Hub goes, such as shards of before."""
+        files = portable_files(folder)
+        card = files.get("README.md")
+        if isinstance(card, Path):
+            known = self._called | {self._saved_output_dir(folder)}
+            text = LOADED.sub(
+                lambda found: found[1] + (self.repo_id if found[2] in known else found[2]),
+                card.read_text(encoding="utf-8"),
+            )
+            evaluation = Evaluation.read(folder)
+            if evaluation is not None:
+                text = str(with_evaluation(ModelCard(text), evaluation))
+            files["README.md"] = text.encode()
+        owned = tuple(f"{name}/" for name in components(folder))
+        present = self._api.list_repo_files(self.repo_id, revision=self._args.hub_revision)
+        stale = [name for name in present if name.startswith(owned) and name not in files]
+        return [
+            *(CommitOperationAdd(name, content) for name, content in files.items()),
+            *(CommitOperationDelete(name) for name in stale),
+        ]
+
+    def _saved_output_dir(self, folder: Path) -> str | None:
+        file = folder / "training_args.json"
+        return json.loads(file.read_text(encoding="utf-8")).get("output_dir") if file.is_file() else None
+
+    def _list_files(self) -> None:
+        files = portable_files(self._output_dir)
+        sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in files.items()}
+        lines = [f"  {name}  {size:,} bytes" for name, size in sizes.items()]
+        logger.info(
+            "An upload to %s would send %d files, %s bytes:\n%s",
+            self.repo_id,
+            len(files),
+            f"{sum(sizes.values()):,}",
+            "\n".join(lines),
         )
-    except Exception as error:
-        excluded = " ".join(f"--exclude '{pattern}'" for pattern in NOT_UPLOADED)
-        raise RuntimeError(
-            f"The run is complete and saved in {output_dir}, but it could not be uploaded ({error}). Try again with"
-            f" `hf upload {repo_id} {output_dir} . {excluded}`."
-        ) from error
+
+    def _command(self) -> str:
+        words = ["python", "-m", "diffusers_fm.push_to_hub", str(self._output_dir), "--hub_model_id", self.repo_id]
+        if self._args.hub_revision is not None:
+            words += ["--hub_revision", self._args.hub_revision]
+        return shlex.join(words + ["--hub_private_repo"] * self._args.hub_private_repo)
+
+    def _reason(self, error: BaseException) -> str:
+        """A sentence's part, without the token."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[0].rstrip(".") if lines else type(error).__name__
+        if isinstance(error, HfHubHTTPError):
+            status = error.response.status_code
+            said = f" ({error.server_message.rstrip('.')})" if error.server_message else ""
+            reason = f"it answers {status}{said}"
+            if status in ADVICE:
+                reason += f"; {ADVICE[status]}"
+        elif not isinstance(error, (_Refusal, HFValidationError)):
+            reason = f"{type(error).__name__}: {reason}"
+        token = self._args.hub_token
+        return reason.replace(token, "...") if token else reason
+
+
+class _Refusal(ValueError):
+    """What is asked of the Hub contradicts what is there."""
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether trying again is no use."""
+    if isinstance(error, HfHubHTTPError):
+        return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
+    return isinstance(error, (_Refusal, HFValidationError, LocalTokenNotFoundError))
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Bars of uploads in the background would run over the one of the training."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()

@@ -27,7 +27,7 @@ from .guard import GradientGuard
 from .launch import StopSignal, failures, make_accelerator
 from .logs import LossMeter, RunLog
 from .optimisation import clip_gradients, make_optimizer
-from .publishing import create_repo, save_arguments, upload
+from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
 
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 FIXED_ON_RESUME = ("use_ema", "ema_profile", "ema_sigma_rel")
 FREE_ON_RESUME = (
     "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
-    " logging_dir report_to tracker_project_name dataloader_num_workers push_to_hub hub_model_id hub_private_repo"
-    " cache_dir max_skipped_steps offload_ema ema_snapshot_steps"
+    " logging_dir report_to tracker_project_name dataloader_num_workers cache_dir max_skipped_steps offload_ema"
+    " ema_snapshot_steps push_to_hub push_dry_run hub_model_id hub_private_repo hub_revision hub_strategy hub_license"
 ).split()
 
 # Touched in the output folder, it ends the run with a checkpoint.
@@ -92,6 +92,8 @@ class TrainingRun:
             Samples to an optimizer step, over processes and accumulation steps.
         log ([`RunLog`]):
             Where numbers and pictures go.
+        repo_id (`str`):
+            What a card says is to be loaded: the repository on the Hub, or the output folder.
 
     Raises:
         ValueError: if the output folder holds another run, there is nothing to resume from, or the launch was amiss.
@@ -116,10 +118,11 @@ class TrainingRun:
         )
         self.first_step: int = self._manifest.get("step", 0)
         self.first_sample: int = self._manifest.get("samples_seen", 0)
-        self.repo_id: str | None = None
+        self._publisher: Publisher | None = None
         if is_main:
-            if args.push_to_hub:
-                self.repo_id = create_repo(args, self.output_dir)
+            if args.push_to_hub or args.push_dry_run:
+                self._publisher = Publisher(args, self.output_dir)
+                self._publisher.start()
             self.output_dir.mkdir(parents=True, exist_ok=True)
         if args.seed is None:
             seeds = [self._manifest.get("seed", int.from_bytes(os.urandom(4), "little"))]
@@ -135,8 +138,13 @@ class TrainingRun:
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
         self._guard = GradientGuard(self.accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
+        self._figures: dict[str, Any] = {}
         self._gradient_norm = torch.zeros(())
         self._checkpoint_is_due = False
+
+    @property
+    def repo_id(self) -> str:
+        return str(self.output_dir) if self._publisher is None else self._publisher.repo_id
 
     def prepare(self, model: nn.Module, num_samples: int) -> nn.Module:
         """
@@ -349,16 +357,15 @@ class TrainingRun:
             "The trained pipeline is in %s%s.", self.output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
         )
         self.accelerator.end_training()
-        if self.repo_id is not None:
-            upload(self.args, self.output_dir, self.repo_id)
-            logger.info("Uploaded to %s.", self.repo_id)
+        if self._publisher is not None:
+            self._publisher.finish()
 
     def _run_validation(self, step: int, grid_name: str | None = None) -> dict[str, Any]:
         figures: dict[str, Any] = {}
         error: Exception | None = None
         try:
             with self.averaged_weights():
-                figures = self._validate(step, grid_name)
+                figures = self._figures = self._validate(step, grid_name)
         except Exception as caught:
             error = caught
         self._end_if_failed("Validation failed", error, step, validation_is_due=grid_name is None)
@@ -390,6 +397,12 @@ class TrainingRun:
             "arguments": saved_arguments(self.args),
         }
         return self._checkpoints.save(step, state, rotate=not self._guard.in_a_row)
+
+    def _publish_checkpoint(self, step: int) -> None:
+        if self._publisher is None:
+            return
+        with self.averaged_weights():
+            self._publisher.checkpoint_saved(step, lambda folder: self._export(folder, self._figures))
 
     def _samples_seen(self, step: int) -> int:
         return self.first_sample + (step - self.first_step) * self.global_batch_size
@@ -433,6 +446,8 @@ class TrainingRun:
             if signum or not self._guard.in_a_row:
                 saved = self._save_checkpoint(done, validation_is_due)
                 self._checkpoint_is_due = False
+            if saved and not signum and not is_last:
+                self._publish_checkpoint(done)
         self._window_start += time.perf_counter() - aside
         if signum and not is_last:
             self._leave(done, signum, saved)
@@ -448,6 +463,8 @@ class TrainingRun:
             if saved
             else f"No checkpoint could be saved, the last good one is {self._checkpoints.last or 'none'}",
         )
+        if self._publisher is not None:
+            self._publisher.drop_waiting()
         self.accelerator.end_training()
         sys.exit(0 if signum == StopSignal.STOP_FILE else 128 + signum)
 
