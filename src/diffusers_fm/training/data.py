@@ -351,6 +351,11 @@ class ImageData(Dataset):
         return len(self._rows)
 
     @property
+    def labels(self) -> np.ndarray | None:
+        """The labels of all samples, `(num_samples,)`, or `None` without a label column."""
+        return None if self._labels is None else self._labels.numpy()
+
+    @property
     def in_memory(self) -> bool:
         """Whether all images are decoded and kept."""
         return self._kept is not None or self._stack is not None

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What images are compared by: features of the Inception network, or of a small classifier of the data at hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ..training import ImageData, StreamSampler, make_generator, make_loader, normalize
+
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+MAX_SHIFT = 1
+
+
+class SmallClassifier(nn.Module):
+    """
+    A convolutional classifier of small images: the substitute where no Inception weights are at hand.
+
+    Args:
+        channels (`int`):
+            Channels of the images.
+        num_classes (`int`):
+            Classes of the data set.
+        num_features (`int`, *optional*, defaults to 64):
+            Length of the features.
+    """
+
+    def __init__(self, channels: int, num_classes: int, num_features: int = 64) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, padding=1, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 16, num_features),
+            nn.ReLU(),
+        )
+        self.head = nn.Linear(num_features, num_classes)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and logits of images in [-1, 1]."""
+        features = self.body(images)
+        return features, self.head(features)
+
+
+def train_classifier(
+    data: ImageData, num_classes: int, seed: int = 0, num_steps: int = 1500, batch_size: int = 64
+) -> SmallClassifier:
+    """
+    Train a [`SmallClassifier`] on the labels of a data set, its images moved by up to a pixel.
+
+    Args:
+        data ([`ImageData`]):
+            Images with labels.
+        num_classes (`int`):
+            Classes of the data set.
+        seed (`int`, *optional*, defaults to 0):
+            Seed of weights, order and shifts.
+        num_steps (`int`, *optional*, defaults to 1500):
+            Optimizer steps.
+        batch_size (`int`, *optional*, defaults to 64):
+            Images in a step.
+
+    Returns:
+        [`SmallClassifier`]: in evaluation mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = SmallClassifier(data.transform.channels, num_classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    loader = make_loader(data, StreamSampler(len(data), seed, batch_size, num_steps=num_steps))
+    for step, batch in enumerate(tqdm(loader, desc="classifier")):
+        down, across = torch.randint(
+            -MAX_SHIFT, MAX_SHIFT + 1, (2,), generator=make_generator(seed, "classifier", step)
+        ).tolist()
+        images = torch.roll(normalize(batch["images"]), (down, across), (-2, -1))
+        loss = functional.cross_entropy(model(images)[1], batch["labels"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+@dataclass
+class FeatureExtractor:
+    """
+    Features of images, and what figures made of them are called.
+
+    Args:
+        name (`str`):
+            `"inception"` or `"classifier"`.
+        network (`nn.Module`):
+            Gives features and logits.
+        device (`torch.device`):
+            Where it is.
+    """
+
+    name: str
+    network: nn.Module
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """
+        Args:
+            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+                uint8.
+
+        Returns:
+            `tuple[np.ndarray, np.ndarray]`: features `(batch_size, num_features)` and logits
+            `(batch_size, num_classes)`, float32.
+        """
+        images = images.to(self.device)
+        if self.name == "inception":
+            images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
+            features, logits = self.network(images)
+        else:
+            features, logits = self.network(normalize(images))
+        return features.float().cpu().numpy(), logits.float().cpu().numpy()
+
+
+def find_inception_weights(path: str | None) -> Path | None:
+    """
+    The file of Inception weights: the one given, else torch-fidelity's in torch's cache.
+
+    Args:
+        path (`str`, *optional*):
+            What was given.
+
+    Returns:
+        `Path`, *optional*: the file, `None` if nothing was given and there is none in the cache.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise ValueError(f"There is no file of Inception weights {path!r}.")
+        return Path(path)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    return cached if cached.is_file() else None
+
+
+def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
+    """
+    The features that FID and KID are defined on, by torch-fidelity.
+
+    Args:
+        weights (`Path`):
+            Its file of weights.
+        device (`torch.device`):
+            Where to compute.
+
+    Returns:
+        [`FeatureExtractor`]: of 2048 features.
+
+    Raises:
+        ValueError: if torch-fidelity is not installed.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
+            FeatureExtractorInceptionV3,
+        )
+    except ImportError as error:
+        raise ValueError(
+            'torch-fidelity is not installed: Inception features need `pip install "diffusers-fm[inception]"`.'
+        ) from error
+    network = FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
+    )
+    return FeatureExtractor("inception", network.to(device).eval(), device)
+
+
+def classifier_features(file: Path, data: ImageData, num_classes: int, device: torch.device) -> FeatureExtractor:
+    """
+    The features of a classifier that is in a file, or trained now and written there.
+
+    Args:
+        file (`Path`):
+            A file of safetensors.
+        data ([`ImageData`]):
+            What to train it on.
+        num_classes (`int`):
+            Classes of the data set.
+        device (`torch.device`):
+            Where to compute.
+
+    Returns:
+        [`FeatureExtractor`]: of 64 features.
+    """
+    if file.is_file():
+        network = SmallClassifier(data.transform.channels, num_classes)
+        network.load_state_dict(load_file(file))
+    else:
+        network = train_classifier(data, num_classes)
+        partial = file.with_name(f".partial-{file.name}")
+        save_file(network.state_dict(), partial)
+        partial.replace(file)
+    return FeatureExtractor("classifier", network.to(device).eval(), device)

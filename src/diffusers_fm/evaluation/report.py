@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures as files: JSON, tables, pictures."""
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from ..training import make_grid
+
+
+METRICS_FILE = "metrics.json"
+
+
+def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> Path:
+    """
+    Write `metrics.json`.
+
+    Args:
+        folder (`Path`):
+            Where to.
+        metrics (`Mapping[str, Any]`):
+            All figures.
+
+    Returns:
+        `Path`: the file.
+    """
+    file = folder / METRICS_FILE
+    file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    return file
+
+
+def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Write rows as CSV, a column for each name that occurs.
+
+    Args:
+        file (`Path`):
+            Where to.
+        rows (`Sequence[Mapping[str, Any]]`):
+            The rows.
+    """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def flat_rows(metrics: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    """
+    Nested figures as rows of `metric` and `value`; lists are for tables of their own and are left out.
+
+    Args:
+        metrics (`Mapping[str, Any]`):
+            Figures by name.
+        prefix (`str`, *optional*, defaults to `""`):
+            What stands before the names.
+
+    Returns:
+        `list[dict[str, Any]]`: the rows.
+    """
+    rows = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            rows += flat_rows(value, f"{prefix}{name}/")
+        elif not isinstance(value, (list, tuple)):
+            rows.append({"metric": prefix + name, "value": value})
+    return rows
+
+
+def to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
+    """Images `(batch_size, channels, height, width)` of uint8 as PIL images."""
+    return [PIL.Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)) for image in images]
+
+
+def picture_grid(images: np.ndarray, columns: int) -> PIL.Image.Image:
+    """
+    Images in rows.
+
+    Args:
+        images (`np.ndarray` of shape `(num_images, channels, height, width)`):
+            uint8.
+        columns (`int`):
+            Images in a row.
+
+    Returns:
+        `PIL.Image.Image`: the grid.
+    """
+    pictures = to_pil(images)
+    return make_grid([pictures[i : i + columns] for i in range(0, len(pictures), columns)])
+
+
+def pyplot() -> Any:
+    """
+    matplotlib's, drawing to files.
+
+    Raises:
+        ValueError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError('matplotlib is not installed: plots need `pip install "diffusers-fm[evaluate]"`.') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "figure.dpi": 120, "legend.fontsize": 8})
+    return plt
+
+
+def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
+    """
+    Error or distance against the number of calls, a line for each solver.
+
+    Args:
+        file (`Path`):
+            A PNG file.
+        rows (`Sequence[Mapping[str, Any]]`):
+            With `solver`, `nfe` and the column.
+        column (`str`):
+            What to draw.
+        label (`str`):
+            What it is.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        points = sorted((row["nfe"], row[column]) for row in rows if row["solver"] == solver)
+        axes.plot(*zip(*points), marker="o", markersize=3, label=solver)
+    axes.set(xlabel="calls of the network", ylabel=label, xscale="log", yscale="log")
+    axes.legend()
+    figure.savefig(file, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_loss_by_time(file: Path, losses: Sequence[float | None]) -> None:
+    """
+    The held-out loss in equal parts of the time.
+
+    Args:
+        file (`Path`):
+            A PNG file.
+        losses (`Sequence[float]`):
+            From data to noise, `None` where there is none.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(6, 3))
+    centres = (np.arange(len(losses)) + 0.5) / len(losses)
+    values = [np.nan if loss is None else loss for loss in losses]
+    axes.bar(centres, values, width=0.9 / len(losses))
+    axes.set(xlabel="straight time (0 = data, 1 = noise)", ylabel="squared error of the velocity")
+    figure.savefig(file, bbox_inches="tight")
+    plt.close(figure)
+
+
+def plot_ways(file: Path, points: np.ndarray, shown: int = 24) -> None:
+    """
+    Ways from noise to data in the plane in which their ends are spread most.
+
+    Args:
+        file (`Path`):
+            A PNG file.
+        points (`np.ndarray` of shape `(batch_size, num_points, num_values)`):
+            From noise to data.
+        shown (`int`, *optional*, defaults to 24):
+            Ways to draw.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(5, 5))
+    ends = points[:, [0, -1]].reshape(-1, points.shape[-1])
+    plane = np.linalg.svd(ends - ends.mean(0), full_matrices=False)[2][:2]
+    for way in (points[:shown] - ends.mean(0)) @ plane.T:
+        axes.plot(*way.T, linewidth=0.8, color="tab:blue", alpha=0.7)
+        axes.plot(*way[0], "o", color="tab:gray", markersize=3)
+        axes.plot(*way[-1], "o", color="tab:red", markersize=3)
+    axes.set(xlabel="first principal direction", ylabel="second", title="noise (grey) to data (red)")
+    figure.savefig(file, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of long work on numbered items, in files: shared by the processes of a run, and kept when it ends early."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+
+_FINGERPRINT = "fingerprint.json"
+
+Work = Callable[[range], Mapping[str, np.ndarray]]
+
+
+class ResultStore:
+    """
+    A folder of results. The items of a piece of work are cut into batches by their numbers, the processes take the
+    batches in turn, and each result is one file, which appears whole or not at all. So
+
+    - a run that was interrupted goes on where it was;
+    - a batch holds the same items whatever the number of processes, and results are read in the order of the items:
+      figures do not depend on how the work was shared.
+
+    The folder must be one that all processes see.
+
+    Args:
+        folder (`Path`):
+            Where the results are.
+        accelerator (`accelerate.Accelerator`):
+            Of the run.
+        fingerprint (`dict[str, Any]`):
+            Everything that the results depend on, in JSON types.
+
+    Raises:
+        ValueError: if the folder holds results of another fingerprint; the message names what differs.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, fingerprint: dict[str, Any]) -> None:
+        self.folder, self._accelerator = folder, accelerator
+        file = folder / _FINGERPRINT
+        fingerprint = json.loads(json.dumps(fingerprint))
+        if file.is_file():
+            held = json.loads(file.read_text(encoding="utf-8"))
+            changed = [name for name in {**held, **fingerprint} if held.get(name) != fingerprint.get(name)]
+            if changed:
+                told = ", ".join(f"{name} was {held.get(name)} and is {fingerprint.get(name)}" for name in changed)
+                raise ValueError(
+                    f"The folder {str(folder)!r} holds results of another evaluation ({told}): choose another"
+                    " --output_dir, or remove it."
+                )
+        # Everyone has looked before anyone writes.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not file.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(file, lambda partial: partial.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8"))
+        accelerator.wait_for_everyone()
+
+    def compute(self, name: str, count: int, batch_size: int, work: Work) -> None:
+        """
+        Do what is not done yet. Called by every process.
+
+        Args:
+            name (`str`):
+                What the results are called.
+            count (`int`):
+                Number of items.
+            batch_size (`int`):
+                Items in a batch; the last one may be smaller.
+            work (`Callable`):
+                Gives the results of the items of a range: arrays by name, one row for each item.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        accelerator = self._accelerator
+        batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+        mine = list(enumerate(batches))[accelerator.process_index :: accelerator.num_processes]
+        for number, items in tqdm(mine, desc=name, disable=not accelerator.is_main_process):
+            file = folder / f"{number:06d}.npz"
+            if not file.is_file():
+                results = work(items)
+                _write_whole(file, lambda partial, results=results: np.savez(partial, **results))
+        accelerator.wait_for_everyone()
+
+    def batches(self, name: str, array: str) -> Iterator[np.ndarray]:
+        """
+        The results of one kind, batch by batch, in the order of the items.
+
+        Args:
+            name (`str`):
+                What the results are called.
+            array (`str`):
+                The array's name.
+
+        Yields:
+            `np.ndarray`: one row for each item of a batch.
+        """
+        for file in sorted((self.folder / name).glob("*.npz")):
+            with np.load(file) as results:
+                yield results[array]
+
+    def read(self, name: str, array: str) -> np.ndarray:
+        """All rows of [`batches`] in one array."""
+        return np.concatenate(list(self.batches(name, array)))
+
+
+def _write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
+    write(partial)
+    partial.replace(file)

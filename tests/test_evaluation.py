@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: distances against independent formulas and closed forms; figures do not depend on how work is shared."""
+
+import csv
+import json
+import math
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from tiny_pipelines import tiny_pipeline
+from training_runs import ROOT, environment, launch, load_script, make_dataset, run_script
+
+from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.evaluation import (
+    ResultStore,
+    Sampler,
+    find_inception_weights,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest,
+    precision_and_recall,
+    straightness,
+    trajectories,
+)
+from diffusers_fm.evaluation.report import flat_rows
+
+
+SCRIPT = ROOT / "training_scripts" / "evaluate.py"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# Distances
+
+
+def test_frechet_distance_is_that_of_the_definition(rng: np.random.Generator) -> None:
+    x = rng.normal(size=(300, 12)) @ rng.normal(size=(12, 12)) + 1.0
+    y = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    root = scipy.linalg.sqrtm(cov_x @ cov_y).real
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.trace(cov_x + cov_y - 2 * root)
+    assert frechet_distance(x.astype(np.float32), y.astype(np.float32)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_frechet_distance_of_few_images(rng: np.random.Generator) -> None:
+    # Fewer images than features: the images' own plane is all there is. tr (A B)^(1/2) is then the sum of the singular
+    # values of the product of the centred images, up to their numbers.
+    x, y = rng.normal(size=(10, 40)), rng.normal(size=(15, 40)) + 1
+    a, b = x - x.mean(0), y - y.mean(0)
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum() / math.sqrt(9 * 14)
+    expected = np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() / 9 + np.square(b).sum() / 14 - 2 * cross
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_known_normals(rng: np.random.Generator) -> None:
+    # Whitened points have exactly the mean 0 and the covariance 1: N(m, s^2) against N(0, 1) is |m|^2 + d (s - 1)^2.
+    x = rng.normal(size=(500, 8))
+    x -= x.mean(0)
+    x = x @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
+    assert frechet_distance(3 * x + 0.5, x) == pytest.approx(8 * 0.25 + 8 * 4, rel=1e-6)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_kernel_distance_is_that_of_the_definition(rng: np.random.Generator) -> None:
+    x, y = rng.normal(size=(120, 6)), rng.normal(size=(120, 6)) + 0.7
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    n = len(x)
+    within = [(kernel(z, z).sum() - np.trace(kernel(z, z))) / (n * (n - 1)) for z in (x, y)]
+    expected = sum(within) - 2 * kernel(x, y).mean()
+    # A subset of all images is all images, in any order.
+    mean, deviation = kernel_distance(x, y, subset_size=1000, num_subsets=3)
+    assert mean == pytest.approx(expected, rel=1e-6)
+    assert deviation == pytest.approx(0, abs=1e-9)
+    assert kernel_distance(x, y, subset_size=50, seed=1) == kernel_distance(x, y, subset_size=50, seed=1)
+    assert kernel_distance(x, y, subset_size=50, seed=1) != kernel_distance(x, y, subset_size=50, seed=2)
+
+
+def test_inception_score_of_known_answers() -> None:
+    # Certain and evenly spread answers score the number of classes; the same answer for all scores 1.
+    certain = 100.0 * np.eye(5)[np.arange(1000) % 5]
+    assert inception_score(certain, num_splits=1)[0] == pytest.approx(5, rel=1e-6)
+    assert inception_score(np.tile(certain[:1], (1000, 1)))[0] == pytest.approx(1, rel=1e-6)
+
+
+def test_precision_and_recall_of_known_sets(rng: np.random.Generator) -> None:
+    data = rng.normal(size=(400, 2))
+    assert precision_and_recall(data, data) == (1.0, 1.0)
+    assert precision_and_recall(data + 100, data) == (0.0, 0.0)
+    # Samples of one half of the data: all of them are good, and half of the data is missed.
+    halves = np.concatenate([data[:200] - 50, data[200:] + 50])
+    precision, recall = precision_and_recall(halves[:200] + 1e-9, halves)
+    assert precision == 1.0
+    assert recall == pytest.approx(0.5, abs=0.01)
+
+
+def test_nearest_finds_the_nearest(rng: np.random.Generator) -> None:
+    reference = rng.normal(size=(50, 7)).astype(np.float32)
+    rows = rng.permutation(50)
+    distances, found = nearest(reference[rows] + 1e-3, reference, block=16)
+    assert (found == rows).all()
+    assert distances == pytest.approx(math.sqrt(7) * 1e-3, rel=1e-2)
+
+
+def test_sets_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"equally many features, got shapes \(4, 2\) and \(4, 3\)"):
+        frechet_distance(np.zeros((4, 2)), np.zeros((4, 3)))
+    with pytest.raises(ValueError, match="At least 4 images of each kind are needed, got 3 and 5"):
+        precision_and_recall(np.zeros((3, 2)), np.zeros((5, 2)))
+    with pytest.raises(ValueError, match="no file of Inception weights 'nowhere.pth'"):
+        find_inception_weights("nowhere.pth")
+
+
+# Ways
+
+
+def mild_pipeline(**scheduler: object) -> FlowMatchPipeline:
+    """A random network of small velocities, which adaptive solvers follow in few steps."""
+    pipeline = tiny_pipeline("unet-classes", **scheduler)
+    with torch.no_grad():
+        for parameter in pipeline.unet.conv_out.parameters():
+            parameter.mul_(0.05)
+    return pipeline
+
+
+def test_straightness_of_known_ways() -> None:
+    times = np.linspace(1, 0, 1001)
+    line = times[:, None, None] * np.ones((1, 2, 3))
+    figures = straightness(times, line)
+    assert figures["path_length_ratio"] == pytest.approx(1)
+    assert figures["curvature"] == pytest.approx(0, abs=1e-9)
+    # A half circle at constant speed: length pi/2 of the diameter, and with |v| = pi/2 |mean v| a curvature of
+    # (pi/2)^2 - 1. Chords are shorter than arcs by parts in a million.
+    circle = np.stack([np.cos(np.pi * times), np.sin(np.pi * times)], -1)[:, None]
+    figures = straightness(times, circle)
+    assert figures["path_length_ratio"] == pytest.approx(math.pi / 2, rel=1e-5)
+    assert figures["curvature"] == pytest.approx((math.pi / 2) ** 2 - 1, rel=1e-4)
+    # Straight, but not at constant speed: x = t^2 has v = 2 t, and the mean of (2 t - 1)^2 is 1/3.
+    figures = straightness(times, (times**2)[:, None, None])
+    assert figures["path_length_ratio"] == pytest.approx(1)
+    assert figures["curvature"] == pytest.approx(1 / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", ["ot", "vp", "ve"])
+def test_ways_end_where_sampling_ends(path: str) -> None:
+    pipeline = mild_pipeline(path=path)
+    sampler = Sampler(pipeline, np.array([1, 3]), seed=5)
+    times, points = trajectories(pipeline, sampler.noise(range(2)), [1, 3], num_points=5, steps_between=8)
+    assert (times[0], times[-1]) == (1.0, 0.0)
+    exact = sampler.draw(range(2), output_type="latent", solver="dopri5").images
+    assert torch.allclose(torch.from_numpy(points[-1]).float(), exact.flatten(1), atol=2e-3)
+
+
+def test_samples_depend_on_their_number_alone() -> None:
+    sampler = Sampler(tiny_pipeline("unet-classes"), np.array([0, 1, 2]), seed=3)
+    together = sampler.draw(range(5), num_inference_steps=3).images
+    apart = torch.cat([sampler.draw(range(i, i + 1), num_inference_steps=3).images for i in range(5)])
+    assert torch.allclose(together, apart, atol=1e-6)
+    assert sampler.labels(range(5)) == [0, 1, 2, 0, 1]
+    other = Sampler(tiny_pipeline("unet-classes"), np.array([0, 1, 2]), seed=4)
+    assert not torch.allclose(other.draw(range(5), num_inference_steps=3).images, together, atol=1e-2)
+
+
+# Results
+
+
+def fake_accelerator(process_index: int = 0, num_processes: int = 1) -> SimpleNamespace:
+    return SimpleNamespace(
+        process_index=process_index,
+        num_processes=num_processes,
+        is_main_process=process_index == 0,
+        wait_for_everyone=lambda: None,
+    )
+
+
+def test_results_are_kept_shared_and_in_order(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def work(numbers: range) -> dict[str, np.ndarray]:
+        calls.append(numbers.start)
+        if numbers.start == 6 and len(calls) == 3:
+            raise KeyboardInterrupt
+        return {"squares": np.array(numbers) ** 2}
+
+    store = ResultStore(tmp_path / "one", fake_accelerator(), {"seed": 0})
+    with pytest.raises(KeyboardInterrupt):
+        store.compute("some", 11, 3, work)
+    ResultStore(tmp_path / "one", fake_accelerator(), {"seed": 0}).compute("some", 11, 3, work)
+    # What was done is not done again.
+    assert calls == [0, 3, 6, 6, 9]
+    assert (store.read("some", "squares") == np.arange(11) ** 2).all()
+
+    # Two processes, one after the other, leave the same files.
+    for process in (0, 1):
+        shared = ResultStore(tmp_path / "two", fake_accelerator(process, 2), {"seed": 0})
+        shared.compute("some", 11, 3, lambda numbers: {"squares": np.array(numbers) ** 2})
+    for file in (tmp_path / "one").rglob("*.npz"):
+        assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
+    assert not list(tmp_path.rglob(".partial*"))
+    with pytest.raises(ValueError, match=r"another evaluation \(seed was 0 and is 1\): choose another --output_dir"):
+        ResultStore(tmp_path / "one", fake_accelerator(), {"seed": 1})
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    mild_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data"), num_train=40, num_test=12)
+
+
+def command_line(model: Path, data: Path, output_dir: Path, **options: object) -> list[str]:
+    values = {
+        "pretrained_model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": output_dir,
+        "features": "classifier",
+        "eval_batch_size": 8,
+        "num_images": 20,
+        "num_inference_steps": 3,
+        "num_solver_images": 12,
+        "num_calls": 6,
+        "num_draws": 2,
+        "likelihood_steps": 6,
+        **options,
+    }
+    line = ["--use_cpu"]
+    for name, value in values.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return line
+
+
+def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path: Path) -> None:
+    script = load_script(SCRIPT)
+    run_script(script, command_line(model, data, tmp_path / "one"))
+    # The classifier is trained in either run; the weights differ by rounding if threads do.
+    line = command_line(model, data, tmp_path / "two")
+    subprocess.run(launch(line, num_processes=2, file=SCRIPT), env=environment(), check=True, timeout=300)
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    rows, others = ({row["metric"]: row["value"] for row in flat_rows(metrics)} for metrics in (one, two))
+    assert rows.keys() == others.keys()
+    for name, value in rows.items():
+        assert others[name] == (pytest.approx(value, rel=1e-5, abs=1e-7) if isinstance(value, float) else value), name
+    for key in ("fixed", "adaptive"):
+        for row, other in zip(one["solvers"][key], two["solvers"][key], strict=True):
+            assert other.pop("solver", None) == row.pop("solver", None)
+            assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
+
+    assert rows["quality/features"] == "classifier"
+    # The name of the distance on Inception features is kept for it.
+    assert not any("fid" in name for name in rows)
+    assert rows["quality/classifier_frechet_distance"] > rows["quality_of_held_out_images/classifier_frechet_distance"]
+    assert 0 <= rows["quality/read_as_asked"] <= 1
+    assert [row["K"] for row in one["likelihood"]["by_draws"]] == [2]
+    assert {row["nfe"] for row in one["solvers"]["fixed"]} <= {4, 6}
+    calls, errors = zip(*((row["nfe"], row["relative_error"]) for row in one["solvers"]["adaptive"]))
+    assert list(calls) == sorted(calls)
+    # The field of a network with small velocities is nearly constant: every solver is near the truth.
+    assert max(errors) < 1e-2
+    files = {path.name for path in (tmp_path / "one").iterdir()}
+    assert files >= {
+        "metrics.json", "metrics.csv", "solvers.csv", "likelihood.csv", "samples.png", "nearest.png", "ways.png",
+        "error_by_calls.png", "quality_by_calls.png", "loss_by_time.png",
+    }  # fmt: skip
+    with (tmp_path / "one" / "metrics.csv").open() as lines:
+        assert {row["metric"] for row in csv.DictReader(lines)} == rows.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_images": 0}, "--num_images must be at least 1, got 0"),
+        ({"num_calls": [4, 0]}, r"--num_calls must be at least 1, got \[4, 0\]"),
+        ({"levels": 1}, "--levels must be from 2 to 256, got 1"),
+        ({"features": "inception"}, "No Inception weights were found"),
+        ({"features": "inception", "inception_weights": "x.pth"}, "no file of Inception weights 'x.pth'"),
+        ({"validation_split": "dev"}, "no split 'dev'"),
+        ({"label_column": "kind"}, "no label column 'kind'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_refused(
+    model: Path, data: Path, tmp_path: Path, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(ValueError, match=message):
+        run_script(load_script(SCRIPT), command_line(model, data, tmp_path / "out", **options))
+    assert not (tmp_path / "out" / "metrics.json").exists()

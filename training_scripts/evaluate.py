@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-fm[evaluate]"]
+# ///
+r"""Measure a trained flow matching model: quality, likelihood, error against calls, straightness, memorisation.
+
+A pipeline folder or Hub id and a data set go in; figures as JSON and CSV, plots, and pictures come out.
+
+The digits, about five minutes on two CPU cores:
+
+    accelerate launch training_scripts/evaluate.py \
+      --pretrained_model_name_or_path runs/unet-digits --dataset_name data/digits \
+      --output_dir runs/unet-digits/evaluation --features classifier --num_images 2000 --levels 17
+
+FID, KID, precision and recall of a model of photographs, on four GPUs:
+
+    accelerate launch --multi_gpu --num_processes 4 training_scripts/evaluate.py \
+      --pretrained_model_name_or_path runs/unet-imagenet64 --train_data_dir /data/imagenet/train \
+      --output_dir evaluation --metrics quality --num_images 50000 --eval_batch_size 250
+
+Interrupted, the same command goes on where it was. Every image has a seed of its own, and figures depend neither on
+the number of processes nor, but for rounding, on the batch size.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.evaluation import (
+    FeatureExtractor,
+    ResultStore,
+    Sampler,
+    accuracy,
+    classifier_features,
+    find_inception_weights,
+    flat_rows,
+    generate,
+    inception_features,
+    likelihood,
+    measure_features,
+    neighbours,
+    picture_grid,
+    plot_loss_by_time,
+    plot_solvers,
+    plot_ways,
+    pyplot,
+    quality,
+    solvers,
+    ways,
+    write_metrics,
+    write_table,
+)
+from diffusers_fm.training import (
+    ImageData,
+    ImageTransform,
+    TrainableModel,
+    choose_split,
+    data_and_labels,
+    epoch_order,
+    held_out_loss,
+    held_out_split_name,
+    load_splits,
+    make_accelerator,
+    parse_arguments,
+    saved_arguments,
+)
+from diffusers_fm.training.checkpoints import checksum
+
+
+logger = logging.getLogger("diffusers_fm.evaluate")
+
+METRICS = ("quality", "likelihood", "solvers", "ways", "loss", "neighbours")
+
+# Results do not depend on these.
+FREE = ("output_dir", "metrics", "use_cpu", "mixed_precision", "cache_dir")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments, by the names of the training scripts where those have them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", help="JSON file of arguments; the command line wins.")
+    add("--output_dir", required=True, help="Where figures go; results on the way are in its folder `results`.")
+    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="What to measure; by default all.")
+    add("--seed", type=int, default=0, help="Seed of the samples' noise and of dequantisation.")
+    add("--eval_batch_size", type=int, default=64, help="Images of a process at once.")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of the network's arithmetic.")
+    add("--use_cpu", action="store_true", help="Use the CPU although there is an accelerator.")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="Folder of a trained pipeline, or a Hub id.")
+    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
+    add("--variant", help="Variant of the weights to load.")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="Hub id, or a local folder of parquet, arrow or image files or of save_to_disk.")
+    add("--dataset_config_name", help="Configuration of the data set.")
+    add("--train_data_dir", help="Folder of images instead, classes in subfolders.")
+    add("--train_split", default="train", help="What the model was trained on: the reference of the samples.")
+    add("--validation_split", help="Split held out; by default `validation`, else `test`, where there is one.")
+    add("--image_column", default="image", help="Column of the images.")
+    add("--label_column", default="label", help="Column of the labels.")
+    add("--max_train_samples", type=int, help="Compare with so many images of the training split.")
+    add("--max_validation_samples", type=int, default=2048, help="Use so many held-out images at most.")
+    add("--cache_dir", help="Where downloaded and prepared data is kept.")
+
+    add = parser.add_argument_group("samples").add_argument
+    add("--num_images", type=int, default=10_000, help="Samples for quality; FID is customarily on 50,000.")
+    add("--num_inference_steps", type=int, default=50, help="Steps of the pipeline's own solver.")
+    add("--guidance_scale", type=float, default=1.0, help="Scale of classifier-free guidance; 1 is off.")
+    add("--features", choices=["inception", "classifier"], help="By default Inception's, if weights are at hand.")
+    add("--inception_weights", help="torch-fidelity's file of weights; by default the one in torch's cache.")
+
+    add = parser.add_argument_group("likelihood").add_argument
+    add("--num_draws", type=int, nargs="+", default=[1, 5, 20], help="Draws of dequantisation noise: the paper's K.")
+    add("--num_probes", type=int, default=1, help="Hutchinson probes of a draw.")
+    add("--levels", type=int, default=256, help="Levels of a value, evenly spread over 0 to 255.")
+    add("--likelihood_steps", type=int, default=64, help="Steps of the integration.")
+
+    add = parser.add_argument_group("solvers and ways").add_argument
+    add("--num_solver_images", type=int, default=256, help="Samples of each solver, and ways looked at.")
+    add("--num_calls", type=int, nargs="+", default=[6, 12, 24, 48], help="Calls of the network to sample with.")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` for values that can be refused without looking at model or data."""
+    for name in (
+        "eval_batch_size num_images num_inference_steps num_probes likelihood_steps num_solver_images"
+        " max_validation_samples max_train_samples"
+    ).split():
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}.")
+    for name in ("num_draws", "num_calls"):
+        if min(getattr(args, name)) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
+    if not 2 <= args.levels <= 256:
+        raise ValueError(f"--levels must be from 2 to 256, got {args.levels}.")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"The output folder {args.output_dir!r} is a file.")
+    # Missing packages are found before any work.
+    pyplot()
+
+
+def load_data(args: argparse.Namespace, pipeline: FlowMatchPipeline) -> tuple[ImageData, ImageData | None, int]:
+    """The training images, those held out, and the number of classes in their label column."""
+    splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    train_split = choose_split(splits, args.train_split)
+    feature = train_split.features.get(args.label_column)
+    num_classes = getattr(feature, "num_classes", 0) or pipeline.num_classes
+    channels, side, _ = pipeline.sample_shape
+    channels = channels if pipeline.vae is None else pipeline.vae.config.in_channels
+    transform = ImageTransform(side * pipeline.vae_scale_factor, channels, center_crop=True)
+    columns = {
+        "image_column": args.image_column,
+        "label_column": args.label_column if num_classes else None,
+        "num_classes": num_classes,
+    }
+    train_data = ImageData(train_split, transform, max_samples=args.max_train_samples, **columns)
+    name = args.validation_split or held_out_split_name(splits, args.train_split)
+    if name is None:
+        return train_data, None, num_classes
+    held_out = ImageData(choose_split(splits, name), transform, max_samples=args.max_validation_samples, **columns)
+    return train_data, held_out, num_classes
+
+
+def choose_features(
+    args: argparse.Namespace, train_data: ImageData, num_classes: int, store: ResultStore, accelerator: Any
+) -> FeatureExtractor:
+    """Inception's features where its weights are at hand; a classifier's where they are asked for."""
+    weights = None if args.features == "classifier" else find_inception_weights(args.inception_weights)
+    if weights is not None:
+        return inception_features(weights, accelerator.device)
+    if args.features != "classifier":
+        raise ValueError(
+            "No Inception weights were found in torch's cache: give their file with --inception_weights, or compare by"
+            " the features of a small classifier of this data set with --features classifier."
+        )
+    if num_classes < 2:
+        raise ValueError(
+            f"--features classifier needs labels, and the data set has no column {args.label_column!r} of classes."
+        )
+    with accelerator.main_process_first():
+        return classifier_features(
+            store.folder / "classifier.safetensors", train_data, num_classes, accelerator.device
+        )
+
+
+def weights_digest(folder: Path) -> dict[str, str]:
+    """Checksums of a pipeline's weights and of its scheduler, on which all results depend."""
+    files = sorted([*folder.glob("*/*.safetensors"), *folder.glob("scheduler/*.json")])
+    return {file.relative_to(folder).as_posix(): checksum(file) for file in files}
+
+
+def write_neighbours(
+    output_dir: Path, store: ResultStore, train_data: ImageData, closest: np.ndarray, rows: np.ndarray
+) -> None:
+    """The samples nearest to training images, above those."""
+    drawn = store.read("samples", "images")[closest]
+    beside = train_data[np.stack([np.zeros_like(rows), rows], axis=1)]["images"].numpy()
+    picture_grid(np.concatenate([drawn, beside]), len(drawn)).save(output_dir / "nearest.png")
+
+
+def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -> None:
+    """Tables and pictures of what was measured."""
+    write_table(output_dir / "metrics.csv", flat_rows(metrics))
+    if "quality" in metrics:
+        picture_grid(next(store.batches("samples", "images"))[:100], 10).save(output_dir / "samples.png")
+    if "likelihood" in metrics:
+        write_table(output_dir / "likelihood.csv", metrics["likelihood"]["by_draws"])
+    if "loss" in metrics:
+        plot_loss_by_time(output_dir / "loss_by_time.png", metrics["loss"]["validation_loss_by_time"])
+    if "ways" in metrics:
+        plot_ways(output_dir / "ways.png", next(store.batches("ways", "points")))
+    if "solvers" in metrics:
+        fixed, adaptive = metrics["solvers"]["fixed"], metrics["solvers"]["adaptive"]
+        rows = [*fixed, *({"solver": "dopri5, adaptive", **row} for row in adaptive)]
+        write_table(output_dir / "solvers.csv", rows)
+        plot_solvers(output_dir / "error_by_calls.png", rows, "relative_error", "relative error")
+        for column in ("fid", "classifier_frechet_distance"):
+            if column in rows[0]:
+                plot_solvers(output_dir / "quality_by_calls.png", rows, column, column.replace("_", " "))
+
+
+def main(args: argparse.Namespace) -> None:
+    """Measure."""
+    check_arguments(args)
+    output_dir = Path(args.output_dir)
+    accelerator = make_accelerator(
+        output_dir, mixed_precision=args.mixed_precision, report_to="none", use_cpu=args.use_cpu
+    )
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("diffusers_fm").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
+    wanted, batch_size = set(args.metrics), args.eval_batch_size
+
+    # 1. Model and data
+    source = args.pretrained_model_name_or_path
+    with accelerator.main_process_first():
+        if not Path(source).is_dir():
+            source = FlowMatchPipeline.download(source, revision=args.revision, variant=args.variant)
+        pipeline = FlowMatchPipeline.from_pretrained(source, variant=args.variant).to(accelerator.device)
+        train_data, held_out, num_classes = load_data(args, pipeline)
+    if held_out is None and wanted & {"likelihood", "loss"}:
+        raise ValueError(f"The data set has no split held out, which {' and '.join(sorted(wanted))} would need.")
+    if "likelihood" in wanted and pipeline.vae is not None:
+        raise ValueError("A latent pipeline has no likelihood of pixels: leave `likelihood` out of --metrics.")
+
+    # 2. Where results are kept, and what they depend on
+    fingerprint = {name: value for name, value in saved_arguments(args).items() if name not in FREE}
+    store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(Path(source))})
+    order = epoch_order(args.seed, 0, len(train_data))
+    labels = train_data.labels[order] if pipeline.num_classes else None
+    sampler = Sampler(pipeline, labels, args.seed, args.guidance_scale)
+    extractor = None
+    if wanted & {"quality", "solvers"}:
+        extractor = choose_features(args, train_data, num_classes, store, accelerator)
+        measure_features(store, "train", train_data, extractor, len(train_data), batch_size)
+    metrics: dict[str, Any] = {"model": Path(args.pretrained_model_name_or_path).name, "seed": args.seed}
+
+    # 3. Measures
+    if wanted & {"quality", "neighbours"}:
+        steps = {"num_inference_steps": args.num_inference_steps}
+        generate(store, "samples", sampler, extractor, args.num_images, batch_size, **steps)
+    if "quality" in wanted and extractor is not None:
+        metrics["quality"] = quality(store, "samples", "train", extractor) | {
+            "features": extractor.name,
+            "images": args.num_images,
+            "num_inference_steps": args.num_inference_steps,
+        }
+        if held_out is not None:
+            # What other images of the same kind get: no model need do better.
+            measure_features(store, "held-out", held_out, extractor, len(held_out), batch_size)
+            metrics["quality_of_held_out_images"] = quality(store, "held-out", "train", extractor)
+        if extractor.name == "classifier" and pipeline.num_classes == num_classes:
+            read_as_asked = accuracy(store, "samples", sampler.labels(range(args.num_images)))
+            metrics["quality"]["read_as_asked"] = read_as_asked
+            if held_out is not None:
+                metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out", held_out.labels.tolist())
+    if "likelihood" in wanted:
+        metrics["likelihood"] = likelihood(
+            store,
+            sampler,
+            held_out,
+            len(held_out),
+            batch_size,
+            tuple(sorted(args.num_draws)),
+            args.levels,
+            num_steps=args.likelihood_steps,
+            num_probes=args.num_probes,
+        )
+    if "loss" in wanted:
+        metrics["loss"] = held_out_loss(
+            accelerator,
+            TrainableModel(pipeline),
+            pipeline.scheduler,
+            held_out,
+            batch_size,
+            lambda batch: data_and_labels(pipeline, batch, accelerator.device),
+        )
+    if "solvers" in wanted:
+        count, calls = args.num_solver_images, tuple(args.num_calls)
+        metrics["solvers"] = solvers(store, sampler, extractor, "train", count, batch_size, calls)
+    if "ways" in wanted:
+        metrics["ways"] = ways(store, sampler, args.num_solver_images, batch_size)
+
+    # 4. Files
+    if accelerator.is_main_process:
+        if "neighbours" in wanted:
+            metrics["neighbours"], closest, rows = neighbours(store, "samples", train_data, held_out, args.num_images)
+            write_neighbours(output_dir, store, train_data, closest, rows)
+        write_files(output_dir, store, metrics)
+        logger.info("%s", write_metrics(output_dir, metrics).read_text(encoding="utf-8"))
+        logger.info("The figures are in %s.", output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_arguments(build_parser()))
