@@ -13,13 +13,21 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
+from .pipelines.pipeline_flow_match_edit import FlowMatchEditPipeline
 from .pipelines.pipeline_flow_match_inverse import FlowMatchInversePipeline
 from .pipelines.pipeline_flow_match_upscale import FlowMatchUpscalePipeline
+from .pipelines.pipeline_stable_diffusion_3_edit import StableDiffusion3EditPipeline
 
 
 logger = logging.getLogger(__name__)
 
-PIPELINES = (FlowMatchPipeline, FlowMatchUpscalePipeline, FlowMatchInversePipeline)
+PIPELINES = (
+    FlowMatchPipeline,
+    FlowMatchUpscalePipeline,
+    FlowMatchInversePipeline,
+    FlowMatchEditPipeline,
+    StableDiffusion3EditPipeline,
+)
 
 
 def register() -> None:

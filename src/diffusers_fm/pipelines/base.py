@@ -69,6 +69,26 @@ class FlowMatchPipelineOutput(BaseOutput):
     nfe: int
 
 
+def flow_end(scheduler: FlowMatchScheduler, t: float) -> float:
+    """
+    A time, or for an end where the network's answer determines no velocity, one beside it.
+
+    Args:
+        scheduler ([`FlowMatchScheduler`]):
+            The path, and what the network predicts.
+        t (`float`):
+            In [0, 1], 0 = data, 1 = noise.
+
+    Returns:
+        `float`: The time.
+    """
+    at = torch.tensor(t, dtype=torch.float64)
+    straight = (-torch.ones_like(at), torch.ones_like(at))
+    if bool(scheduler.path.determines(at, scheduler.config.prediction_type, straight)):
+        return t
+    return MARGIN if t == 0.0 else 1 - MARGIN
+
+
 class NetworkField:
     """The network of a pipeline as a field of the path's time, with the guidance that sampling would use."""
 
@@ -655,14 +675,6 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             pixels = pixels[..., : size[0], : size[1]]
         return self.image_processor.postprocess(pixels, output_type=output_type)
 
-    def _end(self, t: float) -> float:
-        """A time, or for an end where the network's answer determines no velocity, one beside it."""
-        at = torch.tensor(t, dtype=torch.float64)
-        straight = (-torch.ones_like(at), torch.ones_like(at))
-        if bool(self.scheduler.path.determines(at, self.scheduler.config.prediction_type, straight)):
-            return t
-        return MARGIN if t == 0.0 else 1 - MARGIN
-
     @torch.no_grad()
     def transport(
         self,
@@ -701,8 +713,8 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             NetworkField(self, guidance_scale),
             x_t,
             self.scheduler.path,
-            start=self._end(start),
-            end=self._end(end),
+            start=flow_end(self.scheduler, start),
+            end=flow_end(self.scheduler, end),
             prediction_type=self.scheduler.config.prediction_type,
             args=args,
             **options,

@@ -13,7 +13,7 @@ from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood
 from ..models.autoencoding import encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import Solution
-from .base import NetworkField
+from .base import NetworkField, flow_end
 
 
 Images = PIL.Image.Image | list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -209,7 +209,7 @@ class FlowTransportMixin:
         """
         self._check_space(latent_space)
         data, args = self._data_and_labels(images, class_labels)
-        options = {"start": self._end(0.0), "end": self._end(1.0)} | options
+        options = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)} | options
         config = self.scheduler.config
         return log_likelihood(
             NetworkField(self), data, self.scheduler.path, prediction_type=config.prediction_type, args=args, **options
@@ -248,7 +248,7 @@ class FlowTransportMixin:
         self._check_shape("images", images)
         images = images.to(self._execution_device)
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
-        options = {"start": self._end(0.0), "end": self._end(1.0)} | options
+        options = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)} | options
         return bits_per_dim(
             NetworkField(self),
             images,
