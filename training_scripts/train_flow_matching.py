@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
     add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
     add_data_arguments(parser)
-    add_objective_arguments(parser)
+    add_objective_arguments(parser, has_classes=True)
     add_optimisation_arguments(parser)
     add_average_arguments(parser)
     add_validation_arguments(parser)
@@ -218,7 +218,7 @@ def main(args: argparse.Namespace) -> None:
                         dropped = part.uniform("label_dropout") < label_dropout
                         labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
 
-                    noise = part.normal("noise", tuple(data.shape[1:]), device)
+                    noise = run.draw_noise(part, data, labels)
                     t = draw_times(args, path, part, shift)
                     x_t = path.sample(data, noise, t)
 

@@ -34,7 +34,7 @@ from .ema import EMA, ConstantDecay, PowerFunction
 from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, sample_grid
 from .launch import StopSignal, make_accelerator
 from .logs import LossMeter, RunLog
-from .objective import draw_times
+from .objective import draw_noise, draw_times
 from .optimisation import TrainableModel, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
 from .precompute import cache_latents, cache_prompts
@@ -62,6 +62,7 @@ from .text_to_image_options import (
     shift_of,
     tell_of_long_captions,
 )
+from .throughput import Throughput
 
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "StreamSampler",
     "TensorCache",
     "TextToImageModel",
+    "Throughput",
     "TrainableModel",
     "TrainingRun",
     "add_average_arguments",
@@ -111,6 +113,7 @@ __all__ = [
     "content_key",
     "data_and_labels",
     "derive_seed",
+    "draw_noise",
     "draw_times",
     "drop_captions",
     "epoch_order",

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers.optimization import SchedulerType
 
+from ..couplings import COUPLINGS
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
 from .ema import MAX_SIGMA_REL
@@ -95,8 +96,38 @@ def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_prompts", nargs="+", default=[], help="Prompts of the picture grids, a row each.")
 
 
-def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
-    """The density of the training times and the weight of the loss."""
+def independent_coupling(name: str) -> str:
+    """
+    The value of `--coupling` of a script whose conditions are all different, such as captions.
+
+    Args:
+        name (`str`):
+            What was given.
+
+    Returns:
+        `str`: `"independent"`.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is another one.
+    """
+    if name != "independent":
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is not 'independent', the only coupling here: noise may be exchanged among samples of one"
+            " condition alone, and each sample has its own."
+        )
+    return name
+
+
+def add_objective_arguments(parser: argparse.ArgumentParser, has_classes: bool = False) -> None:
+    """
+    The density of the training times, the weight of the loss, and the coupling of data and noise.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            Takes the arguments.
+        has_classes (`bool`, *optional*, defaults to `False`):
+            Whether samples have a label or no condition at all, so that noise may be exchanged among them.
+    """
     add = parser.add_argument_group("objective").add_argument
     add("--timestep_density", choices=list(DENSITIES), default="logit_normal", help="Density of the training times.")
     add("--logit_mean", type=float, default=0.0, help="Of logit_normal; above 0 is towards the noise.")
@@ -107,6 +138,9 @@ def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shift", type=float, help="Shift of the times; saved in the scheduler. By default the scheduler's own.")
     add("--weighting_scheme", type=weighting_scheme, default="none", help="Weight of the loss: diffusers_fm.losses.")
     add("--snr_gamma", type=float, default=5.0, help="Of the weighting min_snr.")
+    kind = {"choices": COUPLINGS} if has_classes else {"type": independent_coupling}
+    add("--coupling", **kind, default="independent", help=f"Pairing of data and noise: {', '.join(COUPLINGS)}.")
+    add("--coupling_scope", choices=["global", "process"], default="global", help="Of minibatch_ot: what is paired.")
 
 
 def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -134,6 +168,8 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gradient_checkpointing", action="store_true", help="Less memory, more time.")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="By default what accelerate is configured for.")
     add("--allow_tf32", action="store_true", help="Faster float32 matrix products on Ampere GPUs and later.")
+    add("--torch_compile", action="store_true", help="Compile the model: minutes at the start, less time a step.")
+    add("--channels_last", action="store_true", help="Keep images channels-last in memory; for convolutions.")
     add("--use_cpu", action="store_true", help="Use the CPU although there is an accelerator.")
 
 

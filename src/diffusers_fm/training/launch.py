@@ -25,6 +25,7 @@ def make_accelerator(
     gradient_accumulation_steps: int = 1,
     report_to: str | None = None,
     use_cpu: bool = False,
+    torch_compile: bool = False,
 ) -> Accelerator:
     """
     The accelerator of a script, on the CPU where there is nothing else, with as many processes as were launched.
@@ -42,6 +43,8 @@ def make_accelerator(
             Tracker, `"all"` or `"none"`; by default TensorBoard, if it is installed.
         use_cpu (`bool`, *optional*, defaults to `False`):
             Use the CPU although there is an accelerator.
+        torch_compile (`bool`, *optional*, defaults to `False`):
+            Compile the model with inductor; otherwise as accelerate is configured.
 
     Returns:
         `Accelerator`: ready for `prepare`.
@@ -62,6 +65,7 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=use_cpu or not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
+        dynamo_backend="inductor" if torch_compile else None,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),

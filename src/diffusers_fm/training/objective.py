@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training times that a script's arguments ask for."""
+"""The training times and the pairing of noise with data that a script's arguments ask for."""
 
 import argparse
+from dataclasses import replace
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 
+from ..couplings import minibatch_ot
 from ..paths import ConditionalPath
 from ..timesteps import sample_timesteps, shift_time
 from .randomness import BatchSlice
@@ -41,3 +46,47 @@ def draw_times(args: argparse.Namespace, path: ConditionalPath, part: BatchSlice
     )
     # The sampler shifts the times of the straight coordinates; on the OT path these are t itself.
     return t if shift == 1 else path.time_at(shift_time(path.ratio(t), shift))
+
+
+def draw_noise(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    part: BatchSlice,
+    data: torch.Tensor,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Noise for a part of a batch, paired with its data as `--coupling` says. Every process calls it.
+
+    Args:
+        args (`argparse.Namespace`):
+            With the arguments of `add_objective_arguments`.
+        accelerator (`Accelerator`):
+            Of the run.
+        part ([`BatchSlice`]):
+            Which samples of which step.
+        data (`torch.Tensor` of shape `(batch_size, ...)`):
+            The clean samples.
+        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            What the network is told of them, dropped labels as such: noise is exchanged within a label.
+
+    Returns:
+        `torch.Tensor` of the shape of `data`: standard normal, float32.
+    """
+    shape = tuple(data.shape[1:])
+    if args.coupling == "independent":
+        return part.normal("noise", shape, data.device)
+    if args.coupling_scope == "process" or accelerator.num_processes == 1:
+        noise = part.normal("noise", shape, data.device)
+        return noise[minibatch_ot(data, noise, labels).to(data.device)]
+    # The parts of all processes lie side by side; noise is drawn, not sent.
+    first = accelerator.process_index * part.size
+    whole = replace(part, offset=part.offset - first, size=accelerator.num_processes * part.size)
+    noise = whole.normal("noise", shape, data.device)
+    everything: Any = accelerator.gather((data.contiguous(), labels) if labels is not None else (data.contiguous(),))
+    permutation = torch.arange(whole.size)
+    if accelerator.is_main_process:
+        permutation = minibatch_ot(everything[0], noise, *everything[1:])
+    # One process decides: on unequal devices, roundings might make the pairings differ.
+    permutation = broadcast(permutation.to(noise.device))
+    return noise[permutation[first : first + part.size]]

@@ -6,14 +6,13 @@ import logging
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -26,10 +25,12 @@ from .files import replace_contents
 from .guard import GradientGuard
 from .launch import StopSignal, failures, make_accelerator
 from .logs import LossMeter, RunLog
+from .objective import draw_noise
 from .optimisation import clip_gradients, make_optimizer
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
+from .throughput import make_throughput
 
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class TrainingRun:
             args.gradient_accumulation_steps,
             args.report_to,
             args.use_cpu,
+            args.torch_compile,
         )
         is_main = self.accelerator.is_main_process
         logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
@@ -139,6 +141,7 @@ class TrainingRun:
         )
         self._guard = GradientGuard(self.accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self._figures: dict[str, Any] = {}
+        self._throughput = make_throughput(args, self.accelerator, self.global_batch_size)
         self._gradient_norm = torch.zeros(())
         self._checkpoint_is_due = False
 
@@ -170,6 +173,8 @@ class TrainingRun:
                 f" {args.train_batch_size}) is larger than the data set of {num_samples}."
             )
         self._num_samples = num_samples
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
         optimizer = make_optimizer(
@@ -191,6 +196,8 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            self._throughput.watch_model(self.model, accelerator.unwrap_model(self.model, keep_torch_compile=False))
         accelerator.register_for_checkpointing(self._lr_scheduler, self.meter, self._guard)
         self.ema = make_ema(args, accelerator, self.model)
         handle_model_files(accelerator)
@@ -223,7 +230,7 @@ class TrainingRun:
         )
         buckets = data.bucket_rows
         sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
-        return iter(make_loader(data, sampler, self.args.dataloader_num_workers))
+        return self._throughput.watch_data(iter(make_loader(data, sampler, self.args.dataloader_num_workers)))
 
     def start(self, validate: Validate, export: Export, description: str) -> None:
         """
@@ -289,13 +296,15 @@ class TrainingRun:
         """
         if self._manifest.get("validation_is_due"):
             self._run_validation(self.first_step)
-        self._window_start, self._window_step = time.perf_counter(), self.first_step
+        self._throughput.stopwatch.restart()
         for step in range(self.first_step, self.args.max_train_steps):
             yield step
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step()
+            self._throughput.stopwatch.mark("optimizer")
+            self._throughput.step()
             self._progress_bar.update()
             self._after_step(step + 1, learning_rate)
 
@@ -329,11 +338,35 @@ class TrainingRun:
         """
         self.meter.add(t, losses)
         self.accelerator.backward(losses.mean())
+        self._throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
             self._gradient_norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
             self._guard.before_step(self._optimizer, self._gradient_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Noise for a part of a batch, paired with its data as `--coupling` says, see [`draw_noise`]. The time that the
+        pairing takes is noted.
+
+        Args:
+            part ([`BatchSlice`]):
+                Which samples of which step.
+            data (`torch.Tensor` of shape `(batch_size, ...)`):
+                The clean samples.
+            labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                What the network is told of them, dropped labels as such.
+
+        Returns:
+            `torch.Tensor` of the shape of `data`: standard normal, float32.
+        """
+        if self.args.coupling == "independent":
+            return draw_noise(self.args, self.accelerator, part, data)
+        self._throughput.stopwatch.mark("model")
+        noise = draw_noise(self.args, self.accelerator, part, data, labels)
+        self._throughput.stopwatch.mark("coupling")
+        return noise
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
@@ -343,6 +376,7 @@ class TrainingRun:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
         self._progress_bar.close()
         done = self.args.max_train_steps
+        self._write_summary(done)
         figures = self._run_validation(done, "grid.png")
         error: Exception | None = None
         if self.accelerator.is_main_process:
@@ -359,6 +393,12 @@ class TrainingRun:
         self.accelerator.end_training()
         if self._publisher is not None:
             self._publisher.finish()
+
+    def _write_summary(self, done: int) -> None:
+        summary = self._throughput.summary()
+        if summary:
+            self.log.write(done, {f"run/{name}": value for name, value in summary.items()})
+            logger.info("Speed: %s.", ", ".join(f"{name} {value:g}" for name, value in summary.items()))
 
     def _run_validation(self, step: int, grid_name: str | None = None) -> dict[str, Any]:
         figures: dict[str, Any] = {}
@@ -429,7 +469,8 @@ class TrainingRun:
         if done % args.logging_steps == 0 or is_last:
             self._end_if_not_finite(done)
             self._write_log(done, learning_rate)
-        aside = time.perf_counter()
+        # What comes now is no part of the speed of training.
+        self._throughput.stopwatch.mark("other")
         if self.ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
             self.ema.save_snapshots(self.accelerator, self.output_dir)
         validation_is_due = done % args.validation_steps == 0 and not is_last
@@ -448,7 +489,7 @@ class TrainingRun:
                 self._checkpoint_is_due = False
             if saved and not signum and not is_last:
                 self._publish_checkpoint(done)
-        self._window_start += time.perf_counter() - aside
+        self._throughput.stopwatch.restart()
         if signum and not is_last:
             self._leave(done, signum, saved)
 
@@ -470,18 +511,16 @@ class TrainingRun:
 
     def _write_log(self, done: int, learning_rate: float) -> None:
         self.meter.reduce(self.accelerator)
-        seconds = time.perf_counter() - self._window_start
         norm = float(self._gradient_norm)
         values = {
             "epoch": self._samples_seen(done) / self._num_samples,
             **self.meter.report(),
             "learning_rate": learning_rate,
             "gradient_norm": norm if math.isfinite(norm) else None,
-            "images_per_second": round((done - self._window_step) * self.global_batch_size / seconds, 1),
+            **self._throughput.report(),
             **({"skipped_steps": self._guard.skipped} if self._guard.skipped else {}),
         }
         self.log.write(done, values)
         self._progress_bar.set_postfix(
             loss=values["loss"], lr=values["learning_rate"], images_per_second=values["images_per_second"]
         )
-        self._window_start, self._window_step = time.perf_counter(), done

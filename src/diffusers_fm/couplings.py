@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which noise goes with which data in training: independent of it, or paired by optimal transport in each batch."""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+
+
+COUPLINGS = ("independent", "minibatch_ot")
+
+
+def minibatch_ot(data: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    The pairing of a batch's noise with its data that has the least mean of `|data - noise|^2` (arXiv 2302.00482 and
+    2304.14772), as a permutation: each noise is used once, so that data and noise are distributed as before.
+
+    The squares of data and noise are the same for every permutation, so that the greatest sum of the products
+    `data . noise` is sought. Hence the pairing is also the best for `|a data - b noise|^2` with any `a, b > 0`: it is
+    the same on every path.
+
+    Args:
+        data (`torch.Tensor` of shape `(batch_size, ...)`):
+            Clean samples.
+        noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            As many samples of noise, of the same shape.
+        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            What the network is told of each sample. Noise is then exchanged within a label alone: otherwise its
+            distribution would depend on the label, and a model that starts from standard normal noise for each of them
+            would be biased.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: int64 on the CPU, `noise[permutation]` goes with `data`.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if data.shape != noise.shape:
+        raise ValueError(f"Data and noise must have one shape, got {tuple(data.shape)} and {tuple(noise.shape)}.")
+    size = data.shape[0]
+    if labels is not None and labels.shape != (size,):
+        raise ValueError(f"There must be one label for each of {size} samples, got the shape {tuple(labels.shape)}.")
+    products = (data.reshape(size, -1).float() @ noise.reshape(size, -1).float().T).cpu().numpy()
+    if labels is None:
+        return torch.from_numpy(linear_sum_assignment(products, maximize=True)[1])
+    permutation = np.arange(size)
+    kinds = labels.cpu().numpy()
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds == kind)
+        permutation[members] = members[linear_sum_assignment(products[np.ix_(members, members)], maximize=True)[1]]
+    return torch.from_numpy(permutation)
