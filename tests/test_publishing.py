@@ -231,7 +231,10 @@ def test_a_pipeline_with_other_shards_replaces_the_shards(hub: FakeHub, tmp_path
 REFUSALS = {
     "a wrong token": ({"hub_token": "wrong"}, "it answers 401.*Invalid credentials.*hf auth login"),
     "no token": ({"hub_token": None}, "it answers 401.*hf auth login"),
-    "a name of others": ({"hub_model_id": "others/blobs"}, "it answers 403.*don't have the rights.*hub_model_id"),
+    "a name of others": (
+        {"hub_model_id": "others/blobs"},
+        "it answers 403.*don't have the rights.*one that may do this",
+    ),
     "a token to read": ({"hub_token": "read-only-token"}, "it answers 403"),
     "a name that cannot be": ({"hub_model_id": "our/a b"}, "Repo id must"),
     "a read-only repository": ({"hub_token": "visitor-token", "hub_model_id": "our/public"}, "it answers 403"),

@@ -30,12 +30,13 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..likelihood import transport
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..sharing import PushMixin, model_card
+from ..sharing import PushMixin, hub_reason, model_card
 from ..solvers import Solution
 from .cards import pipeline_content
 from .components import check_components, check_one_network, has_weights
@@ -172,13 +173,15 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 A pipeline folder, or the id of a repository on the Hub.
             kwargs (*optional*):
-                What [`~diffusers.DiffusionPipeline.from_pretrained`] takes, components included.
+                What [`~diffusers.DiffusionPipeline.from_pretrained`] takes, components included. Weights in pickles,
+                which may run code when they are read, are loaded with `use_safetensors=False` only.
 
         Returns:
             The pipeline, its models in evaluation mode.
 
         Raises:
             ValueError: if the folder is that of an untrained pipeline, or does not hold exactly one network.
+            OSError: if the Hub does not give the pipeline, or there are no safetensors.
         """
         folder = Path(pretrained_model_name_or_path)
         if (folder / cls.config_name).is_file():
@@ -192,7 +195,14 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
                     f"The folder {str(folder)!r} holds no weights for {' and '.join(missing)}; build an untrained"
                     f" pipeline from its configs with `diffusers_fm.init_pipeline({str(folder)!r})`."
                 )
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        except OSError as error:
+            cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            if folder.exists() or cause is None:
+                raise
+            name = str(pretrained_model_name_or_path)
+            raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """

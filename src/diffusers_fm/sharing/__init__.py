@@ -2,6 +2,7 @@
 from .cards import CardContent, Evaluation, Picture, model_card, with_evaluation
 from .portable import portable_files, without_local_paths
 from .push import PushMixin
+from .reasons import hub_reason
 
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "Evaluation",
     "Picture",
     "PushMixin",
+    "hub_reason",
     "model_card",
     "portable_files",
     "with_evaluation",

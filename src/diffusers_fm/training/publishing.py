@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ..sharing import Evaluation, portable_files, with_evaluation
+from ..sharing import Evaluation, hub_reason, portable_files, with_evaluation
 from ..sharing.portable import components
 from .arguments import saved_arguments
 
@@ -31,11 +31,6 @@ RETRY_WAITS = (5, 30)
 PASSING = (408, 425, 429)
 
 STAGING = ".hub"
-
-ADVICE = {
-    401: "log in with `hf auth login`, or set HF_TOKEN",
-    403: "use a token that may write there, or another --hub_model_id",
-}
 
 # What is to be loaded, in the snippet of a card that was written before the repository was known.
 LOADED = re.compile(r'((?:from_pretrained|load_lora_weights)\(")([^"]+)')
@@ -254,16 +249,8 @@ class Publisher:
 
     def _reason(self, error: BaseException) -> str:
         """A sentence's part, without the token."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = lines[0].rstrip(".") if lines else type(error).__name__
-        if isinstance(error, HfHubHTTPError):
-            status = error.response.status_code
-            said = f" ({error.server_message.rstrip('.')})" if error.server_message else ""
-            reason = f"it answers {status}{said}"
-            if status in ADVICE:
-                reason += f"; {ADVICE[status]}"
-        elif not isinstance(error, (_Refusal, HFValidationError)):
-            reason = f"{type(error).__name__}: {reason}"
+        plain = isinstance(error, (_Refusal, HFValidationError))
+        reason = " ".join(str(error).split()).rstrip(".") if plain else hub_reason(error)
         token = self._args.hub_token
         return reason.replace(token, "...") if token else reason
 
