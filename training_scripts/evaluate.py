@@ -263,7 +263,12 @@ def main(args: argparse.Namespace) -> None:
     if wanted & {"quality", "solvers"}:
         extractor = choose_features(args, train_data, num_classes, store, accelerator)
         measure_features(store, "train", train_data, extractor, len(train_data), batch_size)
-    metrics: dict[str, Any] = {"model": Path(args.pretrained_model_name_or_path).name, "seed": args.seed}
+    data_name = Path(args.dataset_name or args.train_data_dir).name
+    metrics: dict[str, Any] = {
+        "model": Path(args.pretrained_model_name_or_path).name,
+        "dataset_name": data_name,
+        "seed": args.seed,
+    }
 
     # 3. Measures
     if wanted & {"quality", "neighbours"}:

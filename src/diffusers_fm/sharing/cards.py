@@ -24,6 +24,10 @@ CITATION = """@inproceedings{lipman2023flow,
   archivePrefix = {arXiv}
 }"""
 
+METRICS_FILES = ("metrics.json", "evaluation/metrics.json")
+# Numbers of an evaluation that say how it was done, not what was found.
+NO_FIGURES = ("seed", "images", "num_inference_steps")
+
 # alpha(t) and sigma(t) in LaTeX, which the Hub renders.
 EQUATIONS: dict[type[ConditionalPath], Callable[[Any], tuple[str, str]]] = {
     OTPath: lambda path: ("1 - t", "t" if path.sigma_min == 0 else f"{path.sigma_min} + (1 - {path.sigma_min})\\,t"),
@@ -57,8 +61,7 @@ class Picture:
 @dataclass(frozen=True)
 class Evaluation:
     """
-    Measured figures, for the card and for the Hub's model index. In a file, `metrics.json`, they are one object with
-    these arguments as keys.
+    Measured figures, for the card and for the Hub's model index.
 
     Args:
         metrics (`Mapping[str, float]`):
@@ -69,12 +72,15 @@ class Evaluation:
             Its id on the Hub.
         split (`str`, *optional*):
             Its split.
+        solvers (`Sequence[Mapping[str, Any]]`, *optional*):
+            Rows of a table of solvers.
     """
 
     metrics: Mapping[str, float]
     dataset_name: str
     dataset: str | None = None
     split: str | None = None
+    solvers: Sequence[Mapping[str, Any]] = ()
 
     @classmethod
     def read(cls, folder: Path) -> "Evaluation | None":
@@ -86,20 +92,40 @@ class Evaluation:
                 Of a pipeline.
 
         Returns:
-            [`Evaluation`] or `None`: what is in its `metrics.json`, unless that is older than the pipeline.
+            [`Evaluation`] or `None`: what is in its `metrics.json` or `evaluation/metrics.json`, unless that is older
+            than the pipeline: one object with the arguments of this class as keys, or what `evaluate.py` writes.
 
         Raises:
             ValueError: if the file holds something else.
         """
-        file, index = folder / "metrics.json", folder / "model_index.json"
-        if not file.is_file() or (index.is_file() and file.stat().st_mtime < index.stat().st_mtime):
+        index = folder / "model_index.json"
+        built = index.stat().st_mtime if index.is_file() else 0
+        files = [folder / name for name in METRICS_FILES]
+        file = next((file for file in files if file.is_file() and file.stat().st_mtime >= built), None)
+        if file is None:
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or not {"metrics", "dataset_name"} <= set(found):
-            raise ValueError(
-                f"{str(file)!r} must hold an object with `metrics` and `dataset_name`, got {found!r:.100}."
-            )
-        return cls(**{entry.name: found[entry.name] for entry in dataclasses.fields(cls) if entry.name in found})
+        if not isinstance(found, dict) or "dataset_name" not in found:
+            raise ValueError(f"{str(file)!r} must hold an object with `dataset_name` and figures, got {found!r:.100}.")
+        if "metrics" in found:
+            return cls(**{entry.name: found[entry.name] for entry in dataclasses.fields(cls) if entry.name in found})
+        solvers = found.get("solvers") or {}
+        return cls(_figures(found), found["dataset_name"], solvers=[_short(row) for row in solvers.get("fixed", ())])
+
+
+def _figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Nested numbers by name, without the settings of the evaluation."""
+    figures: dict[str, float] = {}
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            figures |= _figures(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name not in NO_FIGURES:
+            figures[f"{prefix}{name}"] = value
+    return figures
+
+
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
 
 
 @dataclass(frozen=True)
@@ -324,7 +350,8 @@ def _evaluation(evaluation: Evaluation | None) -> str:
         return ""
     rows = [{"metric": name, "value": f"{value:.6g}"} for name, value in evaluation.metrics.items()]
     split = f", split `{evaluation.split}`" if evaluation.split else ""
-    return f"## Evaluation\n\nMeasured on {evaluation.dataset_name}{split}.\n\n{_table(rows)}"
+    solvers = f"\n\n{_table(evaluation.solvers)}" if evaluation.solvers else ""
+    return f"## Evaluation\n\nMeasured on {evaluation.dataset_name}{split}.\n\n{_table(rows)}{solvers}"
 
 
 def _folded(title: str, text: str) -> str:

@@ -22,6 +22,8 @@ ROOT_FILES = (
     "log.jsonl",
     "metrics.json",
 )
+# Of an evaluation, figures and their plots; not pictures of the data beside samples.
+EVALUATION_FILES = ("metrics.json", "*.csv", "*_by_calls.png", "loss_by_time.png", "ways.png")
 # Configurations and weights of a component; of tokenizers and image processors their tables too.
 COMPONENT_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model", "*.jinja")
 # Files of settings, in which a string may be a path.
@@ -30,8 +32,8 @@ SETTINGS = ("model_index.json", "*config.json", "training_args.json", "metrics.j
 
 def portable_files(folder: Path) -> dict[str, Path | bytes]:
     """
-    What of a folder may be uploaded: the components that its `model_index.json` names, and the files of a run that
-    are in `ROOT_FILES`.
+    What of a folder may be uploaded: the components that its `model_index.json` names, the files of a run that are in
+    `ROOT_FILES`, and the figures in its folder `evaluation`.
 
     Args:
         folder (`Path`):
@@ -42,10 +44,11 @@ def portable_files(folder: Path) -> dict[str, Path | bytes]:
         changed, see [`without_local_paths`].
     """
     found = {path.name: path for path in folder.iterdir() if _matches(path, ROOT_FILES)}
-    for component in components(folder):
-        if (folder / component).is_dir():
-            inside = (path for path in (folder / component).iterdir() if _matches(path, COMPONENT_FILES))
-            found |= {f"{component}/{path.name}": path for path in inside}
+    parts = dict.fromkeys(components(folder), COMPONENT_FILES) | {"evaluation": EVALUATION_FILES}
+    for part, patterns in parts.items():
+        if (folder / part).is_dir():
+            inside = (path for path in (folder / part).iterdir() if _matches(path, patterns))
+            found |= {f"{part}/{path.name}": path for path in inside}
     return {name: _cleaned(found[name]) for name in sorted(found)}
 
 
