@@ -67,9 +67,7 @@ def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
     text = card.text
     assert "![Samples](grid.png)" in text
     assert "| steps | 2,000 of 64 samples |" in text
-    assert "| 0.0 to 0.1 | 0.5000 |
-| 0.1 to 0.2 |  |
-| 0.2 to 0.3 | 0.1250 |" in text
+    assert "| 0.0 to 0.1 | 0.5000 |\n| 0.1 to 0.2 |  |\n| 0.2 to 0.3 | 0.1250 |" in text
     assert "| `euler` (as saved) | ot, trailing | 20 | 20 |" in text
     assert "@inproceedings{lipman2023flow" in text
     assert str(tmp_path) not in text
