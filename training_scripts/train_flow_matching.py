@@ -42,8 +42,6 @@ from diffusers_fm import FlowMatchPipeline, init_pipeline
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
 from diffusers_fm.training import (
-    ImageData,
-    ImageTransform,
     TrainableModel,
     TrainingRun,
     add_average_arguments,
@@ -56,13 +54,10 @@ from diffusers_fm.training import (
     choose_label_dropout,
     choose_resolution,
     choose_shift,
-    choose_split,
-    class_names,
     data_and_labels,
     draw_times,
     held_out_loss,
-    held_out_split_name,
-    load_splits,
+    load_images,
     model_card,
     normalize,
     parse_arguments,
@@ -99,34 +94,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--label_dropout must be in [0, 1], got {args.label_dropout}.")
 
 
-def load_data(
-    args: argparse.Namespace, pipeline: FlowMatchPipeline, resolution: int
-) -> tuple[ImageData, ImageData | None]:
-    """The images to train on, and those held out."""
-    splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-    channels = pipeline.sample_shape[0] if pipeline.vae is None else pipeline.vae.config.in_channels
-    columns = {
-        "image_column": args.image_column,
-        "label_column": args.label_column if pipeline.num_classes else None,
-        "num_classes": pipeline.num_classes,
-        "seed": args.seed,
-    }
-    train_split = choose_split(splits, args.train_split)
-    transform = ImageTransform(resolution, channels, args.center_crop, args.random_flip)
-    train_data = ImageData(train_split, transform, max_samples=args.max_train_samples, **columns)
-    if pipeline.num_classes and pipeline.config.id2label is None:
-        pipeline.register_to_config(id2label=class_names(train_split, args.label_column))
-    name = args.validation_split or held_out_split_name(splits, args.train_split)
-    if name is None:
-        return train_data, None
-    transform = ImageTransform(resolution, channels, center_crop=True)
-    # The same images are held out whatever the seed, so that losses of runs compare.
-    columns["seed"] = 0
-    return train_data, ImageData(
-        choose_split(splits, name), transform, max_samples=args.max_validation_samples, **columns
-    )
-
-
 def main(args: argparse.Namespace) -> None:
     """Train."""
     check_arguments(args)
@@ -152,7 +119,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 2. Data
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_data(args, pipeline, resolution)
+        train_data, held_out_data = load_images(args, pipeline, resolution)
 
     # 3. Model, optimizer, schedule, average, checkpoint
     model = TrainableModel(pipeline)

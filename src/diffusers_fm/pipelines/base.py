@@ -261,6 +261,11 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         return unwrap_module(self.denoiser).config.in_channels
 
     @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.data_channels if self.vae is None else self.vae.config.in_channels
+
+    @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape `(channels, height, width)` of what the network was configured for: pixels, or latents."""
         config = unwrap_module(self.denoiser).config
@@ -490,10 +495,10 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        channels = latent_shape[0] if self.vae is None else self.vae.config.in_channels
-        if output_type == "pil" and channels not in (1, 3, 4):
+        if output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(
-                f"An image of {channels} channels cannot be a PIL image: use `output_type` np, pt or latent."
+                f"An image of {self.image_channels} channels cannot be a PIL image: use `output_type` np, pt or"
+                " latent."
             )
         if not math.isfinite(guidance_scale):
             raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")

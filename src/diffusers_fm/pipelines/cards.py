@@ -43,17 +43,21 @@ def pipeline_content(
     channels, height, width = pipeline.sample_shape
     network = pipeline.denoiser
     parameters = sum(parameter.numel() for parameter in network.parameters())
-    words = [f"class_labels=[{', '.join(map(str, range(min(classes, 4))))}]" if classes else "batch_size=4"]
+    factor = pipeline.config.get("scale_factor")
+    kind = f"{'A class-conditional' if classes else 'An unconditional'} image generator"
+    if factor is not None:
+        kind = f"An image upscaler, {factor} times to each side,"
+        words = ['PIL.Image.open("low_resolution.png")', *(["class_labels=[0]"] if classes else [])]
+    else:
+        words = [f"class_labels=[{', '.join(map(str, range(min(classes, 4))))}]" if classes else "batch_size=4"]
+    imports = "import torch" if factor is None else "import PIL.Image\nimport torch"
     words += [f"num_inference_steps={num_inference_steps}"]
     words += [f"guidance_scale={guidance_scale:g}"] if guidance_scale != 1.0 else []
     return CardContent(
         repo_id=repo_id,
-        summary=(
-            f"{'A class-conditional' if classes else 'An unconditional'} image generator trained by flow matching with"
-            " `diffusers-fm`, in diffusers' own folder format."
-        ),
+        summary=f"{kind} trained by flow matching with `diffusers-fm`, in diffusers' own folder format.",
         snippet=f"""
-import torch
+{imports}
 
 import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler and the pipeline
 from diffusers import DiffusionPipeline
@@ -65,7 +69,7 @@ images[0].save("sample.png")
 """,
         scheduler=scheduler.config,
         path=scheduler.path,
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag="unconditional-image-generation" if factor is None else "image-to-image",
         tags=("class-conditional",) if classes else (),
         facts={
             "network": f"`{type(network).__name__}`, {parameters / 1e6:.2f} M parameters",

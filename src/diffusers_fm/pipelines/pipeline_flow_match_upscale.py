@@ -91,11 +91,6 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         return config.in_channels if config.out_channels is None else config.out_channels
 
     @property
-    def image_channels(self) -> int:
-        """Channels of the images, those that come and those that go."""
-        return self.data_channels if self.vae is None else self.vae.config.in_channels
-
-    @property
     def takes_noise_level(self) -> bool:
         """Whether the network has a channel for the noise level of the low-resolution image."""
         return unwrap_module(self.denoiser).config.in_channels == 2 * self.data_channels + 1
@@ -132,8 +127,8 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             sizes = sorted({one.size for one in images})
             if len(sizes) > 1:
                 raise ValueError(f"All images of a call must be of one size, got {sizes} (width, height).")
-            images = [one if one.mode == accepted[0] else one.convert(accepted[0]) for one in images]
-        pixels = self.condition_processor.preprocess(images).to(torch.float32)
+            image = [one if one.mode == accepted[0] else one.convert(accepted[0]) for one in images]
+        pixels = self.condition_processor.preprocess(image).to(torch.float32)
         if pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ValueError(
                 f"`image` must have {channels} channels for this pipeline, got the shape {tuple(pixels.shape)}"

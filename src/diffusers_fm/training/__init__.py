@@ -31,8 +31,9 @@ from .data import (
     make_loader,
 )
 from .ema import EMA, ConstantDecay, PowerFunction
-from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, sample_grid
+from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, quiet_copy, sample_grid
 from .launch import StopSignal, make_accelerator
+from .loading import load_images
 from .logs import LossMeter, RunLog
 from .objective import draw_noise, draw_times
 from .optimisation import TrainableModel, make_optimizer
@@ -63,6 +64,7 @@ from .text_to_image_options import (
     tell_of_long_captions,
 )
 from .throughput import Throughput
+from .upscaling import PairedImageData, low_resolution, upscaling_report
 
 
 __all__ = [
@@ -75,6 +77,7 @@ __all__ = [
     "ImageData",
     "ImageTransform",
     "LossMeter",
+    "PairedImageData",
     "PowerFunction",
     "PromptEncoder",
     "Publisher",
@@ -126,8 +129,10 @@ __all__ = [
     "latents_of_batch",
     "load_captioned_data",
     "load_checkpoint",
+    "load_images",
     "load_splits",
     "lora_card",
+    "low_resolution",
     "make_accelerator",
     "make_buckets",
     "make_generator",
@@ -142,6 +147,7 @@ __all__ = [
     "prepare_latents",
     "prepare_prompts",
     "prompt_grid",
+    "quiet_copy",
     "read_manifest",
     "sample_grid",
     "save_arguments",
@@ -151,5 +157,6 @@ __all__ = [
     "shift_of",
     "tell_of_long_captions",
     "text_to_image_card",
+    "upscaling_report",
     "weighting_scheme",
 ]

@@ -183,7 +183,7 @@ def class_names(dataset: datasets.Dataset, label_column: str) -> dict[int, str] 
     return dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
-def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int, multiple: int = 1) -> np.ndarray:
     """
     An image's pixels, resized (bicubic, antialiased) to cover a size in both directions, if it does not fit already.
 
@@ -194,6 +194,8 @@ def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int) -> n
             Height and width to cover: one side has the wanted length, the other at least that.
         channels (`int`):
             1 for grey, 3 for RGB; images are converted.
+        multiple (`int`, *optional*, defaults to 1):
+            If it is resized, the other side's length is a multiple of this.
 
     Returns:
         `np.ndarray` of shape `(channels, height, width)`: uint8.
@@ -209,7 +211,8 @@ def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int) -> n
     height, width = size
     scale = max(height / image.height, width / image.width)
     if scale != 1:
-        wanted = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        covering = (multiple * round(side * scale / multiple) for side in image.size)
+        wanted = tuple(max(side, least) for side, least in zip(covering, (width, height)))
         image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -253,6 +256,8 @@ class ImageTransform:
             Mirror half of the images, anew at each visit.
         buckets (`tuple[tuple[int, int], ...]`, *optional*):
             Heights and widths that take the square's place.
+        multiple (`int`, *optional*, defaults to 1):
+            Crops begin at multiples of so many pixels, where they can follow those of a smaller image.
     """
 
     resolution: int
@@ -260,6 +265,7 @@ class ImageTransform:
     center_crop: bool = False
     random_flip: bool = False
     buckets: tuple[tuple[int, int], ...] = ()
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
@@ -479,7 +485,7 @@ class ImageData(Dataset):
         image = next(iter(self._images[int(self._rows[index])].values()))
         if image is None:
             raise ValueError("there is none")
-        return to_pixels(image, self.size(index), self.transform.channels)
+        return to_pixels(image, self.size(index), self.transform.channels, self.transform.multiple)
 
     def _keep_in_memory(self, memory_budget: int) -> None:
         kept, used = [], 0
@@ -499,11 +505,13 @@ class ImageData(Dataset):
             down = across = np.full(len(keys), 0.5)
         else:
             down, across = row_uniforms(self._seed, "down", keys), row_uniforms(self._seed, "across", keys)
+        multiple = self.transform.multiple
         images = []
         for index, y, x in zip(keys[:, 1].tolist(), down, across):
             height, width = self.size(index)
             pixels = self._read(index, self._decode) if self._kept is None else self._kept[index]
-            top, left = int(y * (pixels.shape[1] - height + 1)), int(x * (pixels.shape[2] - width + 1))
+            top = multiple * int(y * ((pixels.shape[1] - height) // multiple + 1))
+            left = multiple * int(x * ((pixels.shape[2] - width) // multiple + 1))
             images.append(pixels[:, top : top + height, left : left + width])
         return torch.from_numpy(np.stack(images))
 

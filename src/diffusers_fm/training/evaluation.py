@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What training looks at without learning from it: the held-out loss and sampled pictures."""
 
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -12,6 +14,7 @@ from torch import nn
 
 from ..models import encode_latents
 from ..pipelines import FlowMatchPipeline
+from ..pipelines.base import FlowMatchPipelineBase
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .data import ImageData
 from .logs import TIME_BINS, rounded
@@ -20,6 +23,8 @@ from .randomness import make_generator
 
 # The data of a batch, as the flow sees it, and what the model takes after x_t and the timestep.
 Prepare = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, tuple[Any, ...]]]
+
+PipelineT = TypeVar("PipelineT", bound=FlowMatchPipelineBase)
 
 # The seed of noise and times in evaluation is not the run's: runs with different seeds can be compared.
 EVALUATION_SEED = 0
@@ -165,6 +170,30 @@ def make_grid(rows: list[list[PIL.Image.Image]], padding: int = 2) -> PIL.Image.
     return grid
 
 
+@contextmanager
+def quiet_copy(pipeline: PipelineT) -> Iterator[PipelineT]:
+    """
+    Within this context there is a copy of a pipeline to sample from: with the same models, in evaluation mode, a
+    scheduler of its own and no progress bar.
+
+    Args:
+        pipeline ([`FlowMatchPipelineBase`]):
+            The pipeline in training.
+    """
+    sampler = copy.copy(pipeline)
+    sampler.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    sampler.set_progress_bar_config(disable=True)
+    models = [model for model in (pipeline.denoiser, pipeline.class_embedder) if model is not None]
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    try:
+        yield sampler
+    finally:
+        for model, training in zip(models, was_training):
+            model.train(training)
+
+
 def sample_grid(
     pipeline: FlowMatchPipeline,
     num_images: int,
@@ -190,30 +219,19 @@ def sample_grid(
     Returns:
         `PIL.Image.Image`: the grid.
     """
-    sampler = FlowMatchPipeline(
-        scheduler=type(pipeline.scheduler).from_config(pipeline.scheduler.config),
-        **{name: getattr(pipeline, name) for name in ("unet", "transformer", "vae", "class_embedder")},
-        num_classes=pipeline.config.num_classes,
-    )
-    sampler.set_progress_bar_config(disable=True)
-    models = [model for model in (pipeline.denoiser, pipeline.class_embedder) if model is not None]
-    was_training = [model.training for model in models]
-    for model in models:
-        model.eval()
     num_rows = min(pipeline.num_classes, MAX_ROWS) or 1
     classes = np.linspace(0, max(pipeline.num_classes - 1, 0), num_rows).round().astype(int).tolist()
     labels = np.repeat(classes, num_images).tolist()
     images = []
-    for start in range(0, len(labels), batch_size):
-        numbers = range(start, min(start + batch_size, len(labels)))
-        output = sampler(
-            class_labels=[labels[number] for number in numbers] if pipeline.num_classes else None,
-            batch_size=len(numbers),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            generator=[make_generator(EVALUATION_SEED, "grid", number) for number in numbers],
-        )
-        images += list(output.images)
-    for model, training in zip(models, was_training):
-        model.train(training)
+    with quiet_copy(pipeline) as sampler:
+        for start in range(0, len(labels), batch_size):
+            numbers = range(start, min(start + batch_size, len(labels)))
+            output = sampler(
+                class_labels=[labels[number] for number in numbers] if pipeline.num_classes else None,
+                batch_size=len(numbers),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=[make_generator(EVALUATION_SEED, "grid", number) for number in numbers],
+            )
+            images += list(output.images)
     return make_grid([images[i : i + num_images] for i in range(0, len(images), num_images)])

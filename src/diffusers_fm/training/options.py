@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a script's arguments leave open and the pipeline decides."""
 
-from ..pipelines import FlowMatchPipeline
+from ..pipelines.base import FlowMatchPipelineBase
 
 
-def choose_shift(pipeline: FlowMatchPipeline, shift: float | None) -> float:
+def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None) -> float:
     """
     The shift of the training times. If one is given, the pipeline's scheduler takes it over, to sample with it too.
 
     Args:
-        pipeline ([`FlowMatchPipeline`]):
+        pipeline ([`FlowMatchPipelineBase`]):
             The pipeline that is trained.
         shift (`float`, *optional*):
             What was asked for; by default the scheduler's own.
@@ -31,12 +31,12 @@ def choose_shift(pipeline: FlowMatchPipeline, shift: float | None) -> float:
     return shift
 
 
-def choose_label_dropout(pipeline: FlowMatchPipeline, label_dropout: float | None) -> float:
+def choose_label_dropout(pipeline: FlowMatchPipelineBase, label_dropout: float | None) -> float:
     """
     The part of the labels to replace by the null class.
 
     Args:
-        pipeline ([`FlowMatchPipeline`]):
+        pipeline ([`FlowMatchPipelineBase`]):
             The pipeline that is trained.
         label_dropout (`float`, *optional*):
             What was asked for; by default 0.1 if there is a null class.
@@ -55,12 +55,12 @@ def choose_label_dropout(pipeline: FlowMatchPipeline, label_dropout: float | Non
     return 0.1 if label_dropout is None else label_dropout
 
 
-def choose_resolution(pipeline: FlowMatchPipeline, resolution: int | None) -> int:
+def choose_resolution(pipeline: FlowMatchPipelineBase, resolution: int | None) -> int:
     """
     The side of the images. A UNet takes any that its levels divide, and its config then says so.
 
     Args:
-        pipeline ([`FlowMatchPipeline`]):
+        pipeline ([`FlowMatchPipelineBase`]):
             The pipeline that is trained.
         resolution (`int`, *optional*):
             What was asked for; by default what the pipeline is configured for.

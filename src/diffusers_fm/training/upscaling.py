@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training of an upscaler needs besides: pairs of images, and how good upscaled images are."""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+
+from ..image_quality import psnr, ssim
+from ..pipelines import FlowMatchUpscalePipeline
+from ..pipelines.resampling import downscale, resize_bicubic
+from .data import ImageData, ImageTransform, image_size
+from .evaluation import EVALUATION_SEED, make_grid, quiet_copy
+from .randomness import make_generator
+
+
+SAMPLES_IN_A_ROW = 2
+
+
+class PairedImageData(ImageData):
+    """
+    High-resolution images with low-resolution ones of their own, cropped and mirrored alike.
+
+    Args:
+        dataset (`datasets.Dataset`):
+            The rows.
+        transform (`ImageTransform`):
+            What is done to the high-resolution images; the others are brought to a size `scale_factor` times smaller.
+        conditioning_image_column (`str`):
+            Name of the column of low-resolution images.
+        scale_factor (`int`):
+            How many times smaller they are.
+        columns:
+            Arguments of [`ImageData`].
+
+    Raises:
+        ValueError: as [`ImageData`], or if an image is not `scale_factor` times larger than its partner (at once if
+            images are kept in memory, else at its first visit).
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        transform: ImageTransform,
+        conditioning_image_column: str,
+        scale_factor: int,
+        seed: int = 0,
+        max_samples: int | None = None,
+        **columns: Any,
+    ) -> None:
+        super().__init__(dataset, transform, seed=seed, max_samples=max_samples, **columns)
+        small = ImageTransform(
+            transform.resolution // scale_factor, transform.channels, transform.center_crop, transform.random_flip
+        )
+        self.conditioning_images = ImageData(
+            dataset, small, conditioning_image_column, seed=seed, max_samples=max_samples
+        )
+        self.scale_factor = scale_factor
+        if self.in_memory:
+            self._check_pairs(range(len(self)))
+
+    def __getitem__(self, keys: np.ndarray) -> dict[str, Any]:
+        """
+        A batch.
+
+        Args:
+            keys (`np.ndarray` of shape `(batch_size, 2)`):
+                Epoch (for augmentation) and number of each sample.
+
+        Returns:
+            `dict[str, Any]`: as of [`ImageData`], with `conditioning_images`, uint8 of shape
+            `(batch_size, channels, height / scale_factor, width / scale_factor)`.
+        """
+        if not self.in_memory:
+            self._check_pairs(keys[:, 1].tolist())
+        return {**super().__getitem__(keys), "conditioning_images": self.conditioning_images[keys]["images"]}
+
+    def _check_pairs(self, indices: Any) -> None:
+        for index in indices:
+            large = self._read(index, lambda index: image_size(self.file(index)))
+            small = self._read(index, lambda index: image_size(self.conditioning_images.file(index)))
+            if large != (small[0] * self.scale_factor, small[1] * self.scale_factor):
+                raise ValueError(
+                    f"The images in row {int(self._rows[index])} of the data set are no pair: {large[0]} x {large[1]}"
+                    f" is not {self.scale_factor} times {small[0]} x {small[1]}."
+                )
+
+
+def low_resolution(batch: dict[str, Any], scale_factor: int) -> torch.Tensor:
+    """
+    The low-resolution images of a batch: the data set's own, or made by antialiased bicubic resampling and rounded to
+    8 bits, see [`~pipelines.resampling.downscale`].
+
+    Args:
+        batch (`dict[str, Any]`):
+            With `images`, uint8 of shape `(batch_size, channels, height, width)`, and perhaps `conditioning_images`.
+        scale_factor (`int`):
+            How many times smaller they are.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, channels, height / scale_factor, width / scale_factor)`: uint8.
+    """
+    if "conditioning_images" in batch:
+        return batch["conditioning_images"]
+    return downscale(batch["images"], scale_factor)
+
+
+def upscaling_report(
+    pipeline: FlowMatchUpscalePipeline,
+    data: ImageData,
+    num_images: int,
+    num_rows: int,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    noise_level: float = 0.0,
+    batch_size: int = 64,
+) -> tuple[dict[str, float], PIL.Image.Image | None]:
+    """
+    Upscaled held-out images: how near single samples are to the originals, beside bicubic enlargement, and a picture.
+
+    Args:
+        pipeline ([`FlowMatchUpscalePipeline`]):
+            What is measured. Its scheduler is left as it is.
+        data ([`ImageData`]):
+            The held-out images, of which the first are taken.
+        num_images (`int`):
+            Images to measure.
+        num_rows (`int`):
+            Rows of the picture: low resolution, bicubic, two samples, original; 0 for none.
+        num_inference_steps (`int`):
+            Steps of the solver.
+        guidance_scale (`float`, *optional*, defaults to 1.0):
+            Scale of classifier-free guidance, 1 is off.
+        noise_level (`float`, *optional*, defaults to 0.0):
+            Noise to add to the condition.
+        batch_size (`int`, *optional*, defaults to 64):
+            Images at once.
+
+    Returns:
+        `tuple[dict[str, float], PIL.Image.Image | None]`: the means of `psnr` (of 8-bit images, in dB), `ssim`,
+        `bicubic_psnr` and `bicubic_ssim`; and the picture.
+    """
+    num_images, num_rows = min(num_images, len(data)), min(num_rows, len(data))
+    measured: dict[str, list[torch.Tensor]] = {}
+    rows: list[list[PIL.Image.Image]] = []
+    with quiet_copy(pipeline) as sampler:
+        for start in range(0, max(num_images, num_rows), batch_size):
+            numbers = np.arange(start, min(start + batch_size, max(num_images, num_rows)))
+            batch = data[np.stack([np.zeros_like(numbers), numbers], axis=1)]
+            small = low_resolution(batch, pipeline.config.scale_factor)
+            originals = batch["images"].float() / 255
+            bicubic = (resize_bicubic(small, tuple(originals.shape[-2:])) / 255).clamp(0, 1)
+            samples = [
+                sampler(
+                    small.float() / 255,
+                    class_labels=batch.get("labels"),
+                    noise_level=noise_level,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    generator=[
+                        make_generator(EVALUATION_SEED, "upscaled", number, copy) for number in numbers.tolist()
+                    ],
+                    output_type="pt",
+                )
+                .images.float()
+                .cpu()
+                for copy in range(SAMPLES_IN_A_ROW if start < num_rows else 1)
+            ]
+            for name, images in (("", samples[0]), ("bicubic_", bicubic)):
+                count = max(0, num_images - start)
+                images = (images * 255).round() / 255
+                measured.setdefault(f"{name}psnr", []).append(psnr(images[:count], originals[:count]))
+                measured.setdefault(f"{name}ssim", []).append(_ssim(images[:count], originals[:count]))
+            enlarged = torch.nn.functional.interpolate(small.float() / 255, originals.shape[-2:], mode="nearest")
+            for row in range(min(len(numbers), num_rows - start)):
+                pictures = [images[row] for images in (enlarged, bicubic, *samples, originals)]
+                rows.append(pipeline.image_processor.postprocess(2 * torch.stack(pictures) - 1))
+    figures = {name: torch.cat(values).mean().item() for name, values in measured.items()} if num_images else {}
+    return figures, make_grid(rows) if rows else None
+
+
+def _ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """With the standard window of 11 pixels; in images that are smaller, with 7 or what fits."""
+    side = min(images.shape[-2:])
+    return ssim(images, references, 11 if side >= 11 else min(7, side - 1 + side % 2))

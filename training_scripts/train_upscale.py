@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-fm[train]"]
+# ///
+r"""Train an image upscaler by flow matching (arXiv 2210.02747, section 6.3).
+
+The network sees x_t and, joined to it by channels, the low-resolution image enlarged to the same size. Low-resolution
+images are made of the data's images by antialiased bicubic resampling (Pillow's), or come from a column of their own.
+
+Handwritten digits, 4x4 to 8x8, about two minutes on two CPU cores:
+
+    accelerate launch training_scripts/train_upscale.py \
+      --config pipelines/upscale-digits/training.json --output_dir runs/upscale-digits
+
+Images of your own, 64x64 to 256x256, with the network of the paper, on eight GPUs:
+
+    accelerate launch --multi_gpu --num_processes 8 training_scripts/train_upscale.py \
+      --config pipelines/upscale-64-256/training.json --train_data_dir /data/imagenet/train \
+      --output_dir runs/upscale-64-256
+
+Pairs of images, such as photographs by two lenses:
+
+    accelerate launch training_scripts/train_upscale.py \
+      --pretrained_model_name_or_path pipelines/upscale-64-256 --dataset_name me/pairs --image_column sharp \
+      --conditioning_image_column blurred --output_dir runs/lenses
+
+Go on after an interruption:
+
+    accelerate launch training_scripts/train_upscale.py --config runs/upscale-digits/training_args.json \
+      --resume_from_checkpoint latest
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_fm import FlowMatchUpscalePipeline, init_pipeline
+from diffusers_fm.losses import flow_matching_loss
+from diffusers_fm.models import encode_latents
+from diffusers_fm.training import (
+    ImageData,
+    PairedImageData,
+    TrainableModel,
+    TrainingRun,
+    add_average_arguments,
+    add_data_arguments,
+    add_objective_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    add_validation_arguments,
+    check_shared_arguments,
+    choose_label_dropout,
+    choose_resolution,
+    choose_shift,
+    draw_times,
+    held_out_loss,
+    load_images,
+    low_resolution,
+    model_card,
+    normalize,
+    parse_arguments,
+    upscaling_report,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", help="JSON file of arguments, such as the training_args.json of a run; the command line wins.")
+    add("--pretrained_model_name_or_path", required=True, help="Pipeline folder, trained or not, or a Hub id.")
+    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
+    add("--variant", help="Variant of the weights to load, such as fp16; training is in float32 all the same.")
+    add("--vae_name_or_path", help="Trained autoencoder in place of the pipeline's; latent pipelines only.")
+    add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
+    add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
+    add("--conditioning_image_column", help="Column of low-resolution images; by default they are made of the images.")
+    add("--max_noise_level", type=float, default=0.0, help="Add noise to the condition, of a level from 0 to this.")
+    add("--noise_level", type=float, default=0.0, help="Noise level of the condition in validation.")
+    add("--num_measured_images", type=int, default=256, help="Held-out images for PSNR and SSIM; 0 for none.")
+    add_data_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimisation_arguments(parser)
+    add_average_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser, "train_upscale")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raises a `ValueError` for values that can be refused without looking at model or data."""
+    check_shared_arguments(args)
+    for name in ("label_dropout", "max_noise_level", "noise_level"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"--{name} must be in [0, 1], got {value}.")
+    if args.num_measured_images < 0:
+        raise ValueError(f"--num_measured_images must be at least 0, got {args.num_measured_images}.")
+
+
+def load_data(
+    args: argparse.Namespace, pipeline: FlowMatchUpscalePipeline, resolution: int
+) -> tuple[ImageData, ImageData | None]:
+    """The images to train on, and those held out, with low-resolution ones of their own if there is a column."""
+    factor = pipeline.config.scale_factor
+    if resolution % factor:
+        raise ValueError(
+            f"The resolution must be a multiple of the pipeline's `scale_factor` {factor}, got {resolution}."
+        )
+    column = args.conditioning_image_column
+    if column is None:
+        return load_images(args, pipeline, resolution)
+    paired = partial(PairedImageData, conditioning_image_column=column, scale_factor=factor)
+    return load_images(args, pipeline, resolution, paired, multiple=factor)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train."""
+    check_arguments(args)
+    run = TrainingRun(args)
+    device = run.accelerator.device
+
+    # 1. Pipeline
+    pipeline = init_pipeline(
+        args.pretrained_model_name_or_path,
+        seed=run.seed,
+        vae=args.vae_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        pipeline_class=FlowMatchUpscalePipeline,
+    )
+    shift = choose_shift(pipeline, args.shift)
+    label_dropout = choose_label_dropout(pipeline, args.label_dropout)
+    resolution = choose_resolution(pipeline, args.resolution)
+    size, scale_factor = (resolution, resolution), pipeline.config.scale_factor
+    path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
+    prediction_type = pipeline.scheduler.config.prediction_type
+    if pipeline.vae is not None:
+        pipeline.vae.to(device).requires_grad_(False).eval()
+
+    # 2. Data
+    with run.accelerator.main_process_first():
+        train_data, held_out_data = load_data(args, pipeline, resolution)
+
+    # 3. Model, optimizer, schedule, average, checkpoint
+    model = TrainableModel(pipeline)
+    model.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        pipeline.denoiser.enable_gradient_checkpointing()
+    model = run.prepare(model, len(train_data))
+    batches = run.batches(train_data)
+
+    # 4. What is looked at on the way, and what comes out
+    def prepare(batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
+        """Data, condition without noise, and labels of held-out images."""
+        data = normalize(batch["images"].to(device))
+        if pipeline.vae is not None:
+            data = encode_latents(pipeline.vae, data, sample=False)
+        small = normalize(low_resolution(batch, scale_factor).to(device))
+        condition = pipeline.augment_condition(pipeline.encode_condition(small, size), torch.zeros(len(small)))
+        labels = batch.get("labels")
+        return data, (condition, None if labels is None else labels.to(device))
+
+    def validate(step: int, grid_name: str | None) -> dict[str, Any]:
+        """Held-out loss, PSNR and SSIM, and picture grid of what would be saved now."""
+        figures: dict[str, Any] = {}
+        if held_out_data is not None:
+            figures = held_out_loss(
+                run.accelerator, model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
+            )
+        if run.accelerator.is_main_process:
+            report, grid = upscaling_report(
+                pipeline,
+                train_data if held_out_data is None else held_out_data,
+                0 if held_out_data is None else args.num_measured_images,
+                args.num_validation_images,
+                args.num_inference_steps,
+                args.guidance_scale,
+                args.noise_level,
+                args.eval_batch_size,
+            )
+            figures |= report
+            if grid is not None:
+                run.log.write_grid(step, grid, grid_name)
+        return figures
+
+    def export(folder: Path, figures: dict[str, Any]) -> None:
+        """The trained pipeline and its card."""
+        pipeline.save_pretrained(folder)
+        rows = {name: value for name, value in figures.items() if name.startswith("validation_loss")}
+        if "psnr" in figures:
+            rows["PSNR of a sample, of bicubic"] = f"{figures['psnr']:.2f} dB, {figures['bicubic_psnr']:.2f} dB"
+            rows["SSIM of a sample, of bicubic"] = f"{figures['ssim']:.3f}, {figures['bicubic_ssim']:.3f}"
+        card = model_card(pipeline, args, run.repo_id, run.global_batch_size, rows, folder)
+        card.save(folder / "README.md")
+
+    run.start(
+        validate,
+        export,
+        f"{pipeline.denoiser.__class__.__name__},"
+        f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
+        f" {pipeline.scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
+        f" ({'in memory' if train_data.in_memory else 'decoded on the way'}) of side {resolution}, from"
+        f" {resolution // scale_factor}, {0 if held_out_data is None else len(held_out_data)} held out.",
+    )
+
+    # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.
+    with run:
+        for step in run.steps():
+            # Noise, times and dropped labels are drawn for the whole global batch; a part of it is at hand.
+            for part in run.parts(step):
+                batch = next(batches)
+                with run.accelerator.accumulate(model):
+                    data = normalize(batch["images"].to(device, non_blocking=True))
+                    small = normalize(low_resolution(batch, scale_factor).to(device, non_blocking=True))
+                    with torch.no_grad():
+                        condition = pipeline.encode_condition(small, size)
+                        if pipeline.vae is not None:
+                            data = encode_latents(pipeline.vae, data, part.sample_generators("posterior", device))
+                    noise_level = args.max_noise_level * part.uniform("noise_level")
+                    condition_noise = None
+                    if args.max_noise_level > 0:
+                        condition_noise = part.normal("condition_noise", tuple(condition.shape[1:]), device)
+                    condition = pipeline.augment_condition(condition, noise_level, condition_noise)
+                    labels = batch.get("labels")
+                    if labels is not None:
+                        dropped = part.uniform("label_dropout") < label_dropout
+                        labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
+
+                    noise = part.normal("noise", tuple(data.shape[1:]), device)
+                    t = draw_times(args, path, part, shift)
+                    x_t = path.sample(data, noise, t)
+
+                    prediction = model(x_t, (timestep_scale * t).float().to(device), condition, labels)
+                    losses = flow_matching_loss(
+                        path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
+                    )
+                    run.backward(t, losses)
+        run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_arguments(build_parser()))
