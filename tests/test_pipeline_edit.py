@@ -9,11 +9,10 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from tiny_pipelines import generators, labels_of, tiny_pipeline
+from tiny_pipelines import generators, images_of, labels_of, tiny_pipeline
 
 from diffusers_fm import (
     FlowMatchEditPipeline,
-    FlowMatchPipeline,
     FlowMatchScheduler,
     StableDiffusion3EditPipeline,
     init_pipeline,
@@ -38,18 +37,12 @@ def edit_pipeline(kind: str, **scheduler: object) -> FlowMatchEditPipeline:
     return pipeline
 
 
-def pixels(pipeline: FlowMatchPipeline, batch_size: int = 3) -> torch.Tensor:
-    channels = 3 if pipeline.vae is not None else pipeline.sample_shape[0]
-    side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
-    return torch.rand(batch_size, channels, side, side, generator=torch.Generator().manual_seed(0))
-
-
 @every_path
 @every_method
 @pytest.mark.parametrize("kind", ["unet-classes", "dit-vae"])
 def test_an_image_of_the_wanted_class_stays_bit_for_bit(kind: str, method: str, scheduler: dict) -> None:
     pipeline = edit_pipeline(kind, **scheduler)
-    images = pixels(pipeline)
+    images = images_of(pipeline)
     call = {"method": method, "num_inference_steps": 4, "guidance_scale": 2.0, "generator": generators(1, 2, 3)}
     output = pipeline(images, [1, 2, 3], [1, 0, 3], output_type="pt", **call)
     assert torch.equal(output.images[[0, 2]], images[[0, 2]])
@@ -61,7 +54,7 @@ def test_an_image_of_the_wanted_class_stays_bit_for_bit(kind: str, method: str, 
 @pytest.mark.parametrize("kind", ["unet-classes", "sd3-vae"])
 def test_bits_stay_in_every_kind_of_image(kind: str) -> None:
     pipeline = edit_pipeline(kind)
-    images = pixels(pipeline)
+    images = images_of(pipeline)
     array = images.permute(0, 2, 3, 1).numpy()
     levels = (array * 255).round().astype(np.uint8)
     pictures = [PIL.Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]
@@ -74,7 +67,7 @@ def test_bits_stay_in_every_kind_of_image(kind: str) -> None:
 
 def test_an_edit_does_not_depend_on_its_batch() -> None:
     pipeline = edit_pipeline("unet-classes")
-    images = pixels(pipeline)
+    images = images_of(pipeline)
     call = {"num_inference_steps": 4, "output_type": "pt", "num_averages": 2}
     together = pipeline(images, [1, 2, 3], [4, 0, 2], generator=generators(1, 2, 3), **call).images
     for i, seed in enumerate((1, 2, 3)):
@@ -90,7 +83,7 @@ def test_free_steps_alone_draw_what_the_pipeline_draws(path: str) -> None:
     call = {"guidance_scale": 2.0, "num_inference_steps": 4, "generator": generators(1, 2), "output_type": "latent"}
     expected = plain([1, 3], **call).images
     call["generator"] = generators(1, 2)
-    found = pipeline(pixels(pipeline, 2), [0, 0], [1, 3], strength=1.0, num_free_steps=4, **call).images
+    found = pipeline(images_of(pipeline, 2), [0, 0], [1, 3], strength=1.0, num_free_steps=4, **call).images
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
@@ -99,7 +92,7 @@ def test_inversion_reports_the_error_of_the_round_trip(scheduler: dict) -> None:
     pipeline = edit_pipeline("unet-classes", **scheduler)
     with torch.no_grad():
         pipeline.unet.conv_out.weight.mul_(0.05)  # a flow that does not magnify rounding
-    images, labels = pixels(pipeline), labels_of(pipeline)
+    images, labels = images_of(pipeline), labels_of(pipeline)
     coarse, fine = (pipeline.invert(images, labels, steps) for steps in (25, 100))
     assert (coarse.nfe, fine.nfe) == (50, 200)
     back = pipeline.decode(fine.latents, labels, 100, "latent", solver="heun")
@@ -141,7 +134,7 @@ def test_edit_pipelines_share_weights_and_load_folders(tmp_path: Path) -> None:
 )
 def test_what_does_not_fit_is_refused(arguments: dict, message: str) -> None:
     pipeline = edit_pipeline("unet-classes")
-    call = {"image": pixels(pipeline), "source_class_labels": 1, "class_labels": [1, 2, 3], **arguments}
+    call = {"image": images_of(pipeline), "source_class_labels": 1, "class_labels": [1, 2, 3], **arguments}
     with pytest.raises(ValueError, match=message):
         pipeline(**call)
 
@@ -149,7 +142,7 @@ def test_what_does_not_fit_is_refused(arguments: dict, message: str) -> None:
 def test_a_pipeline_without_classes_has_nothing_to_edit() -> None:
     pipeline = edit_pipeline("unet")
     with pytest.raises(ValueError, match="needs a pipeline with classes"):
-        pipeline(pixels(pipeline), None, None)
+        pipeline(images_of(pipeline), None, None)
 
 
 # Stable Diffusion 3
@@ -171,6 +164,13 @@ def prompted(stock: StableDiffusion3Pipeline) -> StableDiffusion3EditPipeline:
     pipeline = StableDiffusion3EditPipeline.from_pipe(stock)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def test_prompt_pipelines_load_stock_folders(stock: StableDiffusion3Pipeline, tmp_path: Path) -> None:
+    stock.save_pretrained(tmp_path)
+    StableDiffusion3EditPipeline.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusion3EditPipeline
+    assert type(StableDiffusion3Pipeline.from_pretrained(tmp_path)) is StableDiffusion3Pipeline
 
 
 def photos(pipeline: StableDiffusion3Pipeline, batch_size: int = 2) -> torch.Tensor:

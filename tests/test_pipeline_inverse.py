@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny_pipelines import NUM_CLASSES, generators, labels_of, tiny_pipeline, tiny_unet
+from tiny_pipelines import NUM_CLASSES, generators, images_of, labels_of, tiny_pipeline, tiny_unet
 
 from diffusers_fm import FlowMatchInversePipeline, FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.operators import CompressedOperator, DownsampleOperator, FunctionOperator, LinearOperator
@@ -127,12 +127,6 @@ def inverse_pipeline(kind: str, **scheduler: object) -> FlowMatchInversePipeline
     return pipeline
 
 
-def pixels(pipeline: FlowMatchPipeline, batch_size: int = 3) -> torch.Tensor:
-    channels = 3 if pipeline.vae is not None else pipeline.sample_shape[0]
-    side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
-    return torch.rand(batch_size, channels, side, side, generator=torch.Generator().manual_seed(0))
-
-
 def left_half(images: torch.Tensor) -> torch.Tensor:
     """A mask that has the left half drawn anew."""
     mask = torch.zeros(1, 1, *images.shape[-2:])
@@ -156,7 +150,7 @@ def difference(shape: tuple[int, int, int]) -> FunctionOperator:
 @every_method
 def test_inpainting_keeps_what_is_known_bit_for_bit(scheduler: dict, method: str) -> None:
     pipeline = inverse_pipeline("unet-classes", **scheduler)
-    levels = (pixels(pipeline) * 255).round().byte().numpy()[:, 0]
+    levels = (images_of(pipeline) * 255).round().byte().numpy()[:, 0]
     images = [PIL.Image.fromarray(image) for image in levels]
     mask = np.zeros((8, 8), np.uint8)
     mask[:, :4] = 255
@@ -181,7 +175,7 @@ def test_inpainting_keeps_what_is_known_bit_for_bit(scheduler: dict, method: str
 @pytest.mark.parametrize("name", ["downsample", "compressed", "function"])
 def test_a_measurement_without_noise_is_met(kind: str, method: str, name: str) -> None:
     pipeline = inverse_pipeline(kind)
-    truth = 2 * pixels(pipeline) - 1
+    truth = 2 * images_of(pipeline) - 1
     shape = tuple(truth.shape[1:])
     operator: LinearOperator = {
         "downsample": DownsampleOperator(2),
@@ -208,7 +202,7 @@ def test_a_measurement_without_noise_is_met(kind: str, method: str, name: str) -
 @pytest.mark.parametrize("covariance", ["isotropic", "jacobian"])
 def test_an_image_does_not_depend_on_its_batch(kind: str, method: str, covariance: str) -> None:
     pipeline = inverse_pipeline(kind)
-    images = pixels(pipeline)
+    images = images_of(pipeline)
     call = {"mask_image": left_half(images), "method": method, "covariance": covariance, "num_inference_steps": 3}
     call |= {"output_type": "pt", "noise_level": 0.1}
     labels = labels_of(pipeline)
@@ -221,7 +215,7 @@ def test_an_image_does_not_depend_on_its_batch(kind: str, method: str, covarianc
 
 def test_several_images_of_a_measurement_stand_side_by_side() -> None:
     pipeline = inverse_pipeline("unet-classes")
-    images = pixels(pipeline, 2)
+    images = images_of(pipeline, 2)
     call = {"mask_image": left_half(images), "num_inference_steps": 2, "output_type": "pt"}
     drawn = pipeline(
         image=images, class_labels=[1, 3], num_images_per_measurement=2, generator=generators(1, 2, 3, 4), **call
@@ -240,7 +234,7 @@ def test_all_unknown_is_the_plain_pipeline() -> None:
     pipeline.set_progress_bar_config(disable=True)
     call = {"class_labels": [1, 3], "num_inference_steps": 4, "output_type": "pt"}
     expected = plain(**call, generator=generators(1, 2))
-    images = pixels(pipeline, 2)
+    images = images_of(pipeline, 2)
     for method in METHODS:
         output = pipeline(
             image=images, mask_image=torch.ones(8, 8), method=method, eta=0.0, generator=generators(1, 2), **call
@@ -251,7 +245,7 @@ def test_all_unknown_is_the_plain_pipeline() -> None:
 
 def test_a_callback_sees_each_step_and_may_stop() -> None:
     pipeline = inverse_pipeline("unet")
-    images, seen = pixels(pipeline, 1), []
+    images, seen = images_of(pipeline, 1), []
 
     def callback(pipeline: FlowMatchInversePipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
         seen.append((step, timestep.item(), tuple(tensors["latents"].shape)))
@@ -280,6 +274,28 @@ def test_pipelines_share_weights_and_load_each_others_folders(tmp_path: Path) ->
     loaded.save_pretrained(tmp_path)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)) is FlowMatchInversePipeline
     assert FlowMatchPipeline.from_pretrained(tmp_path).null_class == plain.null_class
+
+
+@every_method
+@pytest.mark.parametrize("kind", ["unet-classes", "dit-vae"])
+def test_half_precision_networks_keep_measurements_in_full(kind: str, method: str) -> None:
+    pipeline = inverse_pipeline(kind).to(torch.bfloat16)
+    images = images_of(pipeline)
+    call = {"method": method, "covariance": "jacobian", "num_inference_steps": 3, "output_type": "pt"}
+    output = pipeline(image=images, mask_image=left_half(images), class_labels=1, **call)
+    assert output.images.dtype == torch.float32
+    assert output.images.isfinite().all()
+    assert output.residuals.max() < 1e-6
+    assert all(parameter.grad is None for parameter in pipeline.denoiser.parameters())
+
+
+def test_a_measurement_may_be_one_number() -> None:
+    pipeline = inverse_pipeline("unet")
+    operator = CompressedOperator((1, 8, 8), 1)
+    assert pipeline(torch.ones(1, 1), operator, num_inference_steps=2).residuals.max() < 1e-3
+    wrong = FunctionOperator(operator.forward, lambda y: 2 * operator.adjoint(y))
+    with pytest.raises(ValueError, match="not the adjoint"):
+        pipeline(torch.ones(1, 1), wrong, num_inference_steps=2)
 
 
 IMAGE, MASK = torch.zeros(2, 1, 8, 8), torch.ones(8, 8)

@@ -146,3 +146,10 @@ def labels_of(pipeline: FlowMatchPipeline, batch_size: int = 3) -> list[int] | N
 def generators(*seeds: int) -> list[torch.Generator]:
     """One generator for each image."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def images_of(pipeline: FlowMatchPipeline, batch_size: int = 3) -> torch.Tensor:
+    """Random images of the pipeline's own size, with values in [0, 1]."""
+    channels = 3 if pipeline.vae is not None else pipeline.sample_shape[0]
+    side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
+    return torch.rand(batch_size, channels, side, side, generator=torch.Generator().manual_seed(0))

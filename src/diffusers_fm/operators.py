@@ -379,7 +379,8 @@ def check_operator(operator: LinearOperator, sample_shape: tuple[int, ...], meas
     if bool((doubled - 2 * measured).norm() > 1e-3 * measured.norm()):
         raise ValueError("The operator must be linear, but its value at 2 x is not twice its value at x.")
     # Of its two parts, the first makes a wrong adjoint of any size of image show, the second one of any kind.
-    y = measured + measured.std() * torch.randn(measured.shape, generator=generator).to(measurement.device)
+    spread = measured.norm() / math.sqrt(measured.numel())
+    y = measured + spread * torch.randn(measured.shape, generator=generator).to(measurement.device)
     back = operator.adjoint(y)
     if back.shape != x.shape:
         raise ValueError(f"The adjoint of the operator must give images of the shape {size}, got {tuple(back.shape)}.")

@@ -6,18 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
 
 from ..inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
 from ..models.autoencoding import decode_latents, encode_latents
 from ..operators import LinearOperator, MaskOperator, check_operator
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from .base import Callback, NetworkField
+from .base import Callback, FlowMatchPipelineOutput, NetworkField
 from .pipeline_flow_match import FlowMatchPipeline
 from .transport import Images, Labels
 
@@ -30,16 +27,11 @@ ROUNDS = 100
 
 
 @dataclass
-class FlowMatchInversePipelineOutput(BaseOutput):
+class FlowMatchInversePipelineOutput(FlowMatchPipelineOutput):
     """
-    Output of [`FlowMatchInversePipeline`].
+    Output of [`FlowMatchInversePipeline`]: that of [`FlowMatchPipeline`], and
 
     Args:
-        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            PIL images; an array of shape `(batch_size, height, width, channels)` or a tensor of shape
-            `(batch_size, channels, height, width)` with values in [0, 1]; or latents.
-        nfe (`int`):
-            Number of calls of the network. A guided call evaluates twice the batch and counts once.
         num_backward (`int`):
             Number of backward passes through the network, each of the cost of about two calls; 0 for `"projection"`.
         residuals (`torch.Tensor` of shape `(batch_size,)`):
@@ -47,8 +39,6 @@ class FlowMatchInversePipelineOutput(BaseOutput):
             bits.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
-    nfe: int
     num_backward: int
     residuals: torch.Tensor
 
