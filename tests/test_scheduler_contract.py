@@ -50,6 +50,7 @@ OUR_DEFAULTS = {
     "s_noise": 1.0,
     "diffusion_form": "sigma",
     "diffusion_scale": 1.0,
+    "calibration": None,
 }
 
 # Every key away from its default at least once, every path, prediction type, solver and spacing.

@@ -31,6 +31,7 @@ from .pipelines import (
     init_pipeline,
     with_stock_scheduler,
 )
+from .schedulers.calibration import calibrate
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
 from .timesteps import sample_timesteps
 
@@ -57,6 +58,7 @@ __all__ = [
     "VEPath",
     "VPPath",
     "__version__",
+    "calibrate",
     "decode_latents",
     "encode_latents",
     "flow_matching_loss",

@@ -7,23 +7,21 @@ weights, whatever the path, the prediction type and the solver.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..paths import ConditionalPath
-from ..solvers import ADAMS, TABLEAUX, ButcherTableau, adams_weights
+from ..solvers import ADAMS, TABLEAUX, ButcherTableau
 from .grids import angle_of_ratio, ratio_of_angle
+from .multistep import CalibratedSteps, adams_increments
 
 
 RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
-SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "euler_maruyama")
+SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama")
 SAMPLING_PATHS = ("ot", "native", "angle")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
-
-# Adams methods look back only over steps that are no shorter than the next one by more than this.
-MAX_STEP_GROWTH = 10
 
 Row = tuple[torch.Tensor, torch.Tensor]
 
@@ -190,6 +188,8 @@ class SamplingPlan:
             `s_churn`, `s_tmin`, `s_tmax`, `s_noise` of EDM (arXiv 2206.00364, algorithm 2), on `sigma / alpha`.
         diffusion (`tuple[str, float]`):
             Form and scale of the diffusion coefficient of `euler_maruyama`.
+        calibrated_steps (`tuple[CalibratedSteps, ...]`):
+            What `calibrated` was fitted to.
     """
 
     path: ConditionalPath
@@ -200,6 +200,7 @@ class SamplingPlan:
     eta: float
     churn: tuple[float, float, float, float]
     diffusion: tuple[str, float]
+    calibrated_steps: tuple[CalibratedSteps, ...] = ()
 
     def stages(self, ratios: torch.Tensor) -> list[Stage]:
         """
@@ -228,6 +229,8 @@ class SamplingPlan:
 
         starts, ends = self._churned(ratios), ratios[1:]
         tableau = runge_kutta_tableau(self.solver)
+        if self.solver == "calibrated":
+            return _with_retention(self._calibrated(coordinates, ratios))
         if self.solver in ADAMS:
             # Its calls all lie before the end: only the path's own time, which stops there, cannot lead beyond.
             jumps = ratios[-1].item() < self.path.ratio_min and self.sampling_path == "native"
@@ -287,38 +290,48 @@ class SamplingPlan:
 
     def _adams(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
         """
-        Adams-Bashforth with variable steps; with the Moulton corrector, each call also corrects the step that led to
-        it.
-
-        The correction is the difference of the two integrals over the step before, so that it is an increment to the
-        sample at hand, whatever a pipeline has done to it in between.
+        Adams-Bashforth with variable steps; with the Moulton corrector, each call also corrects the steps that led to
+        it: one, and in the angle, where derivatives change little in a step, as many as lie between its derivatives.
         """
         order, corrector = ADAMS[self.solver]
+        corrected = (order - 1 if self.sampling_path == "angle" else 1) if corrector else 0
         nodes = coordinates.node(ratios).tolist()
+        return self._multistep(
+            coordinates, ratios, adams_increments(nodes[0], nodes[:-1], nodes[-1], order, corrected)
+        )
+
+    def _calibrated(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
+        """
+        Steps by weights that were fitted to a network; on any other grid, such as the rest of a loop that is entered
+        later, the predictor-corrector of order 3.
+        """
+        for steps in self.calibrated_steps:
+            if len(steps.sigmas) == len(ratios) - 1 and torch.allclose(
+                ratios[:-1], ratios.new_tensor(steps.sigmas), rtol=0.0, atol=1e-6
+            ):
+                return self._multistep(coordinates, ratios, steps.weights, from_prior=True)
+        return replace(self, solver="abm3")._adams(coordinates, ratios)
+
+    def _multistep(
+        self,
+        coordinates: Coordinates,
+        ratios: torch.Tensor,
+        increments: Sequence[Sequence[float]],
+        from_prior: bool = False,
+    ) -> list[Stage]:
+        """
+        Steps that add the latest derivatives, each by its weight, to the sample at hand.
+
+        With `from_prior` the first call is given noise as it is at t = 1, at a time before that: in the angle it would
+        differ by a factor from a point of the path only, and the steps begin at t = 1.
+        """
         t = coordinates.time(coordinates.node(ratios[:-1]))
         scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
         arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
-        integrals: list[list[float]] = []
-        predictor: dict[int, float] = {}
-        for i in range(len(nodes) - 1):
-            # The newest points of the grid, without those at which it stands still, or so near each other that the
-            # polynomial through them says nothing about the length of the step.
-            reach = abs(nodes[i + 1] - nodes[i]) / MAX_STEP_GROWTH
-            known: list[int] = []
-            for j in range(i, -1, -1):
-                if len(known) < order and (not known or abs(nodes[j] - nodes[known[-1]]) > reach):
-                    known.append(j)
-            total: dict[int, float] = {}
-            # Bashforth's order 3 needs the correction of its first step too: left to Euler, that would cap the order.
-            if (corrector or i < order - 1) and i > 0 and nodes[i] != nodes[i - 1]:
-                total = dict(zip(known, adams_weights([nodes[j] for j in known], nodes[i - 1], nodes[i])))
-                total = {j: total.get(j, 0.0) - predictor.get(j, 0.0) for j in {*total, *predictor}}
-            predictor = {}
-            if nodes[i + 1] != nodes[i]:
-                predictor = dict(zip(known, adams_weights([nodes[j] for j in known], nodes[i], nodes[i + 1])))
-            oldest = min([i, *total, *predictor])
-            integrals.append([total.get(j, 0.0) + predictor.get(j, 0.0) for j in range(oldest, i + 1)])
-        weights = [tuple(factor * part for part in parts) for factor, parts in zip(arrival.tolist(), integrals)]
+        weights = [tuple(factor * part for part in parts) for factor, parts in zip(arrival.tolist(), increments)]
+        if from_prior:
+            one = torch.ones((), dtype=torch.float64)
+            scale = torch.cat([coordinates.scale(self.path.alpha(one), self.path.sigma(one))[None], scale[1:]])
         return self._single_stages(ratios, t, coordinates.derivative(t), arrival / scale, weights)
 
     def _dpmpp_2m(self, ratios: torch.Tensor) -> list[Stage]:

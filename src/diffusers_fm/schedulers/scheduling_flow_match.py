@@ -24,6 +24,7 @@ from .grids import (
     spaced_ratios,
     to_list,
 )
+from .multistep import read_calibration
 from .sampling_plan import (
     DIFFUSION_FORMS,
     RUNGE_KUTTA,
@@ -86,9 +87,10 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
             What the network answers: `flow_prediction`, `epsilon`, `sample`, `v_prediction` or `score`.
         solver (`str`, *optional*, defaults to `"euler"`):
             With one call of the network a step: `euler`; `ab2`, `ab3` (Adams-Bashforth of order 2 and 3); `abm2`,
-            `abm3` (the same, each call also correcting the step before, best with `sampling_path="angle"`); `dpmpp_2m`
-            (arXiv 2211.01095); `euler_maruyama` (stochastic). With several: `midpoint`, `heun` (2), `rk4` (4),
-            `dopri5` (6); these list every stage in `timesteps`, and `order` is the number of stages.
+            `abm3` (the same, each call also correcting the steps before, best with `sampling_path="angle"`);
+            `dpmpp_2m` (arXiv 2211.01095); `calibrated`, steps fitted to the network (see `calibration`);
+            `euler_maruyama` (stochastic). With several: `midpoint`, `heun` (2), `rk4` (4), `dopri5` (6); these list
+            every stage in `timesteps`, and `order` is the number of stages.
         sampling_path (`str`, *optional*, defaults to `"ot"`):
             The coordinates of the integration: `ot`, the straight ones; `native`, the path's own; `angle`, those of
             `atan2(sigma, alpha * sigma_data)`.
@@ -124,6 +126,10 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
             `sigma`, `sigma_squared` or `constant`.
         diffusion_scale (`float`, *optional*, defaults to 1.0):
             Its factor, at least 0.
+        calibration (`dict`, *optional*):
+            For `calibrated`: by number of steps, the `sigmas` of its calls and the `weights` of its steps, as
+            [`~schedulers.calibration.calibrate`] finds them. The sampling path is `angle`, and the grid is neither
+            shifted nor replaced.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
@@ -166,6 +172,7 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         s_noise: float = 1.0,
         diffusion_form: str = "sigma",
         diffusion_scale: float = 1.0,
+        calibration: Mapping[str, Any] | None = None,
     ):
         for name, value, accepted in (
             ("prediction_type", prediction_type, PREDICTION_TYPES),
@@ -223,6 +230,25 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
             )
         if solver == "dpmpp_2m" and sampling_path != "ot":
             raise ValueError(f"The solver 'dpmpp_2m' needs `sampling_path` 'ot', got {sampling_path!r}.")
+        if (solver == "calibrated") != bool(calibration) or (calibration and sampling_path != "angle"):
+            raise ValueError(
+                "The solver 'calibrated', a `calibration` and `sampling_path` 'angle' go together, got the solver "
+                f"{solver!r}, {'a' if calibration else 'no'} calibration and {sampling_path!r}."
+            )
+        self._calibrated_steps = read_calibration(calibration or {})
+        grid_changes = {
+            "shift": shift != 1.0,
+            "use_dynamic_shifting": use_dynamic_shifting,
+            "shift_terminal": shift_terminal,
+            "use_karras_sigmas": use_karras_sigmas,
+            "use_exponential_sigmas": use_exponential_sigmas,
+            "use_beta_sigmas": use_beta_sigmas,
+        }
+        if solver == "calibrated" and any(grid_changes.values()):
+            raise ValueError(
+                "The grid of the solver 'calibrated' is that of its calibration, so there must be none of "
+                f"{list(grid_changes)}, got {[name for name, used in grid_changes.items() if used]}."
+            )
         if s_churn > 0 and (solver not in RUNGE_KUTTA or by_estimates):
             raise ValueError(
                 f"`s_churn` needs one of the solvers {list(RUNGE_KUTTA)} and none of `stochastic_sampling`, `eta` and "
@@ -561,7 +587,9 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         )
 
         # 1. Straight times at which steps begin, and where they end
-        if sigmas is None and timesteps is not None and not stock_grid:
+        if self.config.solver == "calibrated":
+            ratios = self._calibrated_ratios(num_inference_steps, sigmas, timesteps)
+        elif sigmas is None and timesteps is not None and not stock_grid:
             ratios = self.path.ratio(self._untied_time(torch.tensor(timesteps, dtype=torch.float64)))
         elif sigmas is not None or stock_grid:
             ratios = self._shifted(num_inference_steps, sigmas, mu, timesteps)
@@ -609,6 +637,7 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
             eta=float("inf") if config.stochastic_sampling else config.eta,
             churn=(config.s_churn, config.s_tmin, s_tmax, config.s_noise),
             diffusion=(config.diffusion_form, config.diffusion_scale),
+            calibrated_steps=tuple(self._calibrated_steps.values()),
         )
 
     @property
@@ -641,6 +670,25 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         return spaced_ratios(
             self.path, spacing, num_inference_steps, native, config.sigma_data, config.num_train_timesteps
         )
+
+    def _calibrated_ratios(
+        self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
+    ) -> torch.Tensor:
+        """Straight times of the calibration. Equal steps, which pipelines give on their own, ask for no other grid."""
+        num_steps = num_inference_steps if sigmas is None else len(sigmas)
+        equal = torch.arange(num_steps or 0, 0, -1, dtype=torch.float64) / max(num_steps or 1, 1)
+        plain = sigmas is None or torch.allclose(equal.new_tensor(sigmas), equal, rtol=0.0, atol=1e-4)
+        if timesteps is not None or not plain:
+            raise ValueError(
+                "The grid of the solver 'calibrated' is that of its calibration, got other "
+                f"{'sigmas' if timesteps is None else 'timesteps'}."
+            )
+        if num_steps not in self._calibrated_steps:
+            raise ValueError(
+                f"`num_inference_steps` must be one that was calibrated, {sorted(self._calibrated_steps)}, got "
+                f"{num_steps}."
+            )
+        return torch.tensor(self._calibrated_steps[num_steps].sigmas, dtype=torch.float64)
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:
         """Stock's stretch to `shift_terminal`; a grid of one step, for which that is 0 / 0, is left alone."""
