@@ -211,9 +211,10 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         Args:
             save_directory (`str` or `os.PathLike`):
                 The folder; it is created if need be.
-            args, kwargs (*optional*):
-                What [`~diffusers.DiffusionPipeline.save_pretrained`] takes, such as `variant`, `max_shard_size` and
-                `push_to_hub`.
+            args (*optional*):
+                What [`~diffusers.DiffusionPipeline.save_pretrained`] takes, in its order.
+            kwargs (*optional*):
+                The same by name, such as `variant`, `max_shard_size` and `push_to_hub`.
         """
         super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
 
