@@ -8,7 +8,8 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from tiny_pipelines import generators, tiny_dit, tiny_unet, tiny_vae
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from tiny_pipelines import NUM_CLASSES, generators, tiny_dit, tiny_unet, tiny_vae
 from torch import nn
 
 from diffusers_fm import FlowMatchScheduler, FlowMatchUpscalePipeline, init_pipeline
@@ -222,3 +223,82 @@ def test_networks_that_do_not_fit_are_refused() -> None:
         upscale_pipeline(scale_factor=1)
     with pytest.raises(ValueError, match="has 4 latent channels, the network 1"):
         upscale_pipeline(vae=tiny_vae())
+
+
+# Truth
+
+
+class GaussianPosterior(UNet2DModel):
+    """The exact velocity on the OT path if each pixel is Gaussian around the enlarged image: it looks at one pixel."""
+
+    std = 0.3
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        x_t, mean = sample.chunk(2, dim=1)
+        t = (timestep / 1000)[:, None, None, None]
+        variance = (1 - t) ** 2 * self.std**2 + t**2
+        rest = (x_t - (1 - t) * mean) / variance
+        velocity = t * rest - mean - (1 - t) * self.std**2 * rest
+        return (velocity,) if not return_dict else UNet2DOutput(sample=velocity)
+
+
+def gaussian_upscaler() -> FlowMatchUpscalePipeline:
+    """An upscaler with this network, twice to each side."""
+    config = {"sample_size": 8, "in_channels": 2, "out_channels": 1, "block_out_channels": (8, 8)}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 4}
+    network = GaussianPosterior(**config, **blocks, layers_per_block=1).eval()
+    pipeline = FlowMatchUpscalePipeline(FlowMatchScheduler(), network, scale_factor=2)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize("solver", ["heun", "dopri5"])
+def test_samples_are_of_the_posterior(solver: str) -> None:
+    pipeline, small = gaussian_upscaler(), torch.full((1, 1, 4, 4), 0.5)
+    small[..., 2:] = 0.7
+    options = {} if solver == "heun" else {"rtol": 1e-3, "atol": 1e-3}
+    generator = torch.Generator().manual_seed(0)
+    output = pipeline(
+        small,
+        num_images_per_prompt=400,
+        num_inference_steps=20,
+        solver=solver,
+        generator=generator,
+        output_type="latent",
+        **options,
+    )
+    expected = resize_bicubic(2 * small - 1, (8, 8))
+    # Four standard errors of the mean of 400 samples; of the variance of 64 x 400 pixels a few percent.
+    assert (output.images.mean(0) - expected[0]).abs().max() < 4.5 * 0.3 / 20
+    assert (output.images - expected).std().item() == pytest.approx(0.3, rel=0.03)
+
+
+def test_tiles_of_an_exact_network_are_the_whole() -> None:
+    pipeline, small = gaussian_upscaler(), picture(9, 14)
+    whole, tiled = (
+        pipeline(small, num_inference_steps=4, generator=generators(1), output_type="latent", **options).images
+        for options in ({}, {"tile_size": 8, "tile_overlap": 4})
+    )
+    assert torch.allclose(whole, tiled, atol=1e-5)
+    adaptive = pipeline(small, solver="bosh3", rtol=1e-2, atol=1e-2, tile_size=8, output_type="latent").images
+    assert adaptive.shape == whole.shape
+    assert pipeline._tiles is None
+
+
+def test_classes_may_be_unknown() -> None:
+    pipeline = FlowMatchUpscalePipeline(
+        FlowMatchScheduler(),
+        tiny_unet(in_channels=2, num_class_embeds=NUM_CLASSES + 1),
+        num_classes=NUM_CLASSES,
+        scale_factor=2,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 1, "output_type": "pt"}
+    unknown, known, guided = (
+        pipeline(picture(), generator=generators(0), **options, **more).images
+        for more in ({}, {"class_labels": 3}, {"class_labels": 3, "guidance_scale": 0.0})
+    )
+    assert torch.allclose(unknown, guided, atol=1e-5)
+    assert not torch.allclose(unknown, known, atol=1e-4)
+    with pytest.raises(ValueError, match="needs `class_labels`"):
+        pipeline(picture(), guidance_scale=2.0)
