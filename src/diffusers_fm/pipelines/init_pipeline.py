@@ -171,7 +171,9 @@ def init_pipeline(
             folder,
             path / "vae" / "config.json",
         )
-    pipeline = found.from_pretrained(path, variant=variant, **components)
+    # diffusers asks for parts that a folder was saved without, such as the T5 of Stable Diffusion 3, by name.
+    absent = {name: None for name in inspect.signature(found).parameters if index.get(name) == [None, None]}
+    pipeline = found.from_pretrained(path, variant=variant, **{**absent, **components})
     if isinstance(pipeline, StableDiffusion3Pipeline):
         check_sd3_components(pipeline)
     pipeline.register_to_config(_name_or_path=str(folder))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of text-to-image pipelines: what comes out loads without this package; caches change nothing; refusals."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from safetensors.torch import load_file
+from tiny_pipelines import tiny_dit, tiny_vae
+from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
+from training_runs import ROOT, assert_same_weights, environment, load_script, read_log, run_script
+
+from diffusers_fm import FlowMatchScheduler
+
+
+SCRIPT = ROOT / "training_scripts" / "train_text_to_image_sd3.py"
+script = load_script(SCRIPT)
+
+# Loads and samples in a process that knows diffusers alone.
+STOCK = """
+import sys
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+pipeline.set_progress_bar_config(disable=True)
+options = dict(height=16, width=16, num_inference_steps=3, guidance_scale=2.0, max_sequence_length=16)
+image = pipeline("a red square", generator=torch.Generator().manual_seed(0), output_type="np", **options).images
+np.save(sys.argv[2], image)
+assert not any(name.startswith("diffusers_fm") for name in sys.modules)
+print(type(pipeline).__name__, type(pipeline.scheduler).__name__)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_stable_diffusion_3().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_colours(tmp_path_factory.mktemp("data"))
+
+
+def train(model: Path, data: Path, output_dir: Path, *words: str, **options: object) -> Path:
+    values = {
+        "pretrained_model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": output_dir,
+        "resolution": 16,
+        "max_sequence_length": 16,
+        "seed": 0,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "num_inference_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        **options,
+    }
+    line = [
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
+    ]
+    run_script(script, [*words, *line])
+    return output_dir
+
+
+def sample(pipeline: StableDiffusion3Pipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red square",
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+    ).images
+
+
+def test_what_comes_out_loads_without_this_package(model: Path, data: Path, tmp_path: Path) -> None:
+    words = ["--validation_prompts", "red", "a blue square"]
+    output_dir = train(
+        model, data, tmp_path / "run", *words, num_validation_images=2, validation_steps=2, use_ema=True
+    )
+    index = json.loads((output_dir / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    libraries = {value[0] for value in index.values() if isinstance(value, list)}
+    assert libraries - {None} == {"diffusers", "transformers"}
+
+    command = [sys.executable, "-c", STOCK, str(output_dir), str(tmp_path / "image.npy")]
+    told = subprocess.run(command, env=environment(), check=True, timeout=300, capture_output=True, text=True).stdout
+    assert told.split() == ["StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"]
+    expected = sample(StableDiffusion3Pipeline.from_pretrained(output_dir))
+    assert np.allclose(np.load(tmp_path / "image.npy"), expected, atol=1e-5)
+
+    # Only the transformer is trained.
+    for file in model.rglob("*.safetensors"):
+        before, after = load_file(file), load_file(output_dir / file.relative_to(model))
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        assert same == (file.parent.name != "transformer"), file
+    assert [line[0] for line in read_log(output_dir, "validation_loss")] == [2, 4]
+    assert PIL.Image.open(output_dir / "grid.png").size == (2 + 2 * (48 + 2), 2 + 2 * (48 + 2))
+    assert "pipeline_tag: text-to-image" in (output_dir / "README.md").read_text()
+
+
+def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:
+    scheduler = FlowMatchScheduler(path="cosine", prediction_type="v_prediction")
+    tiny_stable_diffusion_3(t5=False, scheduler=scheduler).save_pretrained(tmp_path / "model")
+    output_dir = train(tmp_path / "model", data, tmp_path / "run", max_train_steps=1)
+    # Without its T5, diffusers wants to be told so.
+    pipeline = StableDiffusion3Pipeline.from_pretrained(output_dir, text_encoder_3=None, tokenizer_3=None)
+    assert type(pipeline.scheduler) is FlowMatchScheduler
+    assert pipeline.scheduler.config.path == "cosine"
+    assert np.isfinite(sample(pipeline)).all()
+
+
+def test_caches_change_nothing(model: Path, data: Path, tmp_path: Path) -> None:
+    options = {"center_crop": True, "caption_dropout": 0.3, "text_encoder_dropout": 0.4, "max_train_steps": 6}
+    on_the_way = train(model, data, tmp_path / "on the way", **options)
+    caches = {"cache_latents": True, "cache_text_embeddings": True, "precomputed_dir": tmp_path / "cache"}
+    cached = train(model, data, tmp_path / "cached", **options, **caches)
+    losses = read_log(on_the_way, "loss", "gradient_norm")
+    # Encoders answer for a batch as for one, but for rounding.
+    for one, other in zip(losses, read_log(cached, "loss", "gradient_norm"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    # A second run finds everything and computes nothing: the same to the bit.
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()}
+    again = train(model, data, tmp_path / "again", **options, **caches)
+    assert_same_weights(cached, again)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*") if path.is_file()} == files
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(model: Path, tmp_path: Path) -> None:
+    data = save_colours(tmp_path / "data", sizes=((16, 24), (24, 16), (16, 16)))
+    options = {"aspect_ratio_buckets": "16,24;24,16;16,16", "random_flip": True}
+    options |= {"train_batch_size": 2, "shift_base_resolution": 16, "use_ema": True, "checkpointing_steps": 3}
+    whole = train(model, data, tmp_path / "whole", max_train_steps=5, **options)
+    resumed = train(model, data, tmp_path / "resumed", max_train_steps=3, **options)
+    train(model, data, resumed, max_train_steps=5, resume_from_checkpoint="latest", **options)
+    assert_same_weights(whole, resumed)
+    # Training shifts by the size of the image, and the scheduler that is saved does it alike.
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(whole, subfolder="scheduler")
+    assert scheduler.config.use_dynamic_shifting
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption_column": "caption"}, "'caption'"),
+        ({"resolution": 15}, "--resolution must be a multiple of 4 up to 48 for this model, got 15"),
+        ({"shift": 3.0, "shift_base_resolution": 16}, "give one"),
+        ({"caption_dropout": 1.5}, r"--caption_dropout must be in \[0, 1\], got 1.5"),
+        ({"max_sequence_length": 600}, "--max_sequence_length must be from 0 to 512, got 600"),
+        ({"cache_latents": True}, "--center_crop"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_arguments_are_refused(model: Path, data: Path, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(model, data, tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+
+
+def test_other_families_are_refused(data: Path, tmp_path: Path) -> None:
+    DiTPipeline(tiny_dit(), tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "dit")
+    with pytest.raises(ValueError, match="holds a DiTPipeline, where a StableDiffusion3Pipeline is needed"):
+        train(tmp_path / "dit", data, tmp_path / "run")
+
+
+def test_every_argument_is_used() -> None:
+    files = [SCRIPT, *(ROOT / "src").rglob("training/*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    for action in script.build_parser()._actions:
+        if action.dest not in ("help", "config"):
+            assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text), (
+                action
+            )
