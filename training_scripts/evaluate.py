@@ -257,7 +257,7 @@ def main(args: argparse.Namespace) -> None:
     fingerprint = {name: value for name, value in saved_arguments(args).items() if name not in FREE}
     store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(Path(source))})
     order = epoch_order(args.seed, 0, len(train_data))
-    labels = train_data.labels[order] if pipeline.num_classes else None
+    labels = train_data.labels[order] if pipeline.num_classes and train_data.labels is not None else None
     sampler = Sampler(pipeline, labels, args.seed, args.guidance_scale)
     extractor = None
     if wanted & {"quality", "solvers"}:
@@ -288,7 +288,7 @@ def main(args: argparse.Namespace) -> None:
             read_as_asked = accuracy(store, "samples", sampler.labels(range(args.num_images)))
             metrics["quality"]["read_as_asked"] = read_as_asked
             if held_out is not None:
-                metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out", held_out.labels.tolist())
+                metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out", held_out.labels)
     if "likelihood" in wanted:
         metrics["likelihood"] = likelihood(
             store,

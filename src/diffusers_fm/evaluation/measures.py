@@ -105,9 +105,9 @@ def _figure_name(name: str, extractor: FeatureExtractor) -> str:
     return name
 
 
-def accuracy(store: ResultStore, name: str, labels: list[int]) -> float:
+def accuracy(store: ResultStore, name: str, labels: list[int] | np.ndarray | None) -> float:
     """The part of the images that the classifier reads as their labels."""
-    return float((store.read(name, "logits").argmax(1) == np.array(labels)).mean())
+    return float((store.read(name, "logits").argmax(1) == np.asarray(labels)).mean())
 
 
 def likelihood(
@@ -253,10 +253,10 @@ def solvers(
     for tolerance in TOLERANCES:
         name = f"solvers/adaptive-{tolerance:g}"
 
-        def work(numbers: range, tolerance: float = tolerance) -> dict[str, np.ndarray]:
+        def adapt(numbers: range, tolerance: float = tolerance) -> dict[str, np.ndarray]:
             return _adaptive(sampler, numbers, tolerance, device, extractor)
 
-        store.compute(name, count, batch_size, work)
+        store.compute(name, count, batch_size, adapt)
         nfe = store.read(name, "nfe")
         adaptive.append({"tolerance": tolerance, "nfe": float(nfe.mean()), "nfe_max": int(nfe.max()), **row(name)})
     return {"fixed": rows, "adaptive": adaptive, "samples": count}
@@ -277,7 +277,7 @@ def _adaptive(
         1.0,
         0.0,
         () if labels is None else (torch.tensor(labels, device=device),),
-        sampler.guidance_scale,
+        guidance_scale=sampler.guidance_scale,
         method="dopri5",
         num_steps=None,
         rtol=tolerance,

@@ -127,8 +127,10 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             sizes = sorted({one.size for one in images})
             if len(sizes) > 1:
                 raise ValueError(f"All images of a call must be of one size, got {sizes} (width, height).")
-            image = [one if one.mode == accepted[0] else one.convert(accepted[0]) for one in images]
-        pixels = self.condition_processor.preprocess(image).to(torch.float32)
+            images = [one if one.mode == accepted[0] else one.convert(accepted[0]) for one in images]
+        else:
+            images = image
+        pixels = self.condition_processor.preprocess(images).to(torch.float32)
         if pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ValueError(
                 f"`image` must have {channels} channels for this pipeline, got the shape {tuple(pixels.shape)}"
