@@ -124,6 +124,9 @@ class TimedRun(TrainingRun):
         """The run's steps."""
         # A copy of the model's pipeline comes with a copy of the model.
         bare, other = (copy.deepcopy(self.accelerator.unwrap_model(self.model)).train() for _ in range(2))
+        for model in (bare, other):
+            # The run counts the operations of its first call by a hook, which the copies would do at each.
+            model._forward_pre_hooks.clear()
         pipeline = bare._predict[0].__self__
         shape, has_labels = pipeline.sample_shape, pipeline.num_classes > 0
         loops = {
