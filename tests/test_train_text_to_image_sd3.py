@@ -69,7 +69,7 @@ def train(model: Path, data: Path, output_dir: Path, *words: str, **options: obj
         **options,
     }
     line = [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value is not None
+        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)
     ]
     run_script(script, [*words, *line])
     return output_dir
@@ -124,6 +124,18 @@ def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:
     assert type(pipeline.scheduler) is FlowMatchScheduler
     assert pipeline.scheduler.config.path == "cosine"
     assert np.isfinite(sample(pipeline)).all()
+
+
+def test_stock_class_names_on_request(data: Path, tmp_path: Path) -> None:
+    tiny_stable_diffusion_3(scheduler=FlowMatchScheduler()).save_pretrained(tmp_path / "ours")
+    for save_stock, expected in ((False, FlowMatchScheduler), (True, FlowMatchEulerDiscreteScheduler)):
+        output_dir = train(
+            tmp_path / "ours", data, tmp_path / str(save_stock), max_train_steps=1, save_stock=save_stock
+        )
+        assert type(StableDiffusion3Pipeline.from_pretrained(output_dir).scheduler) is expected
+    tiny_stable_diffusion_3(scheduler=FlowMatchScheduler(path="vp")).save_pretrained(tmp_path / "vp")
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler cannot give the same images"):
+        train(tmp_path / "vp", data, tmp_path / "refused", save_stock=True)
 
 
 def test_caches_change_nothing(model: Path, data: Path, tmp_path: Path) -> None:

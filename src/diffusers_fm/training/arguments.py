@@ -92,6 +92,7 @@ def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     add("--cache_latents", action="store_true", help="Encode images once, to disk; needs --center_crop.")
     add("--cache_text_embeddings", action="store_true", help="Encode captions once, to disk.")
     add("--precomputed_dir", help="Where these are; by default `precomputed` in the output folder.")
+    add("--save_stock", action="store_true", help="Sample on stock's grid, so that the result needs no diffusers-fm.")
     add("--offload", action="store_true", help="Keep frozen models on the CPU but for the moments they are used.")
     add("--validation_prompts", nargs="+", default=[], help="Prompts of the picture grids, a row each.")
 

@@ -88,13 +88,14 @@ def choose_scheduler(
     `sqrt(m / n)` (arXiv 2403.03206, equation 23), where `m` are the pixels of an image and `n` those of the base. In
     the scheduler this becomes `use_dynamic_shifting`, which says it in another form: the logarithm of the shift is
     linear in the tokens of the image. Both agree for the smallest and the largest size, and training takes the
-    scheduler's form, so that it is what sampling does. With neither, the scheduler stays as it is.
+    scheduler's form, so that it is what sampling does. With neither, the scheduler stays as it is. With `--save_stock`
+    it samples on the grid of diffusers' own.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             The pipeline that is trained.
         args (`argparse.Namespace`):
-            With `shift` and `shift_base_resolution`.
+            With `shift`, `shift_base_resolution` and `save_stock`.
         sizes (`Sequence[tuple[int, int]]`):
             Heights and widths of the images.
 
@@ -102,7 +103,8 @@ def choose_scheduler(
         [`FlowMatchScheduler`]: the scheduler.
 
     Raises:
-        ValueError: if both are given, or the scheduler cannot be trained.
+        ValueError: if both are given, the scheduler cannot be trained, or `--save_stock` asks for one that diffusers
+            does not have.
     """
     if args.shift is not None and args.shift_base_resolution is not None:
         raise ValueError(
@@ -126,7 +128,12 @@ def choose_scheduler(
             "base_image_seq_len": ends[0] // area_of_token,
             "max_image_seq_len": ends[1] // area_of_token,
         }
+    if args.save_stock:
+        changes["timestep_spacing"] = "linspace"
     scheduler: Any = FlowMatchScheduler.from_config(pipeline.scheduler.config, **changes)
+    if args.save_stock:
+        # Refuses, before any work, what diffusers' own scheduler cannot do.
+        scheduler.to_stock()
     if scheduler.config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
     pipeline.scheduler = scheduler
