@@ -68,9 +68,8 @@ def train(model: Path, data: Path, output_dir: Path, *words: str, **options: obj
         "use_cpu": True,
         **options,
     }
-    line = [
-        f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)
-    ]
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     run_script(script, [*words, *line])
     return output_dir
 
