@@ -183,10 +183,9 @@ def test_commands_name_files_and_options_that_exist(page: Path) -> None:
                 if word.startswith(("training_scripts/", "tests/", ".ci/")):
                     assert (ROOT / word).exists(), f"{page.relative_to(ROOT)}: {word}"
                 if word in ("--config", "--pretrained_model_name_or_path", "--dataset_name") and "/" in words[i + 1]:
-                    # What a run leaves in runs/ is named too.
-                    assert words[i + 1].startswith("runs/") or (ROOT / words[i + 1]).exists(), (
-                        f"{page.relative_to(ROOT)}: {words[i + 1]}"
-                    )
+                    # Not a Hub id, nor what a run leaves in runs/.
+                    if (ROOT / words[i + 1].partition("/")[0]).exists() and not words[i + 1].startswith("runs/"):
+                        assert (ROOT / words[i + 1]).exists(), f"{page.relative_to(ROOT)}: {words[i + 1]}"
             scripts = [word for word in words if word.startswith("training_scripts/")]
             if scripts:
                 known = load_script(ROOT / scripts[0]).build_parser()._option_string_actions
