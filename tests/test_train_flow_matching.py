@@ -473,8 +473,10 @@ def test_arguments_of_a_file(folder: Path, data: Path, tmp_path: Path) -> None:
 
 def test_recipes_of_the_pipelines_parse() -> None:
     recipes = sorted((SCRIPT.parents[1] / "pipelines").glob("*/training.json"))
-    assert recipes
-    for recipe in recipes:
+    # The other scripts' recipes are in the tests of those.
+    own = [recipe for recipe in recipes if '"FlowMatchPipeline"' in (recipe.parent / "model_index.json").read_text()]
+    assert own
+    for recipe in own:
         args = script.parse_arguments(script.build_parser(), ["--config", str(recipe)])
         if args.dataset_name is None:
             # ImageNet is wherever it is.
