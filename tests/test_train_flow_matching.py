@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -37,7 +38,7 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.timesteps import DENSITIES
-from diffusers_fm.training import BatchSlice, read_manifest, saved_arguments
+from diffusers_fm.training import BatchSlice, checkpoints, read_manifest, saved_arguments
 from diffusers_fm.training.checkpoints import damage
 
 
@@ -438,6 +439,77 @@ def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, data: Path, tm
     assert max(count for _, count in read_log(tmp_path / "skip", "skipped_steps")) == 10
     with pytest.raises(ValueError, match="not finite at step 5, nor was it in the 3 steps before"):
         train(folder, data, tmp_path / "three", max_skipped_steps=3, **bad)
+
+
+def test_a_file_stops_the_run_and_the_validation_comes_later(folder: Path, data: Path, tmp_path: Path) -> None:
+    options = {"max_train_steps": 6, "validation_steps": 2, "checkpointing_steps": 100}
+    whole = train(folder, data, tmp_path / "whole", **options)
+    output_dir = tmp_path / "run"
+    output_dir.mkdir()
+    (output_dir / "STOP").touch()
+    with pytest.raises(SystemExit) as left:
+        train(folder, data, output_dir, **{**options, "validation_steps": 1})
+    assert left.value.code == 0
+    assert not (output_dir / "STOP").exists()
+    assert read_manifest(output_dir / "checkpoint-1")["validation_is_due"]
+    assert read_log(output_dir, "validation_loss") == []
+    train(folder, data, output_dir, resume_from_checkpoint="latest", **options)
+    assert_same_weights(whole, output_dir)
+    assert [step for step, _ in read_log(output_dir, "validation_loss")] == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("what", ["sample_grid", "model_card"])
+def test_a_failure_at_the_end_loses_nothing(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    whole = train(folder, data, tmp_path / "whole", num_validation_images=1)
+
+    def fail(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, what, fail)
+        with pytest.raises(RuntimeError, match=r"after step 4: .*No space left.* The last good checkpoint is .*-4;"):
+            train(folder, data, tmp_path / "run", num_validation_images=1)
+    assert not (tmp_path / "run" / "model_index.json").exists()
+    assert not list((tmp_path / "run").glob(".partial-*"))
+    train(folder, data, tmp_path / "run", num_validation_images=1, resume_from_checkpoint="latest")
+    assert_same_weights(whole, tmp_path / "run")
+
+
+def test_a_full_disk_does_not_end_a_run_at_once(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = train(folder, data, tmp_path / "whole")
+    write, calls, broken = checkpoints._write_manifest, [], {2, 3}
+
+    def full(folder: Path, state: dict) -> None:
+        calls.append(state["step"])
+        if state["step"] in broken:
+            raise OSError(28, "No space left on device")
+        write(folder, state)
+
+    monkeypatch.setattr(checkpoints, "_write_manifest", full)
+    output_dir = train(folder, data, tmp_path / "run", checkpointing_steps=1, checkpoints_total_limit=1)
+    assert calls == [1, 2, 3, 4]
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 2
+    assert all("No space left" in error and "The last good checkpoint is" in error for error in errors)
+    assert "checkpoint-1." in errors[1]
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert_same_weights(whole, output_dir)
+    broken.add(4)
+    with pytest.raises(RuntimeError, match=r"3 times in a row, and the run ends\. The last good checkpoint is .*-1\."):
+        train(folder, data, tmp_path / "ends", checkpointing_steps=1)
+
+
+def test_accelerate_reads_the_configurations() -> None:
+    files = sorted((SCRIPT.parent / "accelerate").glob("*.yaml"))
+    assert len(files) == 4
+    for file in files:
+        config = load_config_from_file(str(file))
+        assert str(config.distributed_type.value) == ("DEEPSPEED" if "deepspeed" in file.name else "MULTI_GPU")
+        assert f"--config_file training_scripts/accelerate/{file.name}" in file.read_text()
 
 
 # What the arguments do

@@ -23,6 +23,7 @@ from diffusers_fm.training.data import (
     to_pixels,
 )
 from diffusers_fm.training.samplers import StreamSampler
+from diffusers_fm.training.unreadable import UnreadableImages
 
 
 DIGITS = Path(__file__).parents[1] / "data" / "digits"
@@ -336,3 +337,55 @@ def test_images_without_a_range_and_other_channels_are_refused() -> None:
         to_pixels(PIL.Image.new("F", (8, 8)), (8, 8), 1)
     with pytest.raises(ValueError, match="1 or 3 channels, but the model takes 4"):
         ImageTransform(8, 4)
+
+
+@pytest.mark.parametrize("memory_budget", [0, 2**20], ids=["on the way", "in memory"])
+def test_unreadable_images_are_replaced_by_the_same_ones(memory_budget: int) -> None:
+    bad, num_rows = {3: b"no image", 7: None}, 12
+    images = []
+    for row in range(num_rows):
+        buffer = io.BytesIO()
+        PIL.Image.new("L", (4, 4), 20 * row).save(buffer, format="PNG")
+        images.append(
+            {"bytes": bad.get(row, buffer.getvalue()), "path": None} if bad.get(row, b"") is not None else None
+        )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"image": images, "label": list(range(num_rows))}
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    options = {"label_column": "label", "num_classes": num_rows, "memory_budget": memory_budget}
+    keys = [np.array([[epoch, row] for row in range(num_rows)]) for epoch in range(3)]
+
+    def visit(data: ImageData, epochs: list[int]) -> tuple[dict[int, list[int]], set[int]]:
+        seen, told = {}, set()
+        for epoch in epochs:
+            batch = data[keys[epoch]]
+            # Each image comes with its own label.
+            assert (batch["images"].flatten(1)[:, 0] == 20 * batch["labels"]).all()
+            seen[epoch] = batch["labels"].tolist()
+            told |= set(batch.get("unreadable", {}))
+        return seen, told
+
+    transform = ImageTransform(4, 1)
+    seen, told = visit(ImageData(rows, transform, max_unreadable=2, **options), [0, 1, 2])
+    assert told == set(bad)
+    for labels in seen.values():
+        assert [label for row, label in enumerate(labels) if row not in bad] == [
+            row for row in range(num_rows) if row not in bad
+        ]
+        assert not set(labels) & set(bad)
+    # What was known before does not matter.
+    later, _ = visit(ImageData(rows, transform, max_unreadable=2, **options), [2, 0])
+    assert later == {epoch: seen[epoch] for epoch in (2, 0)}
+    with pytest.raises(ValueError, match="The image in row 7 of the data set cannot be read: there is none"):
+        visit(ImageData(rows, transform, max_unreadable=1, **options), [0])
+
+
+def test_unreadable_images_are_told_once_and_limited(caplog: pytest.LogCaptureFixture) -> None:
+    batches = [{"unreadable": {5: "broken"}}, {"unreadable": {5: "broken"}}, {}, {"unreadable": {9: "empty"}}]
+    assert list(UnreadableImages(2).watch(iter([dict(batch) for batch in batches]))) == [{}] * 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "The image in row 5 cannot be read (broken); another takes its place.",
+        "The image in row 9 cannot be read (empty); another takes its place.",
+    ]
+    with pytest.raises(ValueError, match=r"2 images cannot be read, and --max_unreadable_images is 1\. .* are 5, 9\."):
+        list(UnreadableImages(1, rows=[5]).watch(iter(batches)))

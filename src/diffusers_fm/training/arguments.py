@@ -64,6 +64,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--validation_split", help="Split held out; by default `validation`, else `test`, where there is one.")
     add("--image_column", default="image", help="Column of the images.")
     add("--max_train_samples", type=int, help="Train on so many samples, chosen at random.")
+    add("--max_unreadable_images", type=int, default=100, help="Go on if so many images cannot be read, at most.")
     add("--max_validation_samples", type=int, default=2048, help="Hold out so many samples at most.")
     add("--cache_dir", help="Where downloaded and prepared data is kept.")
     add("--resolution", type=int, help="Side of the images; by default what the pipeline is configured for.")
@@ -245,6 +246,8 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if args.max_unreadable_images < 0:
+        raise ValueError(f"--max_unreadable_images must be at least 0, got {args.max_unreadable_images}.")
     for name in ("learning_rate", "max_grad_norm", "shift", "ema_inv_gamma"):
         value = getattr(args, name)
         if value is not None and not value > 0:

@@ -2,6 +2,8 @@
 """Images, labels and captions from any `datasets` data set, with augmentations that depend on the seed alone."""
 
 import io
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +18,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .buckets import assign_buckets
 from .captions import CaptionColumn
-from .randomness import make_generator, row_uniforms
+from .randomness import derive_seed, make_generator, row_uniforms
 from .tensor_cache import content_key
+from .unreadable import UnreadableImageError
 
 
 # Decoded images are kept in memory, in every process, if all of them together take no more than this.
@@ -298,6 +301,9 @@ class ImageData(Dataset):
             Bytes of decoded images to keep at most.
         caption_column (`str`, *optional*):
             Name of the column of captions; without it there are none.
+        max_unreadable (`int`, *optional*, defaults to 0):
+            So many images may be unreadable. At each visit another one, chosen at random by epoch and row and of the
+            same size, takes the place of such an image, with its own label and caption.
 
     Attributes:
         captions ([`CaptionColumn`], *optional*):
@@ -325,7 +331,11 @@ class ImageData(Dataset):
         max_samples: int | None = None,
         memory_budget: int = MEMORY_BUDGET,
         caption_column: str | None = None,
+        max_unreadable: int = 0,
     ) -> None:
+        self._max_unreadable = max_unreadable
+        self._unreadable: dict[int, tuple[int, str]] = {}
+        self._untold: dict[int, str] = {}
         self._images = _image_rows(dataset, image_column)
         self._files = self._images.cast_column(image_column, datasets.Image(decode=False))
         if len(dataset) == 0:
@@ -344,7 +354,10 @@ class ImageData(Dataset):
         self.bucket_rows: list[np.ndarray] | None = None
         self._bucket_of = None
         if transform.buckets:
-            sizes = [self._read(index, lambda index: image_size(self.file(index))) for index in range(len(self))]
+            sizes = [
+                self._read_or_note(index, lambda index: image_size(self.file(index))) for index in range(len(self))
+            ]
+            sizes = [(transform.resolution,) * 2 if size is None else size for size in sizes]
             self._bucket_of = assign_buckets(np.array(sizes), transform.buckets)
             self.bucket_rows = [np.flatnonzero(self._bucket_of == bucket) for bucket in range(len(transform.buckets))]
         self._kept: list[np.ndarray] | None = None
@@ -376,8 +389,45 @@ class ImageData(Dataset):
 
         Returns:
             `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)`, or `moments`; with
-            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`.
+            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`; and, where
+            images were found that cannot be read, `unreadable`, the reasons by row.
         """
+        while True:
+            try:
+                batch = self._batch(self._readable(keys))
+                break
+            except UnreadableImageError as error:
+                self._note(error)
+        if self._untold:
+            batch["unreadable"], self._untold = self._untold, {}
+        return batch
+
+    def _readable(self, keys: np.ndarray) -> np.ndarray:
+        """The keys, with readable images in the place of those that are known not to be."""
+        if not self._unreadable:
+            return keys
+        keys = keys.copy()
+        for key in keys:
+            epoch, index = key.tolist()
+            rows = np.arange(len(self))
+            if self.bucket_rows is not None and self._bucket_of is not None:
+                rows = self.bucket_rows[self._bucket_of[index]]
+            if all(row in self._unreadable for row in rows.tolist()):
+                raise ValueError(f"None of the {len(rows)} images of one size can be read.")
+            # The choice depends on which images can be read, not on when that was found out.
+            attempt = 0
+            while key[1] in self._unreadable:
+                key[1] = rows[derive_seed(self._seed, "unreadable", epoch, index, attempt) % len(rows)]
+                attempt += 1
+        return keys
+
+    def _note(self, error: UnreadableImageError) -> None:
+        self._unreadable[error.index] = (error.row, error.reason)
+        self._untold[error.row] = error.reason
+        if len(self._unreadable) > self._max_unreadable:
+            raise error
+
+    def _batch(self, keys: np.ndarray) -> dict[str, Any]:
         indices = torch.from_numpy(keys[:, 1])
         mirrored = torch.zeros(len(keys), dtype=torch.bool)
         if self.transform.random_flip:
@@ -479,7 +529,16 @@ class ImageData(Dataset):
             return read(index)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             row = int(self._rows[index])
-            raise ValueError(f"The image in row {row} of the data set cannot be read: {error}.") from error
+            message = f"The image in row {row} of the data set cannot be read: {error}."
+            raise UnreadableImageError(message, index, row, str(error)) from error
+
+    def _read_or_note(self, index: int, read: Callable[[int], Any]) -> Any:
+        """The same, or `None` where that fails, which is noted."""
+        try:
+            return self._read(index, read)
+        except UnreadableImageError as error:
+            self._note(error)
+            return None
 
     def _decode(self, index: int) -> np.ndarray:
         image = next(iter(self._images[int(self._rows[index])].values()))
@@ -490,7 +549,9 @@ class ImageData(Dataset):
     def _keep_in_memory(self, memory_budget: int) -> None:
         kept, used = [], 0
         for index in range(len(self)):
-            kept.append(self._read(index, self._decode))
+            pixels = self._read_or_note(index, self._decode)
+            # No visit shows the black image: another takes its place.
+            kept.append(np.zeros((self.transform.channels, *self.size(index)), np.uint8) if pixels is None else pixels)
             used += kept[-1].nbytes
             if used > memory_budget:
                 return
@@ -516,6 +577,12 @@ class ImageData(Dataset):
         return torch.from_numpy(np.stack(images))
 
 
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and a scheduler's signal reach the workers, too; the run still needs them to finish its step."""
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(data: ImageData, sampler: Sampler[np.ndarray], num_workers: int = 0) -> DataLoader:
     """
     A loader of whole batches, which a sampler names.
@@ -532,5 +599,10 @@ def make_loader(data: ImageData, sampler: Sampler[np.ndarray], num_workers: int 
         `DataLoader`: of dictionaries, as [`ImageData`] gives them.
     """
     return DataLoader(
-        data, batch_size=None, sampler=sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available()
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_run,
     )

@@ -115,7 +115,10 @@ def held_out_loss(
     model.eval()
     sums = torch.zeros(2, TIME_BINS)
     groups = data.groups(batch_size)
-    for rows in groups[accelerator.process_index :: accelerator.num_processes]:
+    # All processes call the model equally often, for it may wait for the others; what is one too many is not counted.
+    for first in range(0, len(groups), accelerator.num_processes):
+        number = first + accelerator.process_index
+        rows = groups[min(number, len(groups) - 1)]
         batch = data[np.stack([np.zeros_like(rows), rows], axis=1)]
         clean, conditions = prepare(batch)
         spread = (torch.from_numpy(rows).double() * _GOLDEN + 0.5) % 1
@@ -135,8 +138,9 @@ def held_out_loss(
         by_noise, by_data = (path.coefficients(t, prediction_type, type_)[1] for type_ in ("epsilon", "sample"))
         losses = (by_noise - by_data).square().float() * error.square().flatten(1).mean(1).cpu()
         bins = (ratio * TIME_BINS).long()
-        sums[0].index_add_(0, bins, losses)
-        sums[1].index_add_(0, bins, torch.ones_like(losses))
+        if number < len(groups):
+            sums[0].index_add_(0, bins, losses)
+            sums[1].index_add_(0, bins, torch.ones_like(losses))
     model.train(was_training)
     sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").double().cpu()
     by_time = [rounded(total / count) if count else None for total, count in zip(*sums.tolist())]

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     gather_object,
@@ -26,6 +27,7 @@ def make_accelerator(
     report_to: str | None = None,
     use_cpu: bool = False,
     torch_compile: bool = False,
+    train_batch_size: int = 1,
 ) -> Accelerator:
     """
     The accelerator of a script, on the CPU where there is nothing else, with as many processes as were launched.
@@ -45,13 +47,15 @@ def make_accelerator(
             Use the CPU although there is an accelerator.
         torch_compile (`bool`, *optional*, defaults to `False`):
             Compile the model with inductor; otherwise as accelerate is configured.
+        train_batch_size (`int`, *optional*, defaults to 1):
+            Samples of a process in an accumulation step, for DeepSpeed.
 
     Returns:
         `Accelerator`: ready for `prepare`.
 
     Raises:
-        ValueError: if accelerate runs another number of processes than was launched, the tracker is not installed, or
-            `accelerate launch` was told another number of accumulation steps.
+        ValueError: if accelerate runs another number of processes than was launched, the tracker is not installed,
+            `accelerate launch` was told another number of accumulation steps, or weights would be sharded.
     """
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", str(gradient_accumulation_steps)):
@@ -72,6 +76,15 @@ def make_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "FSDP is not supported: a pipeline of sharded weights could not be sampled and saved. Use DDP, or"
+            " DeepSpeed ZeRO-2, which shards gradients and optimizer (training_scripts/accelerate/)."
+        )
+    if accelerator.state.deepspeed_plugin is not None:
+        # No loader is prepared, from which accelerate would know it.
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"] = train_batch_size
     world_size = os.environ.get("WORLD_SIZE", "1")
     # Without --multi_gpu, `accelerate launch` of several processes on the CPU starts one, and this is all it leaves.
     if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:

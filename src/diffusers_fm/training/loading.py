@@ -39,6 +39,7 @@ def load_images(
     splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     columns = {
         "image_column": args.image_column,
+        "max_unreadable": args.max_unreadable_images,
         "label_column": args.label_column if pipeline.num_classes else None,
         "num_classes": pipeline.num_classes,
     }

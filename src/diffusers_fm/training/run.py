@@ -31,6 +31,7 @@ from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
 from .throughput import make_throughput
+from .unreadable import UnreadableImages
 
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class TrainingRun:
             args.report_to,
             args.use_cpu,
             args.torch_compile,
+            args.train_batch_size,
         )
         is_main = self.accelerator.is_main_process
         logging.basicConfig(level=logging.WARNING if is_main else logging.ERROR, format="%(message)s")
@@ -142,6 +144,7 @@ class TrainingRun:
         self._guard = GradientGuard(self.accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self._figures: dict[str, Any] = {}
         self._throughput = make_throughput(args, self.accelerator, self.global_batch_size)
+        self._unreadable = UnreadableImages(args.max_unreadable_images, self._manifest.get("unreadable_rows", ()))
         self._gradient_norm = torch.zeros(())
         self._checkpoint_is_due = False
 
@@ -230,7 +233,8 @@ class TrainingRun:
         )
         buckets = data.bucket_rows
         sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
-        return self._throughput.watch_data(iter(make_loader(data, sampler, self.args.dataloader_num_workers)))
+        loader = make_loader(data, sampler, self.args.dataloader_num_workers)
+        return self._throughput.watch_data(self._unreadable.watch(iter(loader)))
 
     def start(self, validate: Validate, export: Export, description: str) -> None:
         """
@@ -379,12 +383,12 @@ class TrainingRun:
         self._write_summary(done)
         figures = self._run_validation(done, "grid.png")
         error: Exception | None = None
-        if self.accelerator.is_main_process:
-            try:
-                with self.averaged_weights():
+        try:
+            with self.averaged_weights():
+                if self.accelerator.is_main_process:
                     replace_contents(self.output_dir, lambda folder: self._export(folder, figures))
-            except Exception as caught:
-                error = caught
+        except Exception as caught:
+            error = caught
         self._end_if_failed("The trained pipeline could not be saved", error, done)
         loss = figures.get("validation_loss")
         logger.info(
@@ -429,10 +433,12 @@ class TrainingRun:
         if self._checkpoints.last == self.output_dir / f"checkpoint-{step}":
             return True
         self.meter.reduce(self.accelerator)
+        self._unreadable.gather(self.accelerator)
         state = {
             "samples_seen": self._samples_seen(step),
             "seed": self.seed,
             "num_processes": self.accelerator.num_processes,
+            "unreadable_rows": sorted(self._unreadable.rows),
             "validation_is_due": validation_is_due,
             "arguments": saved_arguments(self.args),
         }
@@ -512,6 +518,7 @@ class TrainingRun:
     def _write_log(self, done: int, learning_rate: float) -> None:
         self.meter.reduce(self.accelerator)
         norm = float(self._gradient_norm)
+        unreadable = self._unreadable.gather(self.accelerator)
         values = {
             "epoch": self._samples_seen(done) / self._num_samples,
             **self.meter.report(),
@@ -519,6 +526,7 @@ class TrainingRun:
             "gradient_norm": norm if math.isfinite(norm) else None,
             **self._throughput.report(),
             **({"skipped_steps": self._guard.skipped} if self._guard.skipped else {}),
+            **({"unreadable_images": unreadable} if unreadable else {}),
         }
         self.log.write(done, values)
         self._progress_bar.set_postfix(

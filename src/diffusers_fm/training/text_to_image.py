@@ -123,6 +123,7 @@ def load_captioned_data(
             seed=seed,
             max_samples=max_samples,
             caption_column=args.caption_column,
+            max_unreadable=args.max_unreadable_images,
         )
 
     data = read(args.train_split, args.center_crop, args.random_flip, args.max_train_samples, args.seed)

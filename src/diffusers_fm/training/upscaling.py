@@ -50,6 +50,8 @@ class PairedImageData(ImageData):
         max_samples: int | None = None,
         **columns: Any,
     ) -> None:
+        # Another image in the place of one of a pair would make a pair of strangers.
+        columns["max_unreadable"] = 0
         super().__init__(dataset, transform, seed=seed, max_samples=max_samples, **columns)
         small = ImageTransform(
             transform.resolution // scale_factor, transform.channels, transform.center_crop, transform.random_flip

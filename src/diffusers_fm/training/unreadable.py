@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that cannot be read: told once each, counted over all processes, and too many of them the end of the run."""
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+
+logger = logging.getLogger(__name__)
+
+
+class UnreadableImageError(ValueError):
+    """
+    An image cannot be read.
+
+    Args:
+        message (`str`):
+            The sentence. A loader's worker makes the error anew from it alone.
+        index (`int`, *optional*, defaults to -1):
+            Number of the sample.
+        row (`int`, *optional*, defaults to -1):
+            Row of the data set.
+        reason (`str`, *optional*, defaults to `""`):
+            Why.
+    """
+
+    def __init__(self, message: str, index: int = -1, row: int = -1, reason: str = "") -> None:
+        super().__init__(message)
+        self.index, self.row, self.reason = index, row, reason
+
+
+class UnreadableImages:
+    """
+    Rows of a run whose images cannot be read.
+
+    Args:
+        limit (`int`):
+            More of them than these are an error.
+        rows (`Collection[int]`, *optional*):
+            Those that were known when the run was interrupted.
+    """
+
+    def __init__(self, limit: int, rows: Collection[int] = ()) -> None:
+        self.rows = set(rows)
+        self._limit = limit
+
+    def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """
+        Batches, with what could not be read for them taken out and noted.
+
+        Args:
+            batches (`Iterator[dict[str, Any]]`):
+                As [`ImageData`] gives them.
+
+        Yields:
+            `dict[str, Any]`: the same without `unreadable`.
+
+        Raises:
+            ValueError: if there are too many; the rows are named.
+        """
+        for batch in batches:
+            for row, reason in batch.pop("unreadable", {}).items():
+                if row not in self.rows:
+                    logger.error("The image in row %d cannot be read (%s); another takes its place.", row, reason)
+                    self.rows.add(row)
+            self._check()
+            yield batch
+
+    def gather(self, accelerator: Accelerator) -> int:
+        """How many there are, over all processes. Every process calls it."""
+        if accelerator.num_processes > 1:
+            self.rows |= set(gather_object(sorted(self.rows)))
+        self._check()
+        return len(self.rows)
+
+    def _check(self) -> None:
+        if len(self.rows) > self._limit:
+            named = ", ".join(map(str, sorted(self.rows)[:20])) + (", ..." if len(self.rows) > 20 else "")
+            raise ValueError(
+                f"{len(self.rows)} images cannot be read, and --max_unreadable_images is {self._limit}. Their rows are"
+                f" {named}."
+            )
