@@ -38,7 +38,7 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.timesteps import DENSITIES
-from diffusers_fm.training import BatchSlice, checkpoints, read_manifest, saved_arguments
+from diffusers_fm.training import BatchSlice, ImageData, checkpoints, read_manifest, saved_arguments
 from diffusers_fm.training.checkpoints import damage
 
 
@@ -299,7 +299,8 @@ def test_workers_and_memory_do_not_matter(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = train(folder, data, tmp_path / "one", random_flip=True)
-    monkeypatch.setattr(script, "ImageData", functools.partial(script.ImageData, memory_budget=0))
+    decoded = functools.partial(ImageData, memory_budget=0)
+    monkeypatch.setattr(script, "load_images", functools.partial(script.load_images, make_data=decoded))
     two = train(folder, data, tmp_path / "two", random_flip=True, dataloader_num_workers=2)
     assert_same_weights(one, two)
 
