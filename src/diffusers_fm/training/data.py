@@ -578,8 +578,11 @@ class ImageData(Dataset):
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and a scheduler's signal reach the workers, too; the run still needs them to finish its step."""
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])):
+    """
+    Ctrl-C and a scheduler's signal reach the workers, too; the run still needs them to finish its step. SIGTERM is how
+    they are ended with the run.
+    """
+    for number in (signal.SIGINT, *([signal.SIGUSR1] if os.name == "posix" else [])):
         signal.signal(number, signal.SIG_IGN)
 
 

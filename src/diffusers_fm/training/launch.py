@@ -155,8 +155,14 @@ class StopSignal:
         for number, handler in self._former.items():
             signal.signal(number, handler)
         # After an error the other processes may be gone, and nobody would answer.
-        if self._exchange is not None and exception[0] is None:
+        if exception[0] is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Wait for the exchange that is under way: before the processes part. Every process calls it."""
+        if self._exchange is not None:
             self._exchange[1].wait()
+            self._exchange = None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum

@@ -394,6 +394,7 @@ class TrainingRun:
         logger.info(
             "The trained pipeline is in %s%s.", self.output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
         )
+        self._stop.settle()
         self.accelerator.end_training()
         if self._publisher is not None:
             self._publisher.finish()
@@ -512,6 +513,7 @@ class TrainingRun:
         )
         if self._publisher is not None:
             self._publisher.drop_waiting()
+        self._stop.settle()
         self.accelerator.end_training()
         sys.exit(0 if signum == StopSignal.STOP_FILE else 128 + signum)
 
