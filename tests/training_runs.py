@@ -4,6 +4,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -115,6 +116,8 @@ def run_script(module: ModuleType, line: list[str]) -> None:
 def run_script_file(file: Path, line: list[str]) -> None:
     """All of a process: a script and its arguments."""
     torch.set_num_threads(1)
+    # A server of processes hands its own way of starting them on; a script that a user starts has the platform's.
+    multiprocessing.set_start_method("fork", force=True)
     module = load_script(file)
     module.main(parse_arguments(module.build_parser(), line))
 
