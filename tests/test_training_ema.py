@@ -306,4 +306,5 @@ def test_shards_of_fsdp2_are_averaged_as_the_whole(tmp_path: Path) -> None:
     command += [str(ROOT / "tests" / "sharded_ema.py"), str(tmp_path)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["same", "same"]
+    # Two processes write to one pipe, and their lines may run into each other.
+    assert "".join(result.stdout.split()) == "samesame"
