@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..pipelines import FlowMatchPipeline
-from ..training import make_generator
+from ..training import make_generator, quiet_copy
 
 
 @dataclass(frozen=True)
@@ -100,29 +100,18 @@ class Sampler:
         Returns:
             [`FlowMatchPipelineOutput`]: images and number of calls.
         """
-        pipeline = self.pipeline
-        config = type(pipeline.scheduler).from_config(pipeline.scheduler.config, **(scheduler or {}))
-        sampler = FlowMatchPipeline(
-            scheduler=config,
-            **{name: getattr(pipeline, name) for name in ("unet", "transformer", "vae", "class_embedder")},
-            num_classes=pipeline.config.num_classes,
-        )
-        sampler.set_progress_bar_config(disable=True)
-        return sampler(
-            class_labels=self.labels(numbers),
-            batch_size=len(numbers),
-            guidance_scale=self.guidance_scale,
-            latents=self.noise(numbers).to(pipeline._execution_device),
-            # Solvers that add noise draw it from here.
-            generator=[make_generator(self.seed, "evaluation noise", number) for number in numbers],
-            output_type=output_type,
-            **options,
-        )
-
-    def bytes(self, numbers: Sequence[int], **options: Any) -> tuple[np.ndarray, int]:
-        """Images as uint8 `(len(numbers), channels, height, width)`, and the calls that they took."""
-        output = self.draw(numbers, **options)
-        return to_bytes(output.images), output.nfe
+        with quiet_copy(self.pipeline) as sampler:
+            sampler.scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config, **(scheduler or {}))
+            return sampler(
+                class_labels=self.labels(numbers),
+                batch_size=len(numbers),
+                guidance_scale=self.guidance_scale,
+                latents=self.noise(numbers).to(sampler._execution_device),
+                # Solvers that add noise draw it from here.
+                generator=[make_generator(self.seed, "evaluation noise", number) for number in numbers],
+                output_type=output_type,
+                **options,
+            )
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
