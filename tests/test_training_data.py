@@ -12,7 +12,7 @@ import torch
 from sklearn.datasets import load_digits
 from training_runs import load_script
 
-from diffusers_fm.training.data import (
+from diffusers_fm.training import (
     ImageData,
     ImageTransform,
     choose_split,
@@ -20,8 +20,8 @@ from diffusers_fm.training.data import (
     held_out_split_name,
     load_splits,
     make_loader,
-    to_pixels,
 )
+from diffusers_fm.training.image_transforms import to_pixels
 from diffusers_fm.training.samplers import StreamSampler
 from diffusers_fm.training.unreadable import UnreadableImages
 

@@ -21,18 +21,13 @@ from .buckets import assign_buckets, make_buckets, parse_buckets
 from .captions import CaptionColumn, choose_caption, drop_captions
 from .cards import lora_card, model_card, text_to_image_card
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
-from .data import (
-    ImageData,
-    ImageTransform,
-    choose_split,
-    class_names,
-    held_out_split_name,
-    load_splits,
-    make_loader,
-)
+from .data import ImageData
+from .data_sources import choose_split, class_names, held_out_split_name, load_splits
 from .ema import EMA, ConstantDecay, PowerFunction
 from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, quiet_copy, sample_grid
+from .image_transforms import ImageTransform
 from .launch import StopSignal, make_accelerator
+from .loader import make_loader
 from .loading import load_images
 from .logs import LossMeter, RunLog
 from .objective import draw_noise, draw_times

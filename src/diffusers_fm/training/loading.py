@@ -5,7 +5,9 @@ import argparse
 from collections.abc import Callable
 
 from ..pipelines.base import FlowMatchPipelineBase
-from .data import ImageData, ImageTransform, choose_split, class_names, held_out_split_name, load_splits
+from .data import ImageData
+from .data_sources import choose_split, class_names, held_out_split_name, load_splits
+from .image_transforms import ImageTransform
 
 
 def load_images(

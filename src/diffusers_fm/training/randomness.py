@@ -76,8 +76,8 @@ def row_uniforms(seed: int, purpose: str, keys: np.ndarray) -> np.ndarray:
             Seed of the run.
         purpose (`str`):
             What the numbers are for; different purposes have independent numbers.
-        keys (`np.ndarray` of shape `(batch_size, 2)`):
-            Epoch and row of each sample.
+        keys (`np.ndarray` of shape `(batch_size, num_keys)`):
+            Epoch and row of each sample, or what else names it.
 
     Returns:
         `np.ndarray` of shape `(batch_size,)`: float64 in [0, 1).

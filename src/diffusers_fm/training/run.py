@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
-from .data import ImageData, make_loader
+from .data import ImageData
 from .ema import EMA, make_ema, remove_later_snapshots
 from .files import replace_contents
 from .guard import GradientGuard
 from .launch import StopSignal, failures, make_accelerator
+from .loader import make_loader
 from .logs import LossMeter, RunLog
 from .objective import draw_noise
 from .optimisation import clip_gradients, make_optimizer

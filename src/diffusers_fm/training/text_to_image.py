@@ -17,8 +17,10 @@ from torch import nn
 
 from ..models import encode_moments, latents_of_moments
 from ..pipelines.stock import with_stock_scheduler
-from .data import ImageData, ImageTransform, choose_split, held_out_split_name, load_splits
+from .data import ImageData
+from .data_sources import choose_split, held_out_split_name, load_splits
 from .evaluation import EVALUATION_SEED, make_grid, normalize
+from .image_transforms import ImageTransform
 from .precompute import cache_latents, cache_prompts
 from .prompts import ENCODERS, Embeds, PromptEncoder, ReadPrompts
 from .randomness import BatchSlice, make_generator

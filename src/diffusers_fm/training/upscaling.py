@@ -11,8 +11,9 @@ import torch
 from ..image_quality import psnr, ssim
 from ..pipelines import FlowMatchUpscalePipeline
 from ..pipelines.resampling import downscale, resize_bicubic
-from .data import ImageData, ImageTransform, image_size
+from .data import ImageData
 from .evaluation import EVALUATION_SEED, make_grid, quiet_copy
+from .image_transforms import ImageTransform, image_size
 from .randomness import make_generator
 
 

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches, made by processes beside the run's own."""
+
+import os
+import signal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from .data import ImageData
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """
+    Ctrl-C and a scheduler's signal reach the workers, too; the run still needs them to finish its step. SIGTERM is how
+    they are ended with the run.
+    """
+    for number in (signal.SIGINT, *([signal.SIGUSR1] if os.name == "posix" else [])):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(data: ImageData, sampler: Sampler[np.ndarray], num_workers: int = 0) -> DataLoader:
+    """
+    A loader of whole batches, which a sampler names.
+
+    Args:
+        data (`ImageData`):
+            The images.
+        sampler (`Sampler`):
+            Gives the keys of each batch.
+        num_workers (`int`, *optional*, defaults to 0):
+            Processes that decode images.
+
+    Returns:
+        `DataLoader`: of dictionaries, as [`ImageData`] gives them.
+    """
+    return DataLoader(
+        data,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_run,
+    )
