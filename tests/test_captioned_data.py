@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from training_runs import png
 
 from diffusers_fm.training import (
     BucketSampler,
@@ -30,15 +31,9 @@ def picture(width: int, height: int, value: int = 0) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.full((height, width, 3), value, dtype=np.uint8))
 
 
-def encoded(image: PIL.Image.Image, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", **options)
-    return buffer.getvalue()
-
-
 def captioned(captions: list, sizes: list[tuple[int, int]] | None = None) -> datasets.Dataset:
     images = [
-        {"bytes": encoded(picture(*size, value=row)), "path": None}
+        {"bytes": png(picture(*size, value=row)), "path": None}
         for row, size in enumerate(sizes or [(8, 8)] * len(captions))
     ]
     return datasets.Dataset.from_dict({"image": images, "text": captions}).cast_column("image", datasets.Image())
@@ -65,7 +60,7 @@ def test_captions_of_every_kind_of_data_set(tmp_path: Path, kind: str) -> None:
         with tarfile.open(tmp_path / "train.tar", "w") as tar:
             for row, text in enumerate(captions):
                 other = {"json": json.dumps({"caption": text}).encode()} if as_json else {"txt": text.encode()}
-                for ending, content in {"png": encoded(picture(8, 8, row)), **other}.items():
+                for ending, content in {"png": png(picture(8, 8, row)), **other}.items():
                     info = tarfile.TarInfo(f"{row}.{ending}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -145,8 +140,8 @@ def test_images_are_resized_to_cover_their_bucket_and_cropped() -> None:
     wide = np.zeros((8, 24, 3), dtype=np.uint8)
     wide[:, 4:20] = 200
     rows = [
-        {"bytes": encoded(PIL.Image.fromarray(wide)), "path": None},
-        {"bytes": encoded(picture(30, 62, 7)), "path": None},
+        {"bytes": png(PIL.Image.fromarray(wide)), "path": None},
+        {"bytes": png(picture(30, 62, 7)), "path": None},
     ]
     dataset = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
     transform = ImageTransform(8, 3, center_crop=True, buckets=((16, 8), (8, 8), (8, 16)))
@@ -163,7 +158,7 @@ def test_images_are_resized_to_cover_their_bucket_and_cropped() -> None:
 def test_photographs_that_lie_on_their_side_have_the_size_they_are_seen_in() -> None:
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = 6
-    rows = [{"bytes": encoded(picture(32, 16), exif=exif), "path": None}]
+    rows = [{"bytes": png(picture(32, 16), exif=exif), "path": None}]
     dataset = datasets.Dataset.from_dict({"image": rows}).cast_column("image", datasets.Image())
     data = ImageData(dataset, ImageTransform(8, 3, buckets=((16, 8), (8, 16))))
     assert data.size(0) == (16, 8)

@@ -13,7 +13,16 @@ import torch
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
 from tiny_pipelines import tiny_unet
-from training_runs import ROOT, assert_same_weights, load_script, make_dataset, read_log, run_script, save_untrained
+from training_runs import (
+    ROOT,
+    assert_same_weights,
+    load_script,
+    make_dataset,
+    png,
+    read_log,
+    run_script,
+    save_untrained,
+)
 
 from diffusers_fm import FlowMatchScheduler, FlowMatchUpscalePipeline
 from diffusers_fm.pipelines.resampling import downscale
@@ -144,6 +153,28 @@ def test_training_on_pairs(folder: Path, tmp_path: Path) -> None:
     paired_dataset(wrong).save_to_disk(str(tmp_path / "wrong"))
     with pytest.raises(ValueError, match="row 5 of the data set are no pair: 8 x 12 is not 2 times 4 x 5"):
         train(folder, tmp_path / "wrong", tmp_path / "other", **columns)
+
+
+@pytest.mark.parametrize("memory_budget", [2**20, 0], ids=["in memory", "on the way"])
+def test_pairs_that_cannot_be_read_are_replaced_by_pairs(memory_budget: int) -> None:
+    columns: dict[str, list] = paired_columns()
+    columns["sharp"] = [image.resize((12, 8), PIL.Image.Resampling.NEAREST) for image in columns["blurred"]]
+    for name, images in columns.items():
+        columns[name] = [{"bytes": png(image), "path": None} for image in images]
+    columns["sharp"][2]["bytes"] = b"no image"
+    columns["blurred"][5]["bytes"] = columns["blurred"][5]["bytes"][:50]
+    columns["blurred"][7] = None
+    dataset, transform = paired_dataset(columns), ImageTransform(8, 1, center_crop=True, multiple=2)
+    options = {"image_column": "sharp", "memory_budget": memory_budget}
+    data = PairedImageData(dataset, transform, "blurred", 2, max_unreadable=3, **options)
+    keys = np.array([[epoch, row] for epoch in range(3) for row in range(12)])
+    batch = data[keys]
+    assert sorted(batch["unreadable"]) == [2, 5, 7]
+    # Each is still the partner of the other.
+    assert torch.equal(batch["images"][:, :, ::2, ::2], batch["conditioning_images"])
+    assert "unreadable" not in data[keys]
+    with pytest.raises(ValueError, match="The image in row . of the data set cannot be read"):
+        PairedImageData(dataset, transform, "blurred", 2, max_unreadable=2, **options)[keys]
 
 
 @pytest.mark.parametrize(

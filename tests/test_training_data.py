@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of all kinds become the same batches, in an order that depends on the seed alone."""
 
-import io
 from pathlib import Path
 
 import datasets
@@ -10,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from training_runs import load_script
+from training_runs import load_script, png
 
 from diffusers_fm.training import (
     ImageData,
@@ -34,12 +33,6 @@ def picture(seed: int, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> PIL
     channels = len(PIL.Image.new(mode, (1, 1)).getbands())
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], channels), dtype=np.uint8)
     return PIL.Image.fromarray(pixels.squeeze(), mode=mode) if channels == 1 else PIL.Image.fromarray(pixels)
-
-
-def png(image: PIL.Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def pictures(num_rows: int = 6, **columns: list) -> datasets.Dataset:
@@ -344,11 +337,8 @@ def test_unreadable_images_are_replaced_by_the_same_ones(memory_budget: int) -> 
     bad, num_rows = {3: b"no image", 7: None}, 12
     images = []
     for row in range(num_rows):
-        buffer = io.BytesIO()
-        PIL.Image.new("L", (4, 4), 20 * row).save(buffer, format="PNG")
-        images.append(
-            {"bytes": bad.get(row, buffer.getvalue()), "path": None} if bad.get(row, b"") is not None else None
-        )
+        file = bad.get(row, png(PIL.Image.new("L", (4, 4), 20 * row)))
+        images.append(None if file is None else {"bytes": file, "path": None})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     columns = {"image": images, "label": list(range(num_rows))}
     rows = datasets.Dataset.from_dict(columns, features=features)

@@ -43,6 +43,13 @@ def load_script(file: Path) -> ModuleType:
 script = load_script(SCRIPT)
 
 
+def png(image: PIL.Image.Image, **options: Any) -> bytes:
+    """The file of an image."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", **options)
+    return buffer.getvalue()
+
+
 def make_dataset(folder: Path, side: int = 8, num_train: int = 20, num_test: int = 7) -> Path:
     """Bright blobs, a place for each class, as a folder of parquet files; returns the folder."""
     rng = np.random.default_rng(0)
@@ -52,9 +59,7 @@ def make_dataset(folder: Path, side: int = 8, num_train: int = 20, num_test: int
         for label in labels:
             pixels = rng.integers(0, 100, (side, side), dtype=np.uint8)
             pixels[:, label * side // NUM_CLASSES] = 250
-            buffer = io.BytesIO()
-            PIL.Image.fromarray(pixels).save(buffer, format="PNG")
-            images.append({"bytes": buffer.getvalue(), "path": None})
+            images.append({"bytes": png(PIL.Image.fromarray(pixels)), "path": None})
         features = datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {i}" for i in range(NUM_CLASSES)])}
         )

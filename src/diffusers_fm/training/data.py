@@ -128,6 +128,11 @@ class ImageData(Dataset):
         """Whether all images are decoded and kept."""
         return self._kept is not None or self._stack is not None
 
+    @property
+    def unreadable(self) -> dict[int, tuple[int, str]]:
+        """Rows, and why, of the samples, by number, of which it is known that they cannot be read."""
+        return dict(self._unreadable)
+
     def __getitem__(self, keys: np.ndarray) -> dict[str, Any]:
         """
         A batch.
@@ -276,8 +281,7 @@ class ImageData(Dataset):
             return read(index)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             row = int(self._rows[index])
-            message = f"The image in row {row} of the data set cannot be read: {error}."
-            raise UnreadableImageError(message, index, row, str(error)) from error
+            raise UnreadableImageError.of(index, row, str(error)) from error
 
     def _read_or_note(self, index: int, read: Callable[[int], Any]) -> Any:
         """The same, or `None` where that fails, which is noted."""

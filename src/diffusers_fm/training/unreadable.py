@@ -31,6 +31,11 @@ class UnreadableImageError(ValueError):
         super().__init__(message)
         self.index, self.row, self.reason = index, row, reason
 
+    @classmethod
+    def of(cls, index: int, row: int, reason: str) -> "UnreadableImageError":
+        """The error of a sample."""
+        return cls(f"The image in row {row} of the data set cannot be read: {reason}.", index, row, reason)
+
 
 class UnreadableImages:
     """

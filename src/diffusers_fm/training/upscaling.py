@@ -15,6 +15,7 @@ from .data import ImageData
 from .evaluation import EVALUATION_SEED, make_grid, quiet_copy
 from .image_transforms import ImageTransform, image_size
 from .randomness import make_generator
+from .unreadable import UnreadableImageError
 
 
 SAMPLES_IN_A_ROW = 2
@@ -23,6 +24,8 @@ SAMPLES_IN_A_ROW = 2
 class PairedImageData(ImageData):
     """
     High-resolution images with low-resolution ones of their own, cropped and mirrored alike.
+
+    A pair of which one image cannot be read counts as one image that cannot be read: another pair takes its place.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -51,44 +54,41 @@ class PairedImageData(ImageData):
         max_samples: int | None = None,
         **columns: Any,
     ) -> None:
-        # Another image in the place of one of a pair would make a pair of strangers.
-        columns["max_unreadable"] = 0
         super().__init__(dataset, transform, seed=seed, max_samples=max_samples, **columns)
         small = ImageTransform(
             transform.resolution // scale_factor, transform.channels, transform.center_crop, transform.random_flip
         )
+        shared = {name: columns[name] for name in ("max_unreadable", "memory_budget") if name in columns}
         self.conditioning_images = ImageData(
-            dataset, small, conditioning_image_column, seed=seed, max_samples=max_samples
+            dataset, small, conditioning_image_column, seed=seed, max_samples=max_samples, **shared
         )
         self.scale_factor = scale_factor
+        # A pair goes as a whole: another image in the place of one of them would make a pair of strangers.
+        for index, (row, reason) in self.conditioning_images.unreadable.items():
+            self._note(UnreadableImageError.of(index, row, reason))
         if self.in_memory:
-            self._check_pairs(range(len(self)))
+            for index in sorted(set(range(len(self))) - set(self.unreadable)):
+                self._check_pair(index, self._read_or_note(index, self._sizes))
 
-    def __getitem__(self, keys: np.ndarray) -> dict[str, Any]:
-        """
-        A batch.
-
-        Args:
-            keys (`np.ndarray` of shape `(batch_size, 2)`):
-                Epoch (for augmentation) and number of each sample.
-
-        Returns:
-            `dict[str, Any]`: as of [`ImageData`], with `conditioning_images`, uint8 of shape
-            `(batch_size, channels, height / scale_factor, width / scale_factor)`.
-        """
+    def _batch(self, keys: np.ndarray) -> dict[str, Any]:
+        """As of [`ImageData`], with `conditioning_images`, uint8 and `scale_factor` times smaller."""
         if not self.in_memory:
-            self._check_pairs(keys[:, 1].tolist())
-        return {**super().__getitem__(keys), "conditioning_images": self.conditioning_images[keys]["images"]}
+            for index in keys[:, 1].tolist():
+                self._check_pair(index, self._read(index, self._sizes))
+        return {**super()._batch(keys), "conditioning_images": self.conditioning_images._batch(keys)["images"]}
 
-    def _check_pairs(self, indices: Any) -> None:
-        for index in indices:
-            large = self._read(index, lambda index: image_size(self.file(index)))
-            small = self._read(index, lambda index: image_size(self.conditioning_images.file(index)))
-            if large != (small[0] * self.scale_factor, small[1] * self.scale_factor):
-                raise ValueError(
-                    f"The images in row {int(self._rows[index])} of the data set are no pair: {large[0]} x {large[1]}"
-                    f" is not {self.scale_factor} times {small[0]} x {small[1]}."
-                )
+    def _sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        return image_size(self.file(index)), image_size(self.conditioning_images.file(index))
+
+    def _check_pair(self, index: int, sizes: tuple[tuple[int, int], tuple[int, int]] | None) -> None:
+        if sizes is None:
+            return
+        large, small = sizes
+        if large != (small[0] * self.scale_factor, small[1] * self.scale_factor):
+            raise ValueError(
+                f"The images in row {int(self._rows[index])} of the data set are no pair: {large[0]} x {large[1]}"
+                f" is not {self.scale_factor} times {small[0]} x {small[1]}."
+            )
 
 
 def low_resolution(batch: dict[str, Any], scale_factor: int) -> torch.Tensor:
