@@ -5,9 +5,8 @@ import argparse
 import logging
 import math
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,21 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import nn
-from tqdm.auto import tqdm
 
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
 from .data import ImageData
 from .ema import EMA, make_ema, remove_later_snapshots
-from .files import replace_contents
-from .guard import GradientGuard
-from .launch import StopSignal, failures, make_accelerator
+from .interlude import Export, Interlude, Place, Validate
+from .launch import make_accelerator
 from .loader import make_loader
-from .logs import LossMeter, RunLog
+from .logs import RunLog
+from .meters import RunMeters
 from .objective import draw_noise
 from .optimisation import clip_gradients, make_optimizer
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
-from .throughput import make_throughput
-from .unreadable import UnreadableImages
 
 
 logger = logging.getLogger(__name__)
@@ -44,15 +40,6 @@ FREE_ON_RESUME = (
     " logging_dir report_to tracker_project_name dataloader_num_workers cache_dir max_skipped_steps offload_ema"
     " ema_snapshot_steps push_to_hub push_dry_run hub_model_id hub_private_repo hub_revision hub_strategy hub_license"
 ).split()
-
-# Touched in the output folder, it ends the run with a checkpoint.
-STOP_FILE = "STOP"
-
-# Figures of what would be saved now: held-out losses, and a picture grid in a file of the given name.
-Validate = Callable[[int, str | None], dict[str, Any]]
-# Writes the trained pipeline and its card to a folder, whose contents are moved to the output folder when they are
-# whole. It is given the figures of the last validation.
-Export = Callable[[Path, dict[str, Any]], None]
 
 
 class TrainingRun:
@@ -137,17 +124,13 @@ class TrainingRun:
         self.global_batch_size: int = (
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
-        self.meter = LossMeter()
         self.ema: EMA | None = None
         self._checkpoints = CheckpointKeeper(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
-        self._guard = GradientGuard(self.accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
-        self._figures: dict[str, Any] = {}
-        self._throughput = make_throughput(args, self.accelerator, self.global_batch_size)
-        self._unreadable = UnreadableImages(args.max_unreadable_images, self._manifest.get("unreadable_rows", ()))
-        self._gradient_norm = torch.zeros(())
-        self._checkpoint_is_due = False
+        self._meters = RunMeters(
+            args, self.accelerator, self.global_batch_size, self._manifest.get("unreadable_rows", ())
+        )
 
     @property
     def repo_id(self) -> str:
@@ -176,7 +159,7 @@ class TrainingRun:
                 f" {args.gradient_accumulation_steps} accumulation steps x --train_batch_size"
                 f" {args.train_batch_size}) is larger than the data set of {num_samples}."
             )
-        self._num_samples = num_samples
+        self._place = Place(self.first_step, self.first_sample, self.global_batch_size, num_samples)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
@@ -201,8 +184,10 @@ class TrainingRun:
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self._throughput.watch_model(self.model, accelerator.unwrap_model(self.model, keep_torch_compile=False))
-        accelerator.register_for_checkpointing(self._lr_scheduler, self.meter, self._guard)
+            self._meters.throughput.watch_model(
+                self.model, accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            )
+        accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
         self.ema = make_ema(args, accelerator, self.model)
         handle_model_files(accelerator)
         if self.checkpoint is not None:
@@ -235,7 +220,7 @@ class TrainingRun:
         buckets = data.bucket_rows
         sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
         loader = make_loader(data, sampler, self.args.dataloader_num_workers)
-        return self._throughput.watch_data(self._unreadable.watch(iter(loader)))
+        return self._meters.throughput.watch_data(self._meters.unreadable.watch(iter(loader)))
 
     def start(self, validate: Validate, export: Export, description: str) -> None:
         """
@@ -253,10 +238,21 @@ class TrainingRun:
             description (`str`):
                 What is trained on what, for the log.
         """
-        self._validate, self._export = validate, export
         args, accelerator = self.args, self.accelerator
         self.log = RunLog(accelerator, self.output_dir, self.first_step)
         self.log.start_trackers(args.tracker_project_name, saved_arguments(args), self.first_step)
+        self._interlude = Interlude(
+            args,
+            accelerator,
+            self._place,
+            self._meters,
+            self.ema,
+            self.log,
+            self._checkpoints,
+            self._publisher,
+            validate,
+            export,
+        )
         if accelerator.is_main_process:
             save_arguments(args, self.output_dir)
         logger.info("%s", description)
@@ -275,18 +271,11 @@ class TrainingRun:
 
     def __enter__(self) -> "TrainingRun":
         """From here on a wish to stop is answered after the step that it meets: a signal, or a file `STOP`."""
-        self._stop = StopSignal(self.accelerator, self.output_dir / STOP_FILE).__enter__()
-        self._progress_bar = tqdm(
-            total=self.args.max_train_steps,
-            initial=self.first_step,
-            desc="Steps",
-            disable=not self.accelerator.is_local_main_process,
-        )
+        self._interlude.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress_bar.close()
-        self._stop.__exit__(*exception)
+        self._interlude.__exit__(*exception)
 
     def steps(self) -> Iterator[int]:
         """
@@ -300,18 +289,17 @@ class TrainingRun:
             ValueError: if a gradient is not finite, see `--nan_policy`.
         """
         if self._manifest.get("validation_is_due"):
-            self._run_validation(self.first_step)
-        self._throughput.stopwatch.restart()
+            self._interlude.run_validation(self.first_step)
+        self._meters.throughput.stopwatch.restart()
         for step in range(self.first_step, self.args.max_train_steps):
             yield step
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
             if self.ema is not None:
                 self.ema.step()
-            self._throughput.stopwatch.mark("optimizer")
-            self._throughput.step()
-            self._progress_bar.update()
-            self._after_step(step + 1, learning_rate)
+            self._meters.throughput.stopwatch.mark("optimizer")
+            self._meters.throughput.step()
+            self._interlude.after_step(step + 1, learning_rate)
 
     def parts(self, step: int) -> Iterator[BatchSlice]:
         """
@@ -341,12 +329,12 @@ class TrainingRun:
             losses (`torch.Tensor` of shape `(batch_size,)`):
                 Their losses.
         """
-        self.meter.add(t, losses)
+        self._meters.losses.add(t, losses)
         self.accelerator.backward(losses.mean())
-        self._throughput.stopwatch.mark("model")
+        self._meters.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            self._gradient_norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
-            self._guard.before_step(self._optimizer, self._gradient_norm)
+            norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
+            self._meters.before_step(self._optimizer, norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
 
@@ -368,170 +356,15 @@ class TrainingRun:
         """
         if self.args.coupling == "independent":
             return draw_noise(self.args, self.accelerator, part, data)
-        self._throughput.stopwatch.mark("model")
+        self._meters.throughput.stopwatch.mark("model")
         noise = draw_noise(self.args, self.accelerator, part, data, labels)
-        self._throughput.stopwatch.mark("coupling")
+        self._meters.throughput.stopwatch.mark("coupling")
         return noise
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
-        return nullcontext() if self.ema is None else self.ema.averaged_weights()
+        return self._interlude.averaged_weights()
 
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
-        self._progress_bar.close()
-        done = self.args.max_train_steps
-        self._write_summary(done)
-        figures = self._run_validation(done, "grid.png")
-        error: Exception | None = None
-        try:
-            with self.averaged_weights():
-                if self.accelerator.is_main_process:
-                    replace_contents(self.output_dir, lambda folder: self._export(folder, figures))
-        except Exception as caught:
-            error = caught
-        self._end_if_failed("The trained pipeline could not be saved", error, done)
-        loss = figures.get("validation_loss")
-        logger.info(
-            "The trained pipeline is in %s%s.", self.output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
-        )
-        self._stop.settle()
-        self.accelerator.end_training()
-        if self._publisher is not None:
-            self._publisher.finish()
-
-    def _write_summary(self, done: int) -> None:
-        summary = self._throughput.summary()
-        if summary:
-            self.log.write(done, {f"run/{name}": value for name, value in summary.items()})
-            logger.info("Speed: %s.", ", ".join(f"{name} {value:g}" for name, value in summary.items()))
-
-    def _run_validation(self, step: int, grid_name: str | None = None) -> dict[str, Any]:
-        figures: dict[str, Any] = {}
-        error: Exception | None = None
-        try:
-            with self.averaged_weights():
-                figures = self._figures = self._validate(step, grid_name)
-        except Exception as caught:
-            error = caught
-        self._end_if_failed("Validation failed", error, step, validation_is_due=grid_name is None)
-        if figures:
-            self.log.write(step, figures)
-        return figures
-
-    def _end_if_failed(self, what: str, error: Exception | None, step: int, validation_is_due: bool = False) -> None:
-        """If a process failed, end the run with a checkpoint: the steps until here were good."""
-        faults = failures(self.accelerator, error)
-        if not faults:
-            return
-        self._save_checkpoint(step, validation_is_due)
-        raise RuntimeError(
-            f"{what} after step {step}: {'; '.join(faults)}. The last good checkpoint is"
-            f" {self._checkpoints.last or 'none'}; go on from it with --resume_from_checkpoint latest."
-        ) from error
-
-    def _save_checkpoint(self, step: int, validation_is_due: bool = False) -> bool:
-        """A checkpoint of everything that the next step needs, if there is none yet; whether it could be written."""
-        if self._checkpoints.last == self.output_dir / f"checkpoint-{step}":
-            return True
-        self.meter.reduce(self.accelerator)
-        self._unreadable.gather(self.accelerator)
-        state = {
-            "samples_seen": self._samples_seen(step),
-            "seed": self.seed,
-            "num_processes": self.accelerator.num_processes,
-            "unreadable_rows": sorted(self._unreadable.rows),
-            "validation_is_due": validation_is_due,
-            "arguments": saved_arguments(self.args),
-        }
-        return self._checkpoints.save(step, state, rotate=not self._guard.in_a_row)
-
-    def _publish_checkpoint(self, step: int) -> None:
-        if self._publisher is None:
-            return
-        with self.averaged_weights():
-            self._publisher.checkpoint_saved(step, lambda folder: self._export(folder, self._figures))
-
-    def _samples_seen(self, step: int) -> int:
-        return self.first_sample + (step - self.first_step) * self.global_batch_size
-
-    def _end_if_not_finite(self, done: int) -> None:
-        """If too many gradients were not finite, end the run."""
-        fault = self._guard.look(done)
-        if fault is None:
-            return
-        self.meter.reduce(self.accelerator)
-        report = self.meter.report()
-        counts = report.get("non_finite_by_time")
-        raise ValueError(
-            f"{fault} Losses by time, from data to noise, are {report['loss_by_time']}"
-            f"{'' if counts is None else f', and the numbers of those that are not finite {counts}'}."
-            f" The last good checkpoint is {self._checkpoints.last or 'none'}."
-        )
-
-    def _after_step(self, done: int, learning_rate: float) -> None:
-        """What happens at some steps only."""
-        args = self.args
-        is_last = done == args.max_train_steps
-        signum = self._stop.received()
-        if done % args.logging_steps == 0 or is_last:
-            self._end_if_not_finite(done)
-            self._write_log(done, learning_rate)
-        # What comes now is no part of the speed of training.
-        self._throughput.stopwatch.mark("other")
-        if self.ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
-            self.ema.save_snapshots(self.accelerator, self.output_dir)
-        validation_is_due = done % args.validation_steps == 0 and not is_last
-        # There may not be time for both; the resumed run begins with the validation.
-        if validation_is_due and not signum:
-            self._run_validation(done)
-            validation_is_due = False
-            signum = self._stop.received(wait=True)
-        saved = False
-        self._checkpoint_is_due |= done % args.checkpointing_steps == 0
-        if self._checkpoint_is_due or signum:
-            self._end_if_not_finite(done)
-            # Weights that gave no finite gradient may be spoilt: the checkpoint waits for one.
-            if signum or not self._guard.in_a_row:
-                saved = self._save_checkpoint(done, validation_is_due)
-                self._checkpoint_is_due = False
-            if saved and not signum and not is_last:
-                self._publish_checkpoint(done)
-        self._throughput.stopwatch.restart()
-        if signum and not is_last:
-            self._leave(done, signum, saved)
-
-    def _leave(self, done: int, signum: int, saved: bool) -> None:
-        """End the process, as it was asked to."""
-        self._progress_bar.close()
-        logger.warning(
-            "Stopped by %s after step %d. %s; go on with --resume_from_checkpoint latest.",
-            f"the file {STOP_FILE}" if signum == StopSignal.STOP_FILE else f"signal {signum}",
-            done,
-            f"{self._checkpoints.last} is saved"
-            if saved
-            else f"No checkpoint could be saved, the last good one is {self._checkpoints.last or 'none'}",
-        )
-        if self._publisher is not None:
-            self._publisher.drop_waiting()
-        self._stop.settle()
-        self.accelerator.end_training()
-        sys.exit(0 if signum == StopSignal.STOP_FILE else 128 + signum)
-
-    def _write_log(self, done: int, learning_rate: float) -> None:
-        self.meter.reduce(self.accelerator)
-        norm = float(self._gradient_norm)
-        unreadable = self._unreadable.gather(self.accelerator)
-        values = {
-            "epoch": self._samples_seen(done) / self._num_samples,
-            **self.meter.report(),
-            "learning_rate": learning_rate,
-            "gradient_norm": norm if math.isfinite(norm) else None,
-            **self._throughput.report(),
-            **({"skipped_steps": self._guard.skipped} if self._guard.skipped else {}),
-            **({"unreadable_images": unreadable} if unreadable else {}),
-        }
-        self.log.write(done, values)
-        self._progress_bar.set_postfix(
-            loss=values["loss"], lr=values["learning_rate"], images_per_second=values["images_per_second"]
-        )
+        self._interlude.finish()

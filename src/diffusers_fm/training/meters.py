@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run notes within its steps and tells between them: losses, gradients, speed, unreadable images."""
+
+import argparse
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from .guard import GradientGuard
+from .logs import LossMeter
+from .throughput import make_throughput
+from .unreadable import UnreadableImages
+
+
+class RunMeters:
+    """
+    The meters of a run, read together.
+
+    Args:
+        args (`argparse.Namespace`):
+            Of the script.
+        accelerator (`Accelerator`):
+            Of the run.
+        global_batch_size (`int`):
+            Samples in an optimizer step.
+        unreadable_rows (`Collection[int]`, *optional*):
+            Rows whose images could not be read before the run was interrupted.
+
+    Attributes:
+        losses ([`LossMeter`]), guard ([`GradientGuard`]), throughput ([`Throughput`]), unreadable
+        ([`UnreadableImages`]):
+            Each for itself. The first two have a state for checkpoints.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        accelerator: Accelerator,
+        global_batch_size: int,
+        unreadable_rows: Collection[int] = (),
+    ) -> None:
+        self._accelerator = accelerator
+        self.losses = LossMeter()
+        self.guard = GradientGuard(accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
+        self.throughput = make_throughput(args, accelerator, global_batch_size)
+        self.unreadable = UnreadableImages(args.max_unreadable_images, unreadable_rows)
+        self._gradient_norm = torch.zeros(())
+
+    def before_step(self, optimizer: AcceleratedOptimizer, gradient_norm: torch.Tensor) -> None:
+        """Note the norm of a whole gradient, a tensor of shape `()`; one that is not finite takes no step."""
+        self._gradient_norm = gradient_norm
+        self.guard.before_step(optimizer, gradient_norm)
+
+    def gather(self) -> None:
+        """Take what all processes have noted into the main one. Every process calls it."""
+        self.losses.reduce(self._accelerator)
+        self.unreadable.gather(self._accelerator)
+
+    def report(self) -> dict[str, Any]:
+        """What is to be told since the last report. Every process calls it."""
+        self.losses.reduce(self._accelerator)
+        norm = float(self._gradient_norm)
+        unreadable = self.unreadable.gather(self._accelerator)
+        return {
+            **self.losses.report(),
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            **self.throughput.report(),
+            **({"skipped_steps": self.guard.skipped} if self.guard.skipped else {}),
+            **({"unreadable_images": unreadable} if unreadable else {}),
+        }
+
+    def look_at_gradients(self, done: int) -> str | None:
+        """
+        What is wrong, if too many gradients in a row were not finite. Every process calls it.
+
+        Args:
+            done (`int`):
+                Optimizer steps done.
+
+        Returns:
+            `str`, *optional*: a few sentences.
+        """
+        fault = self.guard.look(done)
+        if fault is None:
+            return None
+        self.losses.reduce(self._accelerator)
+        report = self.losses.report()
+        counts = report.get("non_finite_by_time")
+        return (
+            f"{fault} Losses by time, from data to noise, are {report['loss_by_time']}"
+            f"{'' if counts is None else f', and the numbers of those that are not finite {counts}'}."
+        )
