@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,15 @@ import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
-from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
-from training_runs import ROOT, assert_same_weights, environment, load_script, read_log, run_script
+from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
+from training_runs import ROOT, assert_same_weights, environment, load_script, read_log
 
 from diffusers_fm import FlowMatchScheduler
 
 
 SCRIPT = ROOT / "training_scripts" / "train_text_to_image_sd3.py"
 script = load_script(SCRIPT)
+train = partial(train_text_to_image, script)
 
 # Loads and samples in a process that knows diffusers alone.
 STOCK = """
@@ -49,43 +51,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_colours(tmp_path_factory.mktemp("data"))
-
-
-def train(model: Path, data: Path, output_dir: Path, *words: str, **options: object) -> Path:
-    values = {
-        "pretrained_model_name_or_path": model,
-        "dataset_name": data,
-        "output_dir": output_dir,
-        "resolution": 16,
-        "max_sequence_length": 16,
-        "seed": 0,
-        "train_batch_size": 4,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "num_inference_steps": 2,
-        "report_to": "none",
-        "use_cpu": True,
-        **options,
-    }
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
-    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-    run_script(script, [*words, *line])
-    return output_dir
-
-
-def sample(pipeline: StableDiffusion3Pipeline) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        "a red square",
-        height=16,
-        width=16,
-        num_inference_steps=3,
-        guidance_scale=2.0,
-        max_sequence_length=16,
-        generator=torch.Generator().manual_seed(0),
-        output_type="np",
-    ).images
 
 
 def test_what_comes_out_loads_without_this_package(model: Path, data: Path, tmp_path: Path) -> None:

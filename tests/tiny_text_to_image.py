@@ -4,6 +4,7 @@
 import io
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
@@ -17,6 +18,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from training_runs import run_script
 from transformers import (
     CLIPTextConfig,
     CLIPTextModelWithProjection,
@@ -134,3 +136,45 @@ def save_colours(folder: Path, num_train: int = 20, num_test: int = 7, **options
     for split, num_rows in (("train", num_train), ("test", num_test)):
         colours(num_rows, seed=len(split), **options).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+def train_text_to_image(
+    script: ModuleType, model: Path, data: Path, output_dir: Path, *words: str, **options: object
+) -> Path:
+    """A short run of a text-to-image script in this process; returns the output folder."""
+    values = {
+        "pretrained_model_name_or_path": model,
+        "dataset_name": data,
+        "output_dir": output_dir,
+        "resolution": 16,
+        "max_sequence_length": 16,
+        "seed": 0,
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "num_inference_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        **options,
+    }
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
+    run_script(script, [*words, *line])
+    return output_dir
+
+
+def sample(pipeline: StableDiffusion3Pipeline, **options: Any) -> np.ndarray:
+    """A picture, in a few steps from fixed noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        "a red square",
+        height=16,
+        width=16,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="np",
+        **options,
+    ).images

@@ -30,11 +30,22 @@ from .launch import StopSignal, make_accelerator
 from .loader import make_loader
 from .loading import load_images
 from .logs import LossMeter, RunLog
+from .lora import (
+    FIXED_LORA_ARGUMENTS,
+    adapted_text_encoders,
+    add_adapters,
+    add_lora,
+    add_lora_arguments,
+    check_engine,
+    check_lora_arguments,
+    parameter_groups,
+    save_lora,
+)
 from .objective import draw_noise, draw_times
 from .optimisation import TrainableModel, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
 from .precompute import cache_latents, cache_prompts
-from .prompts import CachedPrompts, PromptEncoder
+from .prompts import CachedPrompts, PromptEncoder, TrainedPrompts
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 from .run import TrainingRun
@@ -64,6 +75,7 @@ from .upscaling import PairedImageData, low_resolution, upscaling_report
 
 __all__ = [
     "EMA",
+    "FIXED_LORA_ARGUMENTS",
     "BatchSlice",
     "BucketSampler",
     "CachedPrompts",
@@ -83,10 +95,15 @@ __all__ = [
     "TextToImageModel",
     "Throughput",
     "TrainableModel",
+    "TrainedPrompts",
     "TrainingRun",
+    "adapted_text_encoders",
+    "add_adapters",
     "add_average_arguments",
     "add_data_arguments",
     "add_hub_arguments",
+    "add_lora",
+    "add_lora_arguments",
     "add_objective_arguments",
     "add_optimisation_arguments",
     "add_run_arguments",
@@ -96,6 +113,8 @@ __all__ = [
     "assign_buckets",
     "cache_latents",
     "cache_prompts",
+    "check_engine",
+    "check_lora_arguments",
     "check_shared_arguments",
     "check_text_to_image_arguments",
     "choose_caption",
@@ -137,6 +156,7 @@ __all__ = [
     "model_card",
     "model_fingerprint",
     "normalize",
+    "parameter_groups",
     "parse_arguments",
     "parse_buckets",
     "prepare_latents",
@@ -147,6 +167,7 @@ __all__ = [
     "sample_grid",
     "save_arguments",
     "save_checkpoint",
+    "save_lora",
     "saved_arguments",
     "seed_layers",
     "shift_of",

@@ -21,6 +21,8 @@ from ..sharing import model_card as render
 from .arguments import saved_arguments
 
 
+_IMPORT_OURS = "import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler"
+
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -92,7 +94,7 @@ def text_to_image_card(
     name = type(pipeline).__name__
     load = f'pipeline = {name}.from_pretrained("{repo_id}")'
     if ours:
-        load = f"import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler\n{load}"
+        load = f"{_IMPORT_OURS}\n{load}"
     content = _text_to_image(
         pipeline, args, repo_id, folder, args.validation_prompts, f"from diffusers import {name}", load
     )
@@ -141,6 +143,8 @@ def lora_card(
     """
     base = args.pretrained_model_name_or_path
     load = f'pipeline = DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("{repo_id}")'
+    if isinstance(pipeline.scheduler, FlowMatchScheduler):
+        load = f"{_IMPORT_OURS}\n{load}"
     shown = args.validation_prompts or ([instance_prompt] if instance_prompt else ())
     content = _text_to_image(pipeline, args, repo_id, folder, shown, "from diffusers import DiffusionPipeline", load)
     name = f"[{base}](https://huggingface.co/{base})" if _is_hub_id(base) else f"`{Path(base).name}`"

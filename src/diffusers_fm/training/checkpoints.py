@@ -193,7 +193,8 @@ def agree_on_checkpoint(
 def handle_model_files(accelerator: Accelerator) -> None:
     """
     Make the accelerator's checkpoints hold the bare model's weights, so that a run can be resumed with another number
-    of processes. Sharded engines keep their own format.
+    of processes. Of a model that is trained in part they hold that part alone, such as its adapters. Sharded engines
+    keep their own format.
 
     Args:
         accelerator (`Accelerator`):
@@ -204,16 +205,46 @@ def handle_model_files(accelerator: Accelerator) -> None:
         if weights:
             weights.clear()
             if accelerator.is_main_process:
-                state = accelerator.unwrap_model(models[0], keep_torch_compile=False).state_dict()
+                state = trained_state(accelerator.unwrap_model(models[0], keep_torch_compile=False))
                 save_file({name: tensor.contiguous() for name, tensor in state.items()}, Path(output_dir) / MODEL_FILE)
 
     def load_model(models: list[torch.nn.Module], input_dir: str) -> None:
         if (Path(input_dir) / MODEL_FILE).is_file():
             model = accelerator.unwrap_model(models.pop(), keep_torch_compile=False)
-            model.load_state_dict(load_file(Path(input_dir) / MODEL_FILE))
+            state = load_file(Path(input_dir) / MODEL_FILE)
+            expected = trained_state(model)
+            differing = sorted(
+                name
+                for name in state.keys() | expected.keys()
+                if name not in state or name not in expected or state[name].shape != expected[name].shape
+            )
+            if differing:
+                raise ValueError(
+                    f"{input_dir} and the model differ in {len(differing)} tensors, such as {differing[0]!r}: it is of"
+                    " another model, or of other adapters."
+                )
+            model.load_state_dict(state, strict=False)
 
     accelerator.register_save_state_pre_hook(save_model)
     accelerator.register_load_state_pre_hook(load_model)
+
+
+def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """
+    What training changes of a model.
+
+    Args:
+        model (`nn.Module`):
+            The bare model.
+
+    Returns:
+        `dict[str, torch.Tensor]`: its state; of a model that is trained in part, the parameters that are.
+    """
+    state = model.state_dict()
+    parameters = dict(model.named_parameters())
+    if all(parameter.requires_grad for parameter in parameters.values()):
+        return state
+    return {name: state[name] for name, parameter in parameters.items() if parameter.requires_grad}
 
 
 def _write_manifest(folder: Path, state: dict[str, Any]) -> None:

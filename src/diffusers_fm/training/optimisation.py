@@ -2,6 +2,7 @@
 """The trainable part of a pipeline, and its optimizer."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,7 +48,7 @@ class TrainableModel(nn.Module):
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     learning_rate: float,
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-2,
@@ -58,8 +59,8 @@ def make_optimizer(
     AdamW.
 
     Args:
-        parameters (`Iterable[nn.Parameter]`):
-            What is trained, in float32.
+        parameters (`Iterable[nn.Parameter]` or `Iterable[dict]`):
+            What is trained, in float32; in groups, where some have settings of their own.
         learning_rate (`float`):
             Its step size.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions as Stable Diffusion 3 sees them: two CLIPs and, where there is one, a T5."""
 
+import copy
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -42,6 +43,8 @@ class PromptEncoder:
             Where the encoders run.
         offload (`bool`, *optional*, defaults to `False`):
             Whether they are on the device only while they run.
+        trained (`bool`, *optional*, defaults to `False`):
+            Whether gradients flow back to parameters of the encoders that require them.
 
     Raises:
         ValueError: if the pipeline has no CLIP, or their tokens do not fit the transformer.
@@ -53,11 +56,13 @@ class PromptEncoder:
         max_sequence_length: int,
         device: torch.device | str = "cpu",
         offload: bool = False,
+        trained: bool = False,
     ) -> None:
         missing = [name for name in (*ENCODERS[:2], *TOKENIZERS[:2]) if pipeline.components[name] is None]
         if missing:
             raise ValueError(f"Captions are encoded by two CLIPs, but the pipeline has no {' and no '.join(missing)}.")
         self._pipeline, self._device, self._offload = pipeline, torch.device(device), offload
+        self._trained = trained
         self.max_sequence_length = max_sequence_length
         self.has_t5 = pipeline.text_encoder_3 is not None
         first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config
@@ -100,7 +105,10 @@ class PromptEncoder:
         level = told.level
         told.setLevel(logging.ERROR)
         try:
-            with torch.no_grad(), offload_models(*self.encoders, device=self._device, offload=self._offload):
+            with (
+                torch.set_grad_enabled(self._trained and torch.is_grad_enabled()),
+                offload_models(*self.encoders, device=self._device, offload=self._offload),
+            ):
                 # Its annotation allows for `None`, which it returns for negative prompts that are not asked for.
                 encoded: Any = self._pipeline.encode_prompt(
                     prompt=distinct,
@@ -288,3 +296,48 @@ class CachedPrompts:
             if self._keys[caption] not in self._cache:
                 raise ValueError(f"The cache in {str(self._cache.folder)!r} has no embeddings of {caption!r}.")
         return self._encoder.unpack([self._cache.read(self._keys[caption]) for caption in captions])
+
+
+class TrainedPrompts:
+    """
+    Embeddings by CLIPs that are trained, which answer anew each time, and by a T5 that is not.
+
+    Args:
+        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+            With the text encoders.
+        prompts (`Callable`):
+            What gives the T5's part, such as a cache; what it says of the CLIPs is not used.
+        max_sequence_length (`int`):
+            Tokens of the T5, or of the zeros in its place.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where the CLIPs are.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusion3Pipeline,
+        prompts: ReadPrompts,
+        max_sequence_length: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._prompts = None if pipeline.text_encoder_3 is None else prompts
+        clips = copy.copy(pipeline)
+        clips.text_encoder_3 = clips.tokenizer_3 = None
+        self._clips = PromptEncoder(clips, max_sequence_length, device, trained=True)
+
+    def __call__(self, captions: Sequence[str]) -> Embeds:
+        """
+        Embeddings of captions, as [`PromptEncoder`] gives them, with gradients where they are on.
+
+        Args:
+            captions (`Sequence[str]`):
+                Captions of a batch.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: prompt embeddings and pooled embeddings.
+        """
+        tokens, pooled = self._clips(captions)
+        if self._prompts is not None:
+            count = self._clips.num_clip_tokens
+            tokens = torch.cat([tokens[:, :count], self._prompts(captions)[0][:, count:]], dim=1)
+        return tokens, pooled

@@ -5,7 +5,7 @@ import argparse
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class TrainingRun:
         args (`argparse.Namespace`):
             With the arguments of `add_optimisation_arguments`, `add_average_arguments`, `add_validation_arguments` and
             `add_run_arguments`. `seed` and `max_train_steps` are filled in where they were left open.
+        fixed_on_resume (`Collection[str]`, *optional*):
+            Names of further arguments that must stay as they are when the run is resumed.
 
     Attributes:
         accelerator (`accelerate.Accelerator`):
@@ -89,8 +91,9 @@ class TrainingRun:
         ValueError: if the output folder holds another run, there is nothing to resume from, or the launch was amiss.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, fixed_on_resume: Collection[str] = ()) -> None:
         self.args = args
+        self._fixed_on_resume = (*FIXED_ON_RESUME, *fixed_on_resume)
         self.output_dir = Path(args.output_dir)
         self.accelerator = make_accelerator(
             self.output_dir,
@@ -136,7 +139,9 @@ class TrainingRun:
     def repo_id(self) -> str:
         return str(self.output_dir) if self._publisher is None else self._publisher.repo_id
 
-    def prepare(self, model: nn.Module, num_samples: int) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, num_samples: int, parameters: Iterable[nn.Parameter] | Iterable[dict] | None = None
+    ) -> nn.Module:
         """
         Makes optimizer, schedule and average for the model, and loads the checkpoint that is resumed.
 
@@ -145,6 +150,8 @@ class TrainingRun:
                 All that is trained: its parameters that require gradients.
             num_samples (`int`):
                 Samples in an epoch.
+            parameters (`Iterable`, *optional*):
+                The same parameters in groups, as an optimizer takes them, where some have settings of their own.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
@@ -165,7 +172,7 @@ class TrainingRun:
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
         optimizer = make_optimizer(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
             args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
@@ -191,7 +198,7 @@ class TrainingRun:
         self.ema = make_ema(args, accelerator, self.model)
         handle_model_files(accelerator)
         if self.checkpoint is not None:
-            compare_arguments(args, self._manifest["arguments"], fixed=FIXED_ON_RESUME, free=FREE_ON_RESUME)
+            compare_arguments(args, self._manifest["arguments"], fixed=self._fixed_on_resume, free=FREE_ON_RESUME)
             load_checkpoint(accelerator, self.checkpoint)
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)

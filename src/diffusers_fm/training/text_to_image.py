@@ -36,11 +36,14 @@ class TextToImageModel(nn.Module):
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             Whose transformer is trained in place.
+        text_encoders (`Sequence[nn.Module]`, *optional*):
+            What is trained with it. A call does not use them: they are called before it, for what it is given.
     """
 
-    def __init__(self, pipeline: StableDiffusion3Pipeline) -> None:
+    def __init__(self, pipeline: StableDiffusion3Pipeline, text_encoders: Sequence[nn.Module] = ()) -> None:
         super().__init__()
         self.transformer = pipeline.transformer
+        self.text_encoders = nn.ModuleList(text_encoders)
 
     def forward(
         self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, pooled: torch.Tensor
@@ -70,7 +73,7 @@ class TextToImageModel(nn.Module):
         )[0]
 
 
-def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str) -> None:
+def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str, transformer: bool = False) -> None:
     """
     Make ready the models that are not trained. The text encoders run, and are saved, in the precision of training, but
     for a T5's output layers, which overflow in float16 and stay in float32; the autoencoder stays in float32.
@@ -80,6 +83,8 @@ def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str) -> None:
             The pipeline that is trained.
         mixed_precision (`str`):
             `"no"`, `"fp16"` or `"bf16"`.
+        transformer (`bool`, *optional*, defaults to `False`):
+            Whether the transformer is frozen as well, in the precision of training: only adapters of it are trained.
     """
     encoders = [pipeline.components[name] for name in ENCODERS if pipeline.components[name] is not None]
     for model in (pipeline.vae, *encoders):
@@ -87,6 +92,9 @@ def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
     for model in encoders:
         model.to(dtype)
+    if transformer:
+        # Not by diffusers' own `to`, which warns of layers to be kept in float32 where there are none.
+        nn.Module.to(pipeline.transformer.requires_grad_(False), dtype)
     if dtype == torch.float16 and pipeline.text_encoder_3 is not None:
         for name, module in pipeline.text_encoder_3.named_modules():
             if name.endswith(".wo"):

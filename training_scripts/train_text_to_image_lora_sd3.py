@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-fm[train,lora]"]
+# ///
+r"""Fine-tune Stable Diffusion 3 by flow matching with adapters of low rank (LoRA, arXiv 2106.09685).
+
+A trained `StableDiffusion3Pipeline` goes in and stays as it is; `pytorch_lora_weights.safetensors` comes out, which
+`load_lora_weights` of diffusers reads without this package.
+
+Stable Diffusion 3.5 on a folder of images whose captions are in its metadata.jsonl:
+
+    accelerate launch --mixed_precision bf16 training_scripts/train_text_to_image_lora_sd3.py \
+      --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --train_data_dir /data/paintings \
+      --output_dir runs/paintings-lora --rank 16 --resolution 1024 --center_crop --cache_latents \
+      --cache_text_embeddings --train_batch_size 4 --gradient_checkpointing --max_train_steps 1000 \
+      --validation_prompts "a lighthouse at night, oil on canvas"
+
+Another style for the digits that train_text_to_image_sd3.py has learned to draw, some minutes on two CPU cores:
+
+    accelerate launch training_scripts/train_text_to_image_lora_sd3.py \
+      --config pipelines/sd3-tiny/lora.json --output_dir runs/sd3-tiny-lora
+
+Use what was learned:
+
+    pipeline = StableDiffusion3Pipeline.from_pretrained("stabilityai/stable-diffusion-3.5-medium")
+    pipeline.load_lora_weights("runs/paintings-lora")
+
+Go on after an interruption:
+
+    accelerate launch training_scripts/train_text_to_image_lora_sd3.py \
+      --config runs/paintings-lora/training_args.json --resume_from_checkpoint latest
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from diffusers_fm import init_pipeline
+from diffusers_fm.losses import flow_matching_loss
+from diffusers_fm.training import (
+    FIXED_LORA_ARGUMENTS,
+    PromptEncoder,
+    TextToImageModel,
+    TrainedPrompts,
+    TrainingRun,
+    adapted_text_encoders,
+    add_adapters,
+    add_average_arguments,
+    add_data_arguments,
+    add_lora_arguments,
+    add_objective_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    add_text_to_image_arguments,
+    add_validation_arguments,
+    check_engine,
+    check_lora_arguments,
+    check_shared_arguments,
+    check_text_to_image_arguments,
+    choose_encoder_dropout,
+    choose_scheduler,
+    choose_sizes,
+    draw_times,
+    drop_captions,
+    freeze,
+    held_out_loss,
+    image_tokens,
+    latents_of_batch,
+    load_captioned_data,
+    lora_card,
+    parameter_groups,
+    parse_arguments,
+    prepare_latents,
+    prepare_prompts,
+    prompt_grid,
+    save_lora,
+    shift_of,
+    tell_of_long_captions,
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", help="JSON file of arguments, such as the training_args.json of a run; the command line wins.")
+    add("--pretrained_model_name_or_path", required=True, help="Folder of a trained pipeline, or a Hub id.")
+    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
+    add("--variant", help="Variant of the weights to load, such as fp16.")
+    add("--vae_name_or_path", help="Trained autoencoder in place of the pipeline's.")
+    add("--text_encoders_name_or_path", help="Pipeline whose text encoders take the place of the pipeline's own.")
+    add_data_arguments(parser)
+    add_text_to_image_arguments(parser)
+    add_lora_arguments(parser)
+    add_objective_arguments(parser)
+    add_optimisation_arguments(parser)
+    add_average_arguments(parser)
+    add_validation_arguments(parser)
+    add_run_arguments(parser, "train_text_to_image_lora_sd3")
+    # The first two are those of StableDiffusion3Pipeline, the third is that of diffusers' own LoRA scripts.
+    parser.set_defaults(num_inference_steps=28, guidance_scale=7.0, train_batch_size=4)
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train."""
+    check_shared_arguments(args)
+    check_text_to_image_arguments(args)
+    check_lora_arguments(args)
+    run = TrainingRun(args, FIXED_LORA_ARGUMENTS)
+    device = run.accelerator.device
+    precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
+
+    # 1. Pipeline
+    pipeline = init_pipeline(
+        args.pretrained_model_name_or_path,
+        seed=run.seed,
+        vae=args.vae_name_or_path,
+        revision=args.revision,
+        variant=args.variant,
+        pipeline_class=StableDiffusion3Pipeline,
+        text_encoders=args.text_encoders_name_or_path,
+    )
+    sizes = choose_sizes(pipeline, args)
+    # Adapters carry no scheduler: what is sampled with them is sampled with the base model's own.
+    sampling_scheduler = pipeline.scheduler
+    scheduler = choose_scheduler(pipeline, args, sizes)
+    pipeline.scheduler = sampling_scheduler
+    path, prediction_type = scheduler.path, scheduler.config.prediction_type
+    freeze(pipeline, run.accelerator.mixed_precision, transformer=True)
+    encoder = PromptEncoder(pipeline, args.max_sequence_length, device, args.offload)
+    encoder_dropout = torch.tensor(choose_encoder_dropout(encoder, args.text_encoder_dropout))
+
+    # 2. Data, and what the frozen models say of it
+    with run.accelerator.main_process_first():
+        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, sizes)
+    if run.accelerator.is_main_process:
+        tell_of_long_captions(encoder, train_data.captions)
+    prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
+    prompts = prepare_prompts(
+        run.accelerator, args, encoder, (train_data, held_out_data), args.validation_prompts, precomputed_dir
+    )
+
+    # 3. Adapters, optimizer, schedule, average, checkpoint
+    add_adapters(pipeline, args)
+    text_encoders = adapted_text_encoders(pipeline)
+    check_engine(run.accelerator, text_encoders)
+    if text_encoders:
+        prompts = TrainedPrompts(pipeline, prompts, args.max_sequence_length, device)
+    model = TextToImageModel(pipeline, text_encoders).train()
+    if args.gradient_checkpointing:
+        pipeline.transformer.enable_gradient_checkpointing()
+        for text_encoder in text_encoders:
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    model = run.prepare(model, len(train_data), parameter_groups(model, args.text_encoder_lr))
+    batches = run.batches(train_data)
+
+    # 4. What is looked at on the way, and what comes out
+    @torch.no_grad()
+    def validate(step: int, grid_name: str | None) -> dict[str, Any]:
+        """Held-out loss and pictures of what would be saved now."""
+        figures: dict[str, Any] = {}
+        if held_out_data is not None:
+            figures = held_out_loss(
+                run.accelerator,
+                model,
+                scheduler,
+                held_out_data,
+                args.eval_batch_size,
+                lambda batch: (
+                    latents_of_batch(pipeline, batch, device, offload=args.offload),
+                    prompts(batch["captions"]),
+                ),
+            )
+        if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
+            with run.accelerator.autocast():
+                grid = prompt_grid(
+                    pipeline,
+                    [prompts([prompt]) for prompt in args.validation_prompts],
+                    prompts([""]),
+                    (args.resolution, args.resolution),
+                    args.num_validation_images,
+                    args.num_inference_steps,
+                    args.guidance_scale,
+                    device,
+                )
+            run.log.write_grid(step, grid, grid_name)
+        return figures
+
+    def export(folder: Path, figures: dict[str, Any]) -> None:
+        """The adapters and their card."""
+        save_lora(pipeline, folder)
+        card = lora_card(pipeline, args, run.repo_id, run.global_batch_size, figures, folder)
+        card.save(folder / "README.md")
+
+    run.start(
+        validate,
+        export,
+        f"Adapters of rank {args.rank} of {pipeline.transformer.__class__.__name__}"
+        f"{' and of both CLIPs' if text_encoders else ''},"
+        f" {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6:.2f} M of"
+        f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
+        f" {scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
+        f" ({'latents cached' if args.cache_latents else 'encoded on the way'}) in {len(sizes)} sizes of about"
+        f" {args.resolution} x {args.resolution}, {0 if held_out_data is None else len(held_out_data)} held out.",
+    )
+
+    # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.
+    with run:
+        for step in run.steps():
+            # Noise, times and what is dropped are drawn for the whole global batch; a part of it is at hand.
+            for part in run.parts(step):
+                batch = next(batches)
+                with run.accelerator.accumulate(model):
+                    data = latents_of_batch(pipeline, batch, device, part, args.offload)
+                    captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
+                    embeds = prompts(captions)
+                    if encoder_dropout.any():
+                        numbers = [part.uniform(f"text_encoder_dropout {number}") for number in range(3)]
+                        embeds = encoder.drop(embeds, torch.stack(numbers, dim=1) < encoder_dropout)
+
+                    # Batches of one step may differ in size, and their noise must not share numbers.
+                    height, width = data.shape[2:]
+                    noise = part.normal(f"noise {height} x {width}", tuple(data.shape[1:]), device)
+                    t = draw_times(args, path, part, shift_of(scheduler, image_tokens(pipeline, height, width)))
+                    x_t = path.sample(data, noise, t)
+
+                    prediction = model(x_t, (scheduler.timestep_scale * t).float().to(device), *embeds)
+                    losses = flow_matching_loss(
+                        path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
+                    )
+                    run.backward(t, losses)
+        run.finish()
+
+
+if __name__ == "__main__":
+    main(parse_arguments(build_parser()))
