@@ -17,7 +17,16 @@ from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
 from training_runs import ROOT, environment, load_script, read_log
 
-from diffusers_fm.training import TextToImageModel, add_lora, parameter_groups, save_lora
+from diffusers_fm.training import (
+    TextToImageModel,
+    add_lora,
+    check_lora_arguments,
+    check_shared_arguments,
+    check_text_to_image_arguments,
+    parameter_groups,
+    parse_arguments,
+    save_lora,
+)
 from diffusers_fm.training.lora import ADAPTED, TRANSFORMER_LAYERS, adaptable_layers
 
 
@@ -240,6 +249,14 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=re.escape('pip install "diffusers-fm[lora]"')):
         add_lora(model, 2, 2.0, ["to_q"])
+
+
+def test_the_recipe_is_for_this_script() -> None:
+    args = parse_arguments(script.build_parser(), ["--config", str(ROOT / "pipelines" / "sd3-tiny" / "lora.json")])
+    check_shared_arguments(args)
+    check_text_to_image_arguments(args)
+    check_lora_arguments(args)
+    assert args.lora_alpha == args.rank
 
 
 def test_every_argument_is_used() -> None:

@@ -225,7 +225,7 @@ class Interlude:
         self._end_if_failed("The trained pipeline could not be saved", error, done)
         loss = figures.get("validation_loss")
         logger.info(
-            "The trained pipeline is in %s%s.", self._output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
+            "What was trained is in %s%s.", self._output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
         )
         self._stop.settle()
         self._accelerator.end_training()
