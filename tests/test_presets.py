@@ -29,9 +29,18 @@ PRESETS = {
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-ve": ("ve", "v_prediction", 0, None, (3, 32, 32)),
+    "unet-imagenet32": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-imagenet64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),
+    "unet-imagenet128": ("ot", "flow_prediction", 0, None, (3, 128, 128)),
     "dit-imagenet256": ("ot", "flow_prediction", 1000, 1000, (4, 32, 32)),
     "sd3-imagenet256": ("ot", "flow_prediction", 1000, 1000, (16, 32, 32)),
+}
+# Table 3 of Lipman et al.: channels, blocks, multipliers, sides with attention; batch, GPUs, steps; rate, warm-up
+TABLE_3 = {
+    "unet-cifar10": (256, 2, (1, 2, 2, 2), {16}, 256, 2, 391_000, 5e-4, 45_000),
+    "unet-imagenet32": (256, 3, (1, 2, 2, 2), {16, 8}, 1024, 4, 250_000, 1e-4, 20_000),
+    "unet-imagenet64": (192, 3, (1, 2, 3, 4), {32, 16, 8}, 2048, 16, 157_000, 1e-4, None),
+    "unet-imagenet128": (256, 3, (1, 1, 2, 3, 4), {32, 16, 8}, 1536, 32, 500_000, 1e-4, 20_000),
 }
 DIGITS = [name for name in PRESETS if name.endswith("digits") or "-digits-" in name]
 
@@ -120,13 +129,34 @@ def test_recipe_is_understood_by_the_training_script(
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["--config", f"pipelines/{name}/training.json"]
-    if name.endswith(("imagenet64", "imagenet256")):
+    if "-imagenet" in name:
         argv += ["--train_data_dir", "/data/imagenet/train"]
     args = script.parse_arguments(script.build_parser(), argv)
     script.check_arguments(args)
     assert args.pretrained_model_name_or_path == f"pipelines/{name}"
     recipe = json.loads((PIPELINES / name / "training.json").read_text(encoding="utf-8"))
     assert {key: getattr(args, key) for key in recipe} == recipe
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_recipes_of_the_founding_paper(name: str) -> None:
+    channels, blocks, multipliers, attention, batch, gpus, steps, rate, warmup = TABLE_3[name]
+    unet = json.loads((PIPELINES / name / "unet" / "config.json").read_text(encoding="utf-8"))
+    recipe = json.loads((PIPELINES / name / "training.json").read_text(encoding="utf-8"))
+    readme = (PIPELINES / name / "README.md").read_text(encoding="utf-8")
+    assert unet["block_out_channels"] == [channels * multiplier for multiplier in multipliers]
+    assert (unet["layers_per_block"], unet["attention_head_dim"], unet["dropout"]) == (blocks, 64, 0.0)
+    sides = [unet["sample_size"] >> level for level in range(len(multipliers))]
+    assert {side for side, block in zip(sides, unet["down_block_types"]) if block.startswith("Attn")} == attention
+    assert [block.replace("Up", "Down") for block in reversed(unet["up_block_types"])] == unet["down_block_types"]
+    assert f"--num_processes {gpus} " in readme
+    assert recipe["train_batch_size"] * gpus == batch
+    assert (recipe["max_train_steps"], recipe["learning_rate"]) == (steps, rate)
+    assert recipe.get("lr_warmup_steps") == warmup
+    assert (recipe["lr_scheduler"], recipe.get("lr_power")) == (("polynomial", 1.0) if warmup else ("constant", None))
+    assert recipe["mixed_precision"] == ("bf16" if unet["sample_size"] > 32 else "no")
+    assert (recipe["adam_weight_decay"], recipe["adam_epsilon"]) == (0.0, 1e-8)
+    assert (recipe["timestep_density"], recipe["weighting_scheme"]) == ("uniform", "none")
 
 
 @pytest.mark.parametrize("name", DIGITS)

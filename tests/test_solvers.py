@@ -361,6 +361,11 @@ def test_grid_of_ones_own():
     given = odeint(lambda t, x: t * x, x, 1.0, 0.2, method="rk4", grid=grid)
     # The grid in float32 moves the times by 1e-7, which cancels up to the method's own error.
     torch.testing.assert_close(given.x, same.x, rtol=1e-7, atol=0)
+    # A list keeps its precision, however short the interval is beside its distance from 0.
+    seen = []
+    short = graded_grid(0.9934711772509035, 0.9894119025771618, 4, grading=1.5)
+    odeint(lambda t, x: (seen.append(t[0].item()), x)[1], x, short[0], short[-1], method="euler", grid=short)
+    assert seen == short[:-1]
     for wrong in ([1.0, 0.5, 0.6, 0.2], [1.0, 0.5, 0.2, 0.1], [0.2, 1.0], [1.0], [[1.0, 0.2]]):
         with pytest.raises(ValueError, match="`grid` must"):
             odeint(lambda t, x: x, x, 1.0, 0.2, grid=wrong)

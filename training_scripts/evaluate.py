@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num_draws", type=int, nargs="+", default=[1, 5, 20], help="Draws of dequantisation noise: the paper's K.")
     add("--num_probes", type=int, default=1, help="Hutchinson probes of a draw.")
     add("--levels", type=int, default=256, help="Levels of a value, evenly spread over 0 to 255.")
-    add("--likelihood_steps", type=int, default=64, help="Steps of the integration.")
+    add("--likelihood_steps", type=int, default=32, help="Steps of the integration.")
 
     add = parser.add_argument_group("solvers and ways").add_argument
     add("--num_solver_images", type=int, default=256, help="Samples of each solver, and ways looked at.")

@@ -386,10 +386,11 @@ def _fixed_times(
             raise ValueError(f"`num_steps` must be at least 1, not {num_steps}.")
         times = torch.linspace(t0, t1, num_steps + 1, dtype=torch.float64)
     else:
-        times = torch.as_tensor(grid).to(device="cpu", dtype=torch.float64)
+        # Plain numbers must not pass through float32, torch's choice for them.
+        times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
         if times.ndim != 1 or len(times) < 2 or not ((times[1:] - times[:-1]) * (t1 - t0) > 0).all():
             raise ValueError(f"`grid` must be a list of times that runs from {t0} to {t1} without turning.")
-        if (times[[0, -1]] - torch.tensor([t0, t1], dtype=torch.float64)).abs().max() > 1e-6 * abs(t1 - t0):
+        if (times[[0, -1]] - torch.tensor([t0, t1], dtype=torch.float64)).abs().max() > 1e-6 * max(abs(t0), abs(t1)):
             raise ValueError(f"`grid` must run from {t0} to {t1}, not from {times[0]:.7g} to {times[-1]:.7g}.")
     return [t0, *times[1:-1].tolist(), t1]
 
