@@ -56,7 +56,7 @@ def dry_run(name: str) -> dict[str, object]:
     return {
         "recipe": name,
         "stated": int(stated.replace(",", "")),
-        "saved": weights // 4,
+        "saved": saved,
         "losses": losses,
         "log": rows[-1],
     }
