@@ -2,16 +2,23 @@
 """The trainable part of a pipeline, its optimizer, and the question whether to stop."""
 
 import os
+import re
 import signal
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import load_file
 from tiny_pipelines import KINDS, labels_of, tiny_pipeline
+from training_runs import assert_same_weights, load, make_dataset, read_log, save_untrained, train, weights
 
 from diffusers_fm.training import StopSignal, TrainableModel, make_optimizer
+from diffusers_fm.training.optimisation import OPTIMIZERS, state_bytes
 
 
 @pytest.fixture
@@ -51,6 +58,77 @@ def test_adamw_takes_what_it_is_given() -> None:
         adapted = m / (1 - 0.5**step) / ((v / (1 - 0.75**step)) ** 0.5 + 0.5)
         expected -= 0.1 * (adapted + 0.25 * expected)
         assert parameter.item() == pytest.approx(expected, rel=1e-6)
+
+
+def regression(name: str, learning_rate: float, steps: int) -> tuple[torch.optim.Optimizer, list[float]]:
+    """A layer of 64 x 64 weights and 64 biases that learns another one."""
+    torch.manual_seed(0)
+    model, other = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+    optimizer: Any = make_optimizer(model.parameters(), learning_rate, name)
+    if name == "schedule_free":
+        optimizer.train()
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(128, 64)
+        loss = (model(x) - other(x)).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer, losses
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_learn_and_keep_as_much_as_they_say(name: str) -> None:
+    optimizer, losses = regression(name, 1.0 if name == "prodigy" else 1e-2, 200)
+    assert losses[-1] < 0.3 * losses[0], losses[::20]
+    # All that is kept, but counters and the tables of the 8-bit numbers.
+    for parameter, state in optimizer.state.items():
+        tensors = [value for key, value in state.items() if isinstance(value, torch.Tensor) and "qmap" not in key]
+        kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
+        assert kept == state_bytes(name, parameter.shape)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_missing_optimizer_names_its_extra(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, extra = OPTIMIZERS[name]
+    if package == "torch":
+        return
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=re.escape(f'--optimizer {name} needs `pip install "diffusers-fm[{extra}]"`')):
+        make_optimizer([torch.nn.Parameter(torch.ones(1))], 1e-3, name)
+
+
+def test_prodigy_is_told_of_a_learning_rate_for_adamw(caplog: pytest.LogCaptureFixture) -> None:
+    make_optimizer([torch.nn.Parameter(torch.ones(1))], 1e-4, "prodigy")
+    assert "far below the usual 1" in caplog.text
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw"])
+def test_a_run_resumes_with_every_optimizer(name: str, tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "model", "unet"), make_dataset(tmp_path / "data")
+    # A pipeline of its own in each validation, which must leave no trace.
+    options = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 1e-3, "checkpointing_steps": 2}
+    whole = train(model, data, tmp_path / "whole", max_train_steps=5, validation_steps=1, **options)
+    resumed = train(model, data, tmp_path / "resumed", max_train_steps=5, **options)
+    train(model, data, resumed, max_train_steps=5, resume_from_checkpoint="checkpoint-2", **options)
+    assert_same_weights(whole, resumed)
+    assert read_log(whole, "loss") == read_log(resumed, "loss")
+
+
+def test_what_schedule_free_saves_is_its_average(tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "model", "unet"), make_dataset(tmp_path / "data")
+    options = {"optimizer": "schedule_free", "adam_beta1": 0.75, "checkpointing_steps": 4}
+    run = train(model, data, tmp_path / "run", max_train_steps=4, **options)
+    trained = load_file(run / "checkpoint-4" / "model.safetensors")
+    states = torch.load(run / "checkpoint-4" / "optimizer.bin", weights_only=True)["state"]
+    saved = weights(run)
+    names = [name for name, _ in TrainableModel(load(run)).named_parameters()]
+    for number, name in enumerate(names):
+        # arXiv 2405.15682, equation 2: the gradient is taken at y = (1 - beta) z + beta x, and x is what is wanted.
+        x, z = saved[name.replace("denoiser.", "unet.")], states[number]["z"]
+        assert torch.allclose(trained[name], 0.25 * z + 0.75 * x, atol=1e-6), name
+        assert not torch.equal(x, trained[name])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

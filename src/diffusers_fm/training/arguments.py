@@ -14,6 +14,7 @@ from ..couplings import COUPLINGS
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
 from .ema import MAX_SIGMA_REL
+from .optimisation import OPTIMIZERS, check_optimizer
 
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,13 @@ def add_optimisation_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lr_warmup_steps", type=int, help="Optimizer steps; 500 by default, for schedules that warm up.")
     add("--lr_num_cycles", type=int, default=1, help="Restarts of cosine_with_restarts.")
     add("--lr_power", type=float, default=1.0, help="Power of polynomial.")
-    add("--use_8bit_adam", action="store_true", help='Needs `pip install "diffusers-fm[8bit]"`.')
+    add(
+        "--optimizer",
+        type=str.lower,
+        choices=list(OPTIMIZERS),
+        default="adamw",
+        help="adamw8bit, prodigy (learning rate 1) and schedule_free need the extras 8bit, prodigy and schedule_free.",
+    )
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
@@ -252,6 +259,14 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name} must be above 0, got {value}.")
+    check_optimizer(args.optimizer)
+    if args.optimizer == "schedule_free" and args.lr_scheduler not in ("constant", "constant_with_warmup"):
+        raise ValueError(
+            "--optimizer schedule_free takes the place of a schedule: --lr_scheduler must be constant or"
+            f" constant_with_warmup, got {args.lr_scheduler}."
+        )
+    if args.optimizer == "schedule_free" and args.use_ema:
+        raise ValueError("--optimizer schedule_free averages the weights itself: leave out --use_ema.")
     if args.lr_warmup_steps is not None and args.lr_scheduler == "constant":
         raise ValueError(
             f"--lr_warmup_steps {args.lr_warmup_steps} needs a schedule with a warm-up: use --lr_scheduler"

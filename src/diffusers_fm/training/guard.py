@@ -34,7 +34,7 @@ class GradientGuard:
         self.in_a_row = 0
         self.skipped = 0
 
-    def before_step(self, optimizer: AcceleratedOptimizer, norm: torch.Tensor) -> None:
+    def before_step(self, optimizer: AcceleratedOptimizer, norm: torch.Tensor) -> bool:
         """
         Called when the gradient is complete.
 
@@ -43,15 +43,19 @@ class GradientGuard:
                 About to step.
             norm (`torch.Tensor`):
                 The norm of the gradient, a number.
+
+        Returns:
+            `bool`: whether it is to step; one that does the skipping itself is.
         """
         self._pending.append(norm)
         if not self._acts:
-            return
+            return True
         inner = optimizer.optimizer
         if getattr(inner, "_step_supports_amp_scaling", False):
             inner.found_inf = 1 - torch.isfinite(norm).float()
         elif not torch.isfinite(norm):
-            optimizer.zero_grad()
+            return False
+        return True
 
     def look(self, done: int) -> str | None:
         """

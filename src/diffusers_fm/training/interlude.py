@@ -5,7 +5,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,8 @@ class Interlude:
             Where the run is kept.
         publisher ([`Publisher`], *optional*):
             Of the main process, if there is something to upload.
+        averaged_weights (`Callable`):
+            Gives a context within which the model has the weights that would be saved now.
         validate (`Callable`), export (`Callable`):
             As [`TrainingRun.start`] takes them.
     """
@@ -97,12 +99,13 @@ class Interlude:
         log: RunLog,
         checkpoints: CheckpointKeeper,
         publisher: Publisher | None,
+        averaged_weights: Callable[[], AbstractContextManager[None]],
         validate: Validate,
         export: Export,
     ) -> None:
         self._args, self._accelerator, self._place, self._meters, self._ema = args, accelerator, place, meters, ema
         self._log, self._checkpoints, self._publisher = log, checkpoints, publisher
-        self._validate, self._export = validate, export
+        self._averaged_weights, self._validate, self._export = averaged_weights, validate, export
         self._output_dir = Path(args.output_dir)
         self._figures: dict[str, Any] = {}
         self._checkpoint_is_due = False
@@ -120,10 +123,6 @@ class Interlude:
     def __exit__(self, *exception: object) -> None:
         self._progress_bar.close()
         self._stop.__exit__(*exception)
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Within this context the model has the weights that would be saved now."""
-        return nullcontext() if self._ema is None else self._ema.averaged_weights()
 
     def after_step(self, done: int, learning_rate: float) -> None:
         """
@@ -174,7 +173,7 @@ class Interlude:
         saved = self._save_checkpoint(done, validation_is_due)
         self._checkpoint_is_due = False
         if saved and not signum and done < args.max_train_steps and self._publisher is not None:
-            with self.averaged_weights():
+            with self._averaged_weights():
                 self._publisher.checkpoint_saved(done, lambda folder: self._export(folder, self._figures))
         return saved
 
@@ -197,7 +196,7 @@ class Interlude:
         figures: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            with self.averaged_weights():
+            with self._averaged_weights():
                 figures = self._figures = self._validate(step, grid_name)
         except Exception as caught:
             error = caught
@@ -217,7 +216,7 @@ class Interlude:
         figures = self.run_validation(done, "grid.png")
         error: Exception | None = None
         try:
-            with self.averaged_weights():
+            with self._averaged_weights():
                 if self._accelerator.is_main_process:
                     replace_contents(self._output_dir, lambda folder: self._export(folder, figures))
         except Exception as caught:

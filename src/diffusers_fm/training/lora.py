@@ -29,6 +29,9 @@ TEXT_ENCODER_LAYERS = "q_proj k_proj v_proj out_proj".split()
 # The parts of a pipeline that `save_lora_weights` can write.
 ADAPTED = ("transformer", "text_encoder", "text_encoder_2")
 
+# That of diffusers' own scripts.
+TEXT_ENCODER_LEARNING_RATE = 5e-6
+
 # Of a resumed run, what the shapes in its checkpoint do not tell, or tell without a sentence.
 FIXED_LORA_ARGUMENTS = "rank lora_alpha lora_layers lora_blocks use_dora train_text_encoder".split()
 
@@ -43,7 +46,7 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     add("--lora_blocks", help='Numbers of the transformer blocks that are adapted, "0,1,12"; by default all.')
     add("--use_dora", action="store_true", help="Learn the lengths of the weights' rows as well (arXiv 2402.09353).")
     add("--train_text_encoder", action="store_true", help="Adapt both CLIPs too.")
-    add("--text_encoder_lr", type=float, default=5e-6, help="Learning rate of the CLIPs' adapters.")
+    add("--text_encoder_lr", type=float, help="Learning rate of the CLIPs' adapters; 5e-6, with prodigy that of all.")
 
 
 def check_lora_arguments(args: argparse.Namespace) -> None:
@@ -52,7 +55,7 @@ def check_lora_arguments(args: argparse.Namespace) -> None:
 
     Args:
         args (`argparse.Namespace`):
-            With the arguments of `add_lora_arguments`; `lora_alpha` is filled in where it was left open.
+            With the arguments of `add_lora_arguments`; `lora_alpha` and `text_encoder_lr` are filled in.
 
     Raises:
         ValueError: naming the argument, its value, and what is accepted; or if PEFT is not installed.
@@ -60,6 +63,12 @@ def check_lora_arguments(args: argparse.Namespace) -> None:
     _check_peft()
     if args.lora_alpha is None:
         args.lora_alpha = float(args.rank)
+    if args.text_encoder_lr is None:
+        args.text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else TEXT_ENCODER_LEARNING_RATE
+    if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
+        raise ValueError(
+            f"--optimizer prodigy has one learning rate for all: leave out --text_encoder_lr {args.text_encoder_lr}."
+        )
     if args.rank < 1:
         raise ValueError(f"--rank must be at least 1, got {args.rank}.")
     for name in ("lora_alpha", "text_encoder_lr"):

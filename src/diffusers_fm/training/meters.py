@@ -50,10 +50,10 @@ class RunMeters:
         self.unreadable = UnreadableImages(args.max_unreadable_images, unreadable_rows)
         self._gradient_norm = torch.zeros(())
 
-    def before_step(self, optimizer: AcceleratedOptimizer, gradient_norm: torch.Tensor) -> None:
-        """Note the norm of a whole gradient, a tensor of shape `()`; one that is not finite takes no step."""
+    def before_step(self, optimizer: AcceleratedOptimizer, gradient_norm: torch.Tensor) -> bool:
+        """Note the norm of a whole gradient, a tensor of shape `()`; whether the optimizer is to step."""
         self._gradient_norm = gradient_norm
-        self.guard.before_step(optimizer, gradient_norm)
+        return self.guard.before_step(optimizer, gradient_norm)
 
     def gather(self) -> None:
         """Take what all processes have noted into the main one. Every process calls it."""

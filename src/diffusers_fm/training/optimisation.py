@@ -1,15 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainable part of a pipeline, and its optimizer."""
 
-from collections.abc import Iterable
+import importlib.util
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..pipelines.base import FlowMatchPipelineBase
+
+
+logger = logging.getLogger(__name__)
+
+# Where each is, and the extra that installs it.
+OPTIMIZERS = {
+    "adamw": ("torch", ""),
+    "adamw8bit": ("bitsandbytes", "8bit"),
+    "adafactor": ("torch", ""),
+    "prodigy": ("prodigyopt", "prodigy"),
+    "schedule_free": ("schedulefree", "schedule_free"),
+}
+
+# Below this a learning rate is one that was meant for AdamW.
+PRODIGY_LEARNING_RATE = 0.1
 
 
 class TrainableModel(nn.Module):
@@ -47,48 +67,142 @@ class TrainableModel(nn.Module):
         return self._predict[0](sample, timestep, *conditions)
 
 
+def check_optimizer(name: str) -> None:
+    """
+    Refuses an optimizer whose package is not installed.
+
+    Args:
+        name (`str`):
+            One of `OPTIMIZERS`.
+
+    Raises:
+        ValueError: if it is unknown, or needs a package that is not there; the sentence names the extra.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
+    package, extra = OPTIMIZERS[name]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(
+            f'{package} is not installed: --optimizer {name} needs `pip install "diffusers-fm[{extra}]"`.'
+        )
+
+
 def make_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     learning_rate: float,
+    name: str = "adamw",
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 1e-2,
     epsilon: float = 1e-8,
-    use_8bit_adam: bool = False,
 ) -> torch.optim.Optimizer:
     """
-    AdamW.
+    An optimizer by its name.
+
+    | name | | bytes of state for a parameter |
+    |---|---|---|
+    | `adamw` | arXiv 1711.05101, torch's fused one | 8 |
+    | `adamw8bit` | with moments in 8 bits (arXiv 2110.02861), of bitsandbytes | 2 |
+    | `adafactor` | second moment by rows and columns (arXiv 1804.04235), torch's; no first moment | next to none |
+    | `prodigy` | AdamW that finds its step size (arXiv 2306.06101), of prodigyopt; `learning_rate` is 1 | 16 |
+    | `schedule_free` | AdamW that averages and needs no schedule (arXiv 2405.15682), of schedulefree | 8 |
 
     Args:
         parameters (`Iterable[nn.Parameter]` or `Iterable[dict]`):
             What is trained, in float32; in groups, where some have settings of their own.
         learning_rate (`float`):
             Its step size.
+        name (`str`, *optional*, defaults to `"adamw"`):
+            One of `OPTIMIZERS`.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Decay of its two averages.
+            Decay of its two averages; `adafactor` has a rule of its own.
         weight_decay (`float`, *optional*, defaults to 0.01):
             Decoupled weight decay.
         epsilon (`float`, *optional*, defaults to 1e-8):
-            Added to the denominator.
-        use_8bit_adam (`bool`, *optional*, defaults to `False`):
-            Keep its state in 8 bits, with bitsandbytes.
+            Added to the denominator; `adafactor` has its own.
 
     Returns:
         `torch.optim.Optimizer`: the optimizer.
 
     Raises:
-        ValueError: if bitsandbytes is wanted and not installed.
+        ValueError: as [`check_optimizer`].
     """
-    if use_8bit_adam:
-        try:
-            from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise ValueError(
-                'bitsandbytes is not installed: --use_8bit_adam needs `pip install "diffusers-fm[8bit]"`.'
-            ) from error
-        return AdamW8bit(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon)
-    return torch.optim.AdamW(
-        parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay, eps=epsilon, fused=True
+    check_optimizer(name)
+    moments = {"betas": betas, "eps": epsilon}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay, fused=True, **moments)
+    if name == "adafactor":
+        return torch.optim.Adafactor(parameters, learning_rate, weight_decay=weight_decay)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+
+        return AdamW8bit(parameters, learning_rate, weight_decay=weight_decay, **moments)
+    if name == "schedule_free":
+        from schedulefree import AdamWScheduleFree  # pyright: ignore[reportMissingImports]
+
+        return AdamWScheduleFree(parameters, learning_rate, weight_decay=weight_decay, **moments)
+    from prodigyopt import Prodigy  # pyright: ignore[reportMissingImports]
+
+    if learning_rate < PRODIGY_LEARNING_RATE:
+        logger.warning(
+            "Prodigy finds its step size by itself, and --learning_rate multiplies it: %s is far below the usual 1.",
+            learning_rate,
+        )
+    # The first three as diffusers' own scripts have them.
+    return Prodigy(
+        parameters,
+        learning_rate,
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
+        weight_decay=weight_decay,
+        **moments,
     )
+
+
+def state_bytes(name: str, shape: Sequence[int]) -> int:
+    """
+    What an optimizer keeps of a parameter, its counters left out.
+
+    Args:
+        name (`str`):
+            One of `OPTIMIZERS`.
+        shape (`Sequence[int]`):
+            The shape of the parameter, which is float32.
+
+    Returns:
+        `int`: bytes.
+    """
+    size = math.prod(shape)
+    if name == "prodigy":
+        return 16 * size
+    if name == "adafactor":
+        return 4 * (size // shape[-1] + size // shape[-2]) if len(shape) > 1 else 4 * size
+    if name == "adamw8bit" and size >= 4096:
+        # A byte for each moment, and the largest of each block of 256 as a float32; smaller tensors are not worth it.
+        return 2 * (size + 4 * math.ceil(size / 256))
+    return 8 * size
+
+
+@contextmanager
+def schedule_free_weights(optimizer: AcceleratedOptimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """
+    Within this context the parameters are the average that a schedule-free optimizer is for, and afterwards what they
+    were, to the bit.
+
+    Args:
+        optimizer (`AcceleratedOptimizer`):
+            A prepared `schedule_free` one, in its mode of training.
+        parameters (`Sequence[nn.Parameter]`):
+            What it trains.
+    """
+    kept = [parameter.detach().clone() for parameter in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            torch._foreach_copy_([parameter.detach() for parameter in parameters], kept)
 
 
 def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .loader import make_loader
 from .logs import RunLog
 from .meters import RunMeters
 from .objective import draw_noise
-from .optimisation import clip_gradients, make_optimizer
+from .optimisation import clip_gradients, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
@@ -34,7 +34,7 @@ from .samplers import BucketSampler, StreamSampler
 logger = logging.getLogger(__name__)
 
 # Arguments that must stay as they are when a run is resumed, and those that may change without a word.
-FIXED_ON_RESUME = ("use_ema", "ema_profile", "ema_sigma_rel")
+FIXED_ON_RESUME = ("optimizer", "use_ema", "ema_profile", "ema_sigma_rel")
 FREE_ON_RESUME = (
     "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
     " logging_dir report_to tracker_project_name dataloader_num_workers cache_dir max_skipped_steps offload_ema"
@@ -174,10 +174,10 @@ class TrainingRun:
         optimizer = make_optimizer(
             parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
             args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
+            args.optimizer,
             betas=(args.adam_beta1, args.adam_beta2),
             weight_decay=args.adam_weight_decay,
             epsilon=args.adam_epsilon,
-            use_8bit_adam=args.use_8bit_adam,
         )
         # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
         self._lr_scheduler = get_scheduler(
@@ -196,6 +196,8 @@ class TrainingRun:
             )
         accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
         self.ema = make_ema(args, accelerator, self.model)
+        # For those that have a mode.
+        self._optimizer.train()
         handle_model_files(accelerator)
         if self.checkpoint is not None:
             compare_arguments(args, self._manifest["arguments"], fixed=self._fixed_on_resume, free=FREE_ON_RESUME)
@@ -257,6 +259,7 @@ class TrainingRun:
             self.log,
             self._checkpoints,
             self._publisher,
+            self.averaged_weights,
             validate,
             export,
         )
@@ -339,10 +342,12 @@ class TrainingRun:
         self._meters.losses.add(t, losses)
         self.accelerator.backward(losses.mean())
         self._meters.throughput.stopwatch.mark("model")
+        is_to_step = True
         if self.accelerator.sync_gradients:
             norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
-            self._meters.before_step(self._optimizer, norm)
-        self._optimizer.step()
+            is_to_step = self._meters.before_step(self._optimizer, norm)
+        if is_to_step:
+            self._optimizer.step()
         self._optimizer.zero_grad()
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -370,7 +375,9 @@ class TrainingRun:
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
-        return self._interlude.averaged_weights()
+        if self.args.optimizer == "schedule_free":
+            return schedule_free_weights(self._optimizer, self._parameters)
+        return nullcontext() if self.ema is None else self.ema.averaged_weights()
 
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
