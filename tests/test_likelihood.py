@@ -182,7 +182,7 @@ SOLVERS = {
 
 
 @pytest.mark.parametrize("path_name", ["ot", "vp", "ve"])
-@pytest.mark.parametrize("coordinates", ["straight", "angle", "native"])
+@pytest.mark.parametrize("coordinates", ["ot", "angle", "native"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_solver_in_all_coordinates(solver, coordinates, path_name):
     path, problem = make_path(path_name), draw_mixture(2, (3,), modes=3, narrowest=0.3, widest=0.6)
@@ -341,7 +341,7 @@ def test_work_is_counted():
 
 
 @pytest.mark.parametrize("path_name", PATH_NAMES)
-@pytest.mark.parametrize("coordinates", ["straight", "angle"])
+@pytest.mark.parametrize("coordinates", ["ot", "angle"])
 def test_transport_is_the_flow_there_and_back(coordinates, path_name):
     path, problem = make_path(path_name), gaussian((1, 2, 2), mean=0.3, std=0.5)
     x = problem.marginal_sample(path, 0.0, 6)

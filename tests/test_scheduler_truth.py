@@ -20,9 +20,9 @@ from helpers import draw_mixture, flow_of_gaussian, gaussian
 from scipy.integrate import solve_ivp
 
 from diffusers_fm import FlowMatchScheduler
+from diffusers_fm.coordinates import SAMPLING_PATHS
 from diffusers_fm.paths import PREDICTION_TYPES, ConditionalPath, OTPath
 from diffusers_fm.schedulers import sampling_plan
-from diffusers_fm.schedulers.sampling_plan import SAMPLING_PATHS
 from diffusers_fm.solvers import odeint
 
 

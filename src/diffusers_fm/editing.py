@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .coordinates import Coordinates
 from .paths import ConditionalPath, lift
 
 
@@ -62,10 +63,10 @@ def flow_edit(
     """
     _check(path, ratios, num_averages, num_free_steps)
     times = path.time_at(torch.tensor(ratios, dtype=torch.float64))
-    scales = path.alpha(times) + path.sigma(times)
-    straight = (-torch.ones_like(times), torch.ones_like(times))
+    coordinates = Coordinates(path, "ot")
+    scales = coordinates.scale(path.alpha(times), path.sigma(times))
     # The last time is where the data is: no velocity is asked for there.
-    on_sample, on_output = path.coefficients(times[:-1], prediction_type, tuple(part[:-1] for part in straight))
+    on_sample, on_output = path.coefficients(times[:-1], prediction_type, coordinates.derivative(times[:-1]))
 
     def velocity(predict: Predict, point: torch.Tensor, i: int) -> torch.Tensor:
         x_t = point * lift(scales[i], point)

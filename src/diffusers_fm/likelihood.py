@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from .coordinates import Coordinates
 from .divergence import MODES, PROBES, choose_mode, draw_probes, exact_trace, hutchinson_trace
 from .paths import ConditionalPath, lift
 from .solvers import ButcherTableau, Solution, find_method, graded_grid, odeint, quadrature_weights
 
 
-COORDINATES = ("straight", "angle", "native")
 DIVERGENCES = ("hutchinson", "exact")
 
 
@@ -100,7 +100,7 @@ def log_likelihood(
     num_probes: int | None = None,
     probe: str | None = None,
     mode: str | None = None,
-    coordinates: str = "straight",
+    coordinates: str = "ot",
     method: str | ButcherTableau = "abm3",
     num_steps: int | None = 64,
     grading: float | None = None,
@@ -142,9 +142,9 @@ def log_likelihood(
             How products with the Jacobian are made: `"reverse"`, a backward pass each, or `"forward"`, many tangents
             in one pass. If not given, the one that costs less: reverse mode for fewer than 16 products at a point,
             and for networks that do not run in forward mode. The result tells.
-        coordinates (`str`, *optional*, defaults to `"straight"`):
-            `"straight"`, `"angle"` (the points divided by `hypot(alpha, sigma)`, in the time `atan2(sigma, alpha)`) or
-            `"native"`, the path's own coordinates and time.
+        coordinates (`str`, *optional*, defaults to `"ot"`):
+            The name of the [`~coordinates.Coordinates`] of the integration: `"ot"`, the straight ones, `"angle"` or
+            `"native"`, the path's own.
         method (`str` or `ButcherTableau`, *optional*, defaults to `"abm3"`):
             A method of [`~solvers.odeint`].
         num_steps (`int`, *optional*, defaults to 64):
@@ -199,7 +199,7 @@ def log_likelihood(
     _check_batch(data, args)
     if not start < end:
         raise ValueError(f"`start` must lie before `end`, but they are {start} and {end}.")
-    flow = _Flow(predict, path, prediction_type, coordinates, _model_dtype(data))
+    flow = _Flow(predict, Coordinates(path, coordinates), prediction_type, _model_dtype(data))
     span = flow.time(start), flow.time(end)
     state = data.to(_state_dtype(data)) / flow.scale(start)
 
@@ -316,7 +316,7 @@ def transport(
     start: float = 0.0,
     end: float = 1.0,
     prediction_type: str = "flow_prediction",
-    coordinates: str = "straight",
+    coordinates: str = "ot",
     method: str | ButcherTableau = "abm3",
     num_steps: int | None = 64,
     grading: float | None = None,
@@ -341,8 +341,8 @@ def transport(
             The time to go to, in [0, 1].
         prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
             What the network predicts, one of `PREDICTION_TYPES`.
-        coordinates (`str`, *optional*, defaults to `"straight"`):
-            `"straight"`, `"angle"` or `"native"`, as for [`log_likelihood`].
+        coordinates (`str`, *optional*, defaults to `"ot"`):
+            `"ot"`, `"angle"` or `"native"`, as for [`log_likelihood`].
         method (`str` or `ButcherTableau`, *optional*, defaults to `"abm3"`):
             A method of [`~solvers.odeint`].
         num_steps (`int`, *optional*, defaults to 64):
@@ -367,7 +367,7 @@ def transport(
     if num_steps is None and grading is not None:
         raise ValueError("`grading` belongs to fixed steps, but `num_steps` is None.")
     _check_batch(x, args)
-    flow = _Flow(predict, path, prediction_type, coordinates, _model_dtype(x))
+    flow = _Flow(predict, Coordinates(path, coordinates), prediction_type, _model_dtype(x))
     u0, u1 = flow.time(start), flow.time(end)
     grid = None if num_steps is None else flow.grid(u0, u1, num_steps, grading)
     state = x.to(_state_dtype(x)) / flow.scale(start)
@@ -404,24 +404,15 @@ class _Flow:
     """The flow of a network in chosen coordinates: `y = x_t / scale(t)` in the time `u`."""
 
     predict: Callable[..., torch.Tensor]
-    path: ConditionalPath
+    coordinates: Coordinates
     prediction_type: str
-    coordinates: str
     dtype: torch.dtype
-
-    def __post_init__(self) -> None:
-        _check_choice("coordinates", self.coordinates, COORDINATES)
 
     def time(self, t: float) -> float:
         """The time `u` of these coordinates at `t`."""
         if not 0.0 <= t <= 1.0:
             raise ValueError(f"Times must lie in [0, 1], not at {t}.")
-        if self.coordinates == "native":
-            return t
-        at = torch.tensor(t, dtype=torch.float64)
-        if self.coordinates == "straight":
-            return self.path.ratio(at).item()
-        return torch.atan2(self.path.sigma(at), self.path.alpha(at)).item()
+        return self.coordinates.node_at(torch.tensor(t, dtype=torch.float64)).item()
 
     def scale(self, t: float) -> float:
         return self._scale(torch.tensor(t, dtype=torch.float64)).item()
@@ -432,16 +423,9 @@ class _Flow:
     def point(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The path's time and scale at `u`, and the `a, b` of `dy/du = a * y + b * model_output`."""
         # On the CPU in float64, as coefficients are everywhere.
-        u = u.to(device="cpu", dtype=torch.float64)
-        target: str | tuple[torch.Tensor, torch.Tensor] = "flow_prediction"
-        if self.coordinates == "native":
-            t = u
-        elif self.coordinates == "straight":
-            t, target = self.path.time_at(u), (-torch.ones_like(u), torch.ones_like(u))
-        else:
-            # With alpha = r cos(u) and sigma = r sin(u), dy/du is cos(u) * noise - sin(u) * data on every path.
-            t, target = self.path.time_at(u.sin() / (u.sin() + u.cos())), (-u.sin(), u.cos())
-        on_sample, on_output = self.path.coefficients(t, self.prediction_type, target)
+        t = self.coordinates.time(u.to(device="cpu", dtype=torch.float64))
+        target = self.coordinates.derivative(t)
+        on_sample, on_output = self.coordinates.path.coefficients(t, self.prediction_type, target)
         scale = self._scale(t)
         return t, scale, on_sample * scale, on_output
 
@@ -467,10 +451,8 @@ class _Flow:
         return function
 
     def _scale(self, t: torch.Tensor) -> torch.Tensor:
-        if self.coordinates == "native":
-            return torch.ones_like(t)
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        return alpha + sigma if self.coordinates == "straight" else torch.hypot(alpha, sigma)
+        path = self.coordinates.path
+        return self.coordinates.scale(path.alpha(t), path.sigma(t))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
+from ..coordinates import Coordinates
 from ..likelihood import transport
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
@@ -84,8 +85,8 @@ def flow_end(scheduler: FlowMatchScheduler, t: float) -> float:
         `float`: The time.
     """
     at = torch.tensor(t, dtype=torch.float64)
-    straight = (-torch.ones_like(at), torch.ones_like(at))
-    if bool(scheduler.path.determines(at, scheduler.config.prediction_type, straight)):
+    derivative = Coordinates(scheduler.path, "ot").derivative(at)
+    if bool(scheduler.path.determines(at, scheduler.config.prediction_type, derivative)):
         return t
     return MARGIN if t == 0.0 else 1 - MARGIN
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
-from .grids import angle_of_ratio, ratio_of_angle
+from ..coordinates import Coordinates, angle_of_ratio, ratio_of_angle
 from .multistep import adams_increments
-from .sampling_plan import make_coordinates
 from .scheduling_flow_match import FlowMatchScheduler
 
 
@@ -198,7 +197,7 @@ class _Watcher(FlowMatchScheduler):
         return sample.double() / self.scale(self.path.alpha(t), self.path.sigma(t))
 
     def scale(self, alpha: Any, sigma: Any) -> float:
-        coordinates = make_coordinates(self.path, "angle", self.config.sigma_data)
+        coordinates = Coordinates(self.path, "angle", self.config.sigma_data)
         return float(coordinates.scale(*(torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))))
 
 

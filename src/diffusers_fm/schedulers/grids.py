@@ -3,13 +3,13 @@
 Grids of straight times, `sigma / (alpha + sigma)`: their spacings, checks and inversions.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 
 import torch
 
+from ..coordinates import angle_of_ratio, ratio_of_angle
 from ..paths import ConditionalPath
 
 
@@ -19,40 +19,6 @@ FINAL_SIGMAS_TYPES = ("zero", "sigma_min")
 # The angles of the graded grid are (pi / 2) (1 - (i / N)^1.3)^1.75: finest at the data, finer at the noise too, where
 # multistep methods start up. Fitted on Gaussian mixtures and digits models, see `tests/benchmarks/bench_solvers.py`.
 GRADING = (1.3, 1.75)
-
-
-def ratio_of_angle(angle: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """
-    The straight time at an angle `atan2(sigma, alpha * sigma_data)`.
-
-    Args:
-        angle (`torch.Tensor`):
-            Angles in [0, pi / 2], 0 = data, any shape.
-        sigma_data (`float`):
-            The standard deviation of the data.
-
-    Returns:
-        `torch.Tensor`: `sigma / (alpha + sigma)`.
-    """
-    noise = sigma_data * torch.sin(angle)
-    # The sine of the complement is exactly 0 at pi / 2; the cosine is not.
-    return noise / (torch.sin(math.pi / 2 - angle) + noise)
-
-
-def angle_of_ratio(ratio: torch.Tensor, sigma_data: float) -> torch.Tensor:
-    """
-    The inverse of [`ratio_of_angle`].
-
-    Args:
-        ratio (`torch.Tensor`):
-            Straight times in [0, 1], any shape.
-        sigma_data (`float`):
-            The standard deviation of the data.
-
-    Returns:
-        `torch.Tensor`: `atan2(sigma, alpha * sigma_data)`.
-    """
-    return torch.atan2(ratio, sigma_data * (1 - ratio))
 
 
 def spaced_ratios(

@@ -7,23 +7,20 @@ weights, whatever the path, the prediction type and the solver.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from ..coordinates import Coordinates, Row
 from ..paths import ConditionalPath
 from ..solvers import ADAMS, TABLEAUX, ButcherTableau
-from .grids import angle_of_ratio, ratio_of_angle
 from .multistep import CalibratedSteps, adams_increments
 
 
 RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
 SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama")
-SAMPLING_PATHS = ("ot", "native", "angle")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
-
-Row = tuple[torch.Tensor, torch.Tensor]
 
 
 def runge_kutta_tableau(solver: str) -> ButcherTableau:
@@ -86,64 +83,6 @@ class Stage:
     end: tuple[float, float]
     noise: float = 0.0
     retain: int = 0
-
-
-@dataclass(frozen=True)
-class Coordinates:
-    """
-    Coordinates in which a path is integrated: `x = scale * X`, and `dX/du` is a linear combination of data and noise.
-
-    Args:
-        derivative (`Callable`):
-            `dX/du` at `t`, as a prediction type or as the weights of data and noise.
-        node (`Callable`):
-            `u` at a straight time.
-        time (`Callable`):
-            `t` at `u`.
-        scale (`Callable`):
-            The scale of `x` at `(alpha, sigma)`.
-    """
-
-    derivative: Callable[[torch.Tensor], str | Row]
-    node: Callable[[torch.Tensor], torch.Tensor]
-    time: Callable[[torch.Tensor], torch.Tensor]
-    scale: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def make_coordinates(path: ConditionalPath, sampling_path: str, sigma_data: float) -> Coordinates:
-    """
-    The coordinates in which a path is integrated.
-
-    Args:
-        path (`ConditionalPath`):
-            The path.
-        sampling_path (`str`):
-            `ot`: `u = sigma / (alpha + sigma)` and `X = x / (alpha + sigma)`, in which every path is the OT path.
-            `native`: `u = t` and `X = x`, the path's own ODE (arXiv 2210.02747).
-            `angle`: `u = atan2(sigma, alpha * sigma_data)` and `X = x / sqrt(sigma^2 + (alpha * sigma_data)^2)`, in
-            which every path is the trigonometric one and `X` keeps unit variance.
-        sigma_data (`float`):
-            The standard deviation of the data, for `angle`.
-
-    Returns:
-        `Coordinates`: The coordinates.
-    """
-    if sampling_path == "native":
-        return Coordinates(lambda t: "flow_prediction", path.time_at, lambda u: u, lambda a, s: torch.ones_like(a))
-    if sampling_path == "ot":
-        return Coordinates(lambda t: (-torch.ones_like(t), torch.ones_like(t)), lambda r: r, path.time_at, torch.add)
-
-    def rotation(t: torch.Tensor) -> Row:
-        alpha, sigma = sigma_data * path.alpha(t), path.sigma(t)
-        norm = torch.hypot(alpha, sigma)
-        return -sigma / (norm * sigma_data), alpha / norm
-
-    return Coordinates(
-        rotation,
-        lambda ratio: angle_of_ratio(ratio, sigma_data),
-        lambda angle: path.time_at(ratio_of_angle(angle, sigma_data)),
-        lambda alpha, sigma: torch.hypot(sigma_data * alpha, sigma),
-    )
 
 
 def end_point(path: ConditionalPath, ratios: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -219,7 +158,7 @@ class SamplingPlan:
         Raises:
             ValueError: If the derivative is undefined where the grid begins.
         """
-        coordinates = make_coordinates(self.path, self.sampling_path, self.sigma_data)
+        coordinates = Coordinates(self.path, self.sampling_path, self.sigma_data)
         if self.solver == "euler_maruyama":
             return self._euler_maruyama(coordinates, ratios)
         if self.eta > 0:
@@ -240,7 +179,7 @@ class SamplingPlan:
             steps = len(ends) - jumps
             body = self._runge_kutta(coordinates, tableau, starts[:steps], ends[:steps])
         if jumps:
-            straight = make_coordinates(self.path, "ot", self.sigma_data)
+            straight = Coordinates(self.path, "ot", self.sigma_data)
             body += self._runge_kutta(straight, TABLEAUX["euler"], starts[-1:], ends[-1:])
         if self.churn[0] > 0:
             body = self._with_churn(body, starts, ratios)

@@ -12,6 +12,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 
+from ..coordinates import SAMPLING_PATHS
 from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
 from ..sharing import CardContent, PushMixin, model_card
 from .grids import (
@@ -28,7 +29,6 @@ from .multistep import read_calibration
 from .sampling_plan import (
     DIFFUSION_FORMS,
     RUNGE_KUTTA,
-    SAMPLING_PATHS,
     SOLVERS,
     SamplingPlan,
     Stage,
