@@ -96,6 +96,16 @@ def test_restyled_digits(tmp_path: Path) -> None:
 # Where data comes from
 
 
+def test_folders_with_a_card_are_read_as_they_are_now(tmp_path: Path) -> None:
+    card = "configs:\n- config_name: default\n  data_files:\n  - split: train\n    path: train*\n"
+    folders = (tmp_path / "one" / "data", tmp_path / "other" / "data", tmp_path / "one" / "data")
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(f"---\n{card}---\n")
+        datasets.Dataset.from_dict({"number": [number]}).to_parquet(folder / "train.parquet")
+        assert load_splits(str(folder), cache_dir=str(tmp_path / "cache"))["train"]["number"][:] == [number]
+
+
 def test_every_kind_of_data_set_gives_the_same_batches(tmp_path: Path) -> None:
     dataset = (
         pictures()

@@ -6,6 +6,8 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from .tensor_cache import content_key
+
 
 HELD_OUT_SPLITS = ("validation", "test")
 
@@ -47,6 +49,11 @@ def load_splits(
             return datasets.DatasetDict.load_from_disk(folder)
         if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
             return datasets.DatasetDict({"train": datasets.Dataset.load_from_disk(folder)})
+        if (folder / "README.md").is_file():
+            # Of a folder with a card, `datasets` finds again what it has prepared by the folder's name and the card
+            # alone: it takes another folder, or other files in this one, for the same data.
+            state = [f"{path} {path.stat().st_mtime_ns}" for path in sorted(folder.resolve().rglob("*"))]
+            cache_dir = str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / content_key(*state))
         return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
     except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"No data set can be read from {dataset_name or train_data_dir!r}: {error}") from error
