@@ -123,10 +123,9 @@ def test_every_caption_is_read_whole(tiny: StableDiffusion3Pipeline) -> None:
         captions = {
             caption for row in load_dataset(str(ROOT / "data" / "digits"), split=split)["text"] for caption in row
         }
-        assert len(captions) == {"train": 160, "test": 80}[split]
         for tokenizer in (tiny.tokenizer, tiny.tokenizer_2, tiny.tokenizer_3):
             tokens = tokenizer(sorted(captions)).input_ids
-            assert max(map(len, tokens)) <= tokenizer.model_max_length == 32
+            assert max(map(len, tokens)) <= tokenizer.model_max_length == 16
             assert not any(tokenizer.unk_token_id in words[1:-1] for words in tokens)
             # All captions differ to every tokenizer.
             assert len(set(map(tuple, tokens))) == len(captions)
@@ -202,9 +201,9 @@ def test_autoencoder_with_random_weights_is_said(tmp_path: Path, caplog: pytest.
     ("component", "config", "match"),
     [
         ("transformer", {"in_channels": 4, "out_channels": 4}, "has 3 latent channels, the transformer 4"),
-        ("transformer", {"pooled_projection_dim": 64}, r"project to 96 dimensions .* `pooled_projection_dim` is 64"),
-        ("text_encoder", {"hidden_size": 48}, "are 112 wide together, .* `joint_attention_dim` is 96"),
-        ("text_encoder_3", {"d_model": 64}, "`text_encoder_3` is 64 wide, .* `joint_attention_dim` is 96"),
+        ("transformer", {"pooled_projection_dim": 64}, r"project to 256 dimensions .* `pooled_projection_dim` is 64"),
+        ("text_encoder", {"hidden_size": 112}, "are 272 wide together, .* `joint_attention_dim` is 256"),
+        ("text_encoder_3", {"d_model": 64}, "`text_encoder_3` is 64 wide, .* `joint_attention_dim` is 256"),
     ],
 )
 def test_parts_that_do_not_fit(component: str, config: dict, match: str, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@
 The images have 17 grey levels (0 to 16). They are stored as 8-bit PNG files, level `v` as `round(255 v / 16)`, so
 `round(16 p / 255)` gives every original value back. The split is stratified by class and seeded.
 
-Captions are made from the labels. The two splits have different wordings, so that a text-to-image model can be judged
-by wordings that it was not trained on.
+Captions are made from the labels, some for each image, drawn by seed. The two splits have different wordings, so that
+a text-to-image model can be judged by wordings that it was not trained on.
 """
 
 import argparse
 import io
+import itertools
+import random
 from pathlib import Path
 
 import numpy as np
@@ -28,24 +30,49 @@ from sklearn.model_selection import train_test_split
 
 NUM_TEST = 297
 SEED = 0
+NUM_WORDINGS = 160
+CAPTIONS_OF_IMAGE = 8
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+# Wordings of the training split are openings with nouns and closings, drawn by seed. Those of the test split are other
+# sentences: the first half in words of training, the second half with words that are in no training caption.
+OPENINGS = ("", "a picture of ", "a photo of ", "somebody wrote ", "here is ", "show me ") + (
+    "look at ",
+    "she drew ",
+    "can you read ",
+    "this must be ",
+    "my teacher gave us ",
+    "there was ",
+)
+NOUNS = (
+    "{}",
+    "{a} {}",
+    "the digit {}",
+    "the number {}",
+    "a handwritten {}",
+    "the figure {}",
+    "another {}",
+    "a small {}",
+)
+CLOSINGS = ("", ", written by hand", " in grey", " on paper", " at school", " for you") + (
+    ", a little crooked",
+    " from a letter",
+    " in pencil",
+    "?",
+)
 WORDINGS = {
-    "train": (
-        "{}",
-        "the digit {}",
-        "the number {}",
-        "a handwritten {}",
-        "a picture of the digit {}",
-        "somebody wrote the number {}",
-        "a small grey image of a {}",
-        "{}, written by hand",
+    "train": tuple(
+        random.Random(SEED).sample([*map("".join, itertools.product(OPENINGS, NOUNS, CLOSINGS))], k=NUM_WORDINGS)
     ),
     "test": (
         "the handwritten number {}",
+        "here on paper is the picture of {a} {}",
+        "written by hand in grey, {a} {}",
+        "show me the number {} somebody wrote",
         "an image of the digit {}",
-        "a {} that somebody wrote by hand",
         "please draw the number {}",
+        "scan of a page with {a} {} on it",
+        "I want to see {a} {}!",
     ),
 }
 STYLES = ("original", "inverted", "slanted")
@@ -53,7 +80,8 @@ STYLES = ("original", "inverted", "slanted")
 
 def captions(label: int, split: str) -> list[str]:
     """Every wording of a split for a digit, with its name and with its numeral."""
-    return [wording.format(name) for wording in WORDINGS[split] for name in (NAMES[label], str(label))]
+    article = "an" if NAMES[label] == "eight" else "a"
+    return [wording.format(name, a=article) for wording in WORDINGS[split] for name in (NAMES[label], str(label))]
 
 
 def restyle(levels: np.ndarray, style: str) -> np.ndarray:
@@ -88,10 +116,13 @@ def main(output_dir: Path, style: str) -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for split, indices in (("train", train), ("test", test)):
         labels = digits.target[indices].tolist()
+        generator = np.random.default_rng(SEED)
         columns = {
             "image": [{"bytes": to_png(images[row]), "path": None} for row in indices],
             "label": labels,
-            "text": [captions(label, split) for label in labels],
+            "text": [
+                generator.choice(captions(label, split), CAPTIONS_OF_IMAGE, replace=False).tolist() for label in labels
+            ],
         }
         Dataset.from_dict(columns, features=features).to_parquet(output_dir / f"{split}-00000-of-00001.parquet")
         print(f"{split}: {len(indices)} images")

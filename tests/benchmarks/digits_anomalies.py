@@ -14,7 +14,7 @@ import json
 import datasets
 import numpy as np
 import torch
-from digits_quality import DIGITS
+from digits_judge import DIGITS
 from sklearn.metrics import roc_auc_score
 
 from diffusers_fm import FlowMatchPipeline

@@ -3,7 +3,7 @@
 
     python tests/benchmarks/digits_edit.py runs/unet-digits --output_dir runs/edit
 
-For each way of editing: how often the plain classifier of `digits_quality.py` reads the wanted digit, and the root
+For each way of editing: how often the plain classifier of `digits_judge.py` reads the wanted digit, and the root
 mean square of what has changed, for images in [0, 1]. For inversion: the error of the way to noise and back, for
 pixels in [-1, 1]. `edits.png` has a row for each digit: the original, and what it becomes as each of the ten;
 `interpolation.png` goes from the digit of each row to the next one.
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from digits_quality import load_split, train_classifier
+from digits_judge import load_split, train_classifier
 
 from diffusers_fm import FlowMatchEditPipeline
 

@@ -4,7 +4,7 @@
     python tests/benchmarks/digits_inverse.py runs/unet-digits --output_dir runs/inverse
 
 Prints for each measurement how far it is missed, the error of the drawn pixels, and how often the plain classifier of
-`digits_quality.py` reads the original's label in them, with the label unknown to the pipeline and known to it. Of
+`digits_judge.py` reads the original's label in them, with the label unknown to the pipeline and known to it. Of
 half digits the label is not certain: a classifier of halves says how often a draw from the posterior would have it.
 `inpainting.png` has a row for each of ten digits: the original, its known half, and six completions without label.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from digits_quality import load_split, train_classifier
+from digits_judge import load_split, train_classifier
 from sklearn.svm import SVC
 
 from diffusers_fm import FlowMatchInversePipeline

@@ -6,7 +6,7 @@
 All 297 held-out digits are made small (antialiased bicubic, 8 bits) and upscaled, ten samples each, by default with 20
 steps. PSNR and SSIM (Gaussian window of 7 pixels: the standard one is larger than the images) are means over images,
 for single samples, for the mean of ten samples, and for bicubic enlargement. The classifier is that of
-`digits_quality.py`, trained on the real 8x8 training digits. The Frechet distance is that of the raw 64 pixels, with
+`digits_judge.py`, trained on the real 8x8 training digits. The Frechet distance is that of the raw 64 pixels, with
 values in [0, 1], of held-out digits and of what was made of them: only the originals reach 0.
 """
 
@@ -16,7 +16,7 @@ import json
 import numpy as np
 import scipy.linalg
 import torch
-from digits_quality import load_split, train_classifier
+from digits_judge import load_split, train_classifier
 
 from diffusers_fm import FlowMatchUpscalePipeline
 from diffusers_fm.image_quality import psnr, ssim

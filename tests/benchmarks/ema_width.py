@@ -18,7 +18,7 @@ import PIL.Image
 import PIL.ImageDraw
 import torch
 from accelerate import Accelerator
-from digits_quality import DIGITS
+from digits_judge import DIGITS
 from safetensors.torch import load_file
 
 from diffusers_fm import FlowMatchPipeline
