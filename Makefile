@@ -32,6 +32,7 @@ MODEL ?= runs/unet-digits
 bench:  ## measure schedulers and solvers, judge the samples of a trained digits pipeline, MODEL=folder
 	python tests/benchmarks/bench_step.py
 	python tests/benchmarks/bench_training.py
+	python tests/benchmarks/bench_data.py
 	python tests/benchmarks/bench_marginals.py
 	python tests/benchmarks/bench_solvers.py
 	python tests/benchmarks/bench_solvers.py --pipeline $(MODEL)

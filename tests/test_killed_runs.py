@@ -122,6 +122,32 @@ def hit(
     return True
 
 
+# Files that wait in the buffer of a stream, and batches that workers have ready, are lost when it is killed.
+STREAM = {
+    "streaming": True,
+    "shuffle_buffer_size": 12,
+    "validation_steps": 1000,
+    "dataloader_num_workers": 2,
+}
+
+
+def test_killed_streams_end_as_uninterrupted_ones(processes: ForkServerContext, tmp_path: Path) -> None:
+    chance = random.Random("stream")
+    folder, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
+    options = {**OPTIONS, **STREAM}
+    whole = train(folder, data, tmp_path / "whole", **options)
+    output_dir = tmp_path / "killed"
+    line = command_line(folder, data, output_dir, **options)
+    for place, number in HITS[:5]:
+        hit(processes, line, output_dir, place, number, chance)
+    process = processes.Process(target=run_script_file, args=(SCRIPT, [*line, "--resume_from_checkpoint=latest"]))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+    assert_same_weights(whole, output_dir)
+    assert read_log(output_dir, *FIGURES) == read_log(whole, *FIGURES)
+
+
 @pytest.mark.parametrize("kind", ["unet-classes", "dit-vae"])
 def test_killed_runs_end_as_uninterrupted_ones(kind: str, processes: ForkServerContext, tmp_path: Path) -> None:
     chance = random.Random(kind)

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny
 from tiny_text_to_image import colours, tiny_stable_diffusion_3
+from training_runs import make_dataset, read_log, save_untrained, train
 
 from diffusers_fm.models import encode_latents, encode_moments, latents_of_moments
 from diffusers_fm.training import (
@@ -22,7 +24,7 @@ from diffusers_fm.training import (
     cache_prompts,
     model_fingerprint,
 )
-from diffusers_fm.training.evaluation import normalize
+from diffusers_fm.training.latents import normalize
 
 
 SIZES = ((16, 16), (24, 16))
@@ -183,6 +185,26 @@ def test_latents_are_computed_once_for_each_content(tmp_path: Path, accelerator:
         cache_latents(accelerator, image_data(5, center_crop=False), vae, tmp_path, batch_size=3)
 
 
+def test_unreadable_images_are_not_asked_for(tmp_path: Path, accelerator: Accelerator) -> None:
+    images = colours(7).cast_column("image", datasets.Image(decode=False))["image"][:]
+    images[2]["bytes"], images[5] = b"no image", None
+    rows = datasets.Dataset.from_dict({"image": images}, features=datasets.Features(image=datasets.Image()))
+    vae = tiny_stable_diffusion_3().vae
+    keys = np.stack([np.zeros(7, int), np.arange(7)], axis=1)
+    for memory_budget in (0, 2**20):
+        options = {"memory_budget": memory_budget, "max_unreadable": 2}
+        on_the_fly, cached = (ImageData(rows, ImageTransform(16, 3, center_crop=True), **options) for _ in range(2))
+        assert len(cache_latents(accelerator, cached, vae, tmp_path, batch_size=3)) == 5
+        batch = cached[keys]
+        assert sorted(batch["unreadable"]) == [2, 5]
+        with torch.no_grad():
+            expected = encode_moments(vae, normalize(on_the_fly[keys]["images"]))
+        torch.testing.assert_close(batch["moments"], expected, rtol=0, atol=1e-5)
+    data = ImageData(rows, ImageTransform(16, 3, center_crop=True), memory_budget=0, max_unreadable=1)
+    with pytest.raises(ValueError, match="The image in row . of the data set cannot be read"):
+        cache_latents(accelerator, data, vae, tmp_path / "other", batch_size=3)
+
+
 def test_an_interrupted_cache_goes_on(tmp_path: Path, accelerator: Accelerator) -> None:
     vae = tiny_stable_diffusion_3().vae
     calls = 0
@@ -224,3 +246,31 @@ def test_cached_embeddings_are_those_of_the_encoders(tmp_path: Path, accelerator
         next(other.text_encoder_2.parameters()).view(-1)[0] += 1
     with pytest.raises(ValueError, match="does not match this run: it was made with text encoders"):
         cache_prompts(accelerator, captions, PromptEncoder(other, 6), tmp_path, batch_size=2)
+
+
+# In training
+
+
+def test_training_on_cached_latents_has_the_same_losses(tmp_path: Path) -> None:
+    folder, data = save_untrained(tmp_path / "untrained", "dit-vae"), make_dataset(tmp_path / "data", side=16)
+    options = {"center_crop": True, "random_flip": True, "validation_steps": 3, "train_batch_size": 4}
+    plain = train(folder, data, tmp_path / "plain", **options)
+    cached = train(folder, data, tmp_path / "cached", cache_latents=True, **options)
+    files = sorted((cached / "precomputed" / "latents").iterdir())
+    # 20 images and their mirror images, and 7 that are held out.
+    assert sum(file.read_text().count("\n") for file in files if file.suffix == ".jsonl") == 47
+    for name in ("loss", "validation_loss"):
+        (steps, losses), (other_steps, others) = (zip(*read_log(run, name)) for run in (plain, cached))
+        assert steps == other_steps
+        # Convolutions may round otherwise in batches of another size.
+        np.testing.assert_allclose(others, losses, rtol=2e-5)
+    precomputed = {"precomputed_dir": cached / "precomputed", "cache_latents": True}
+    again = train(folder, data, tmp_path / "again", **precomputed, **options)
+    assert sorted((cached / "precomputed" / "latents").iterdir()) == files
+    assert not (again / "precomputed").exists()
+    assert read_log(again, "loss") == read_log(cached, "loss")
+    with pytest.raises(ValueError, match="always cropped alike: give --center_crop"):
+        train(folder, data, tmp_path / "refused", cache_latents=True)
+    pixels = save_untrained(tmp_path / "pixels", "unet")
+    with pytest.raises(ValueError, match="--cache_latents needs an autoencoder, and '.*' has none"):
+        train(pixels, data, tmp_path / "refused", cache_latents=True, center_crop=True)

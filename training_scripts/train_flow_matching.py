@@ -26,6 +26,13 @@ A folder of images, classes in subfolders, on two GPUs:
       --pretrained_model_name_or_path pipelines/unet-imagenet64 --train_data_dir /data/imagenet/train \
       --output_dir runs/unet-imagenet64 --random_flip --dataloader_num_workers 8
 
+A data set on the Hub that is larger than the disk, read as it comes:
+
+    accelerate launch --multi_gpu --num_processes 2 training_scripts/train_flow_matching.py \
+      --pretrained_model_name_or_path pipelines/dit-imagenet256 --vae_name_or_path stabilityai/sd-vae-ft-mse \
+      --dataset_name ILSVRC/imagenet-1k --streaming --max_train_steps 400000 --dataloader_num_workers 8 \
+      --output_dir runs/dit-imagenet256
+
 Go on after an interruption:
 
     accelerate launch training_scripts/train_flow_matching.py --config runs/unet-digits/training_args.json \
@@ -40,16 +47,18 @@ import torch
 
 from diffusers_fm import FlowMatchPipeline, init_pipeline
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.models import encode_latents
 from diffusers_fm.training import (
     TrainableModel,
     TrainingRun,
     add_average_arguments,
     add_data_arguments,
+    add_latent_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
     add_run_arguments,
     add_validation_arguments,
+    cache_latents,
+    check_latent_arguments,
     check_shared_arguments,
     choose_label_dropout,
     choose_resolution,
@@ -57,9 +66,9 @@ from diffusers_fm.training import (
     data_and_labels,
     draw_times,
     held_out_loss,
+    latents_of_batch,
     load_images,
     model_card,
-    normalize,
     parse_arguments,
     sample_grid,
 )
@@ -79,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
     add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
     add_data_arguments(parser)
+    add_latent_arguments(parser)
     add_objective_arguments(parser, has_classes=True)
     add_optimisation_arguments(parser)
     add_average_arguments(parser)
@@ -90,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises a `ValueError` for values that can be refused without looking at model or data."""
     check_shared_arguments(args)
+    check_latent_arguments(args)
     if args.label_dropout is not None and not 0 <= args.label_dropout <= 1:
         raise ValueError(f"--label_dropout must be in [0, 1], got {args.label_dropout}.")
 
@@ -116,17 +127,24 @@ def main(args: argparse.Namespace) -> None:
     prediction_type = pipeline.scheduler.config.prediction_type
     if pipeline.vae is not None:
         pipeline.vae.to(device).requires_grad_(False).eval()
+    elif args.cache_latents:
+        raise ValueError(f"--cache_latents needs an autoencoder, and {args.pretrained_model_name_or_path!r} has none.")
 
     # 2. Data
     with run.accelerator.main_process_first():
         train_data, held_out_data = load_images(args, pipeline, resolution)
+    if args.cache_latents:
+        folder = Path(args.precomputed_dir or run.output_dir / "precomputed") / "latents"
+        for data in (train_data, held_out_data):
+            if data is not None:
+                cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
 
     # 3. Model, optimizer, schedule, average, checkpoint
     model = TrainableModel(pipeline)
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
-    model = run.prepare(model, len(train_data))
+    model = run.prepare(model, train_data.num_samples)
     batches = run.batches(train_data)
 
     # 4. What is looked at on the way, and what comes out
@@ -164,8 +182,7 @@ def main(args: argparse.Namespace) -> None:
         export,
         f"{pipeline.denoiser.__class__.__name__},"
         f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {pipeline.scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
-        f" ({'in memory' if train_data.in_memory else 'decoded on the way'}) of side {resolution},"
+        f" {pipeline.scheduler.config.path} path, {prediction_type}; {train_data.description} of side {resolution},"
         f" {0 if held_out_data is None else len(held_out_data)} held out.",
     )
 
@@ -176,10 +193,7 @@ def main(args: argparse.Namespace) -> None:
             for part in run.parts(step):
                 batch = next(batches)
                 with run.accelerator.accumulate(model):
-                    data = normalize(batch["images"].to(device, non_blocking=True))
-                    if pipeline.vae is not None:
-                        with torch.no_grad():
-                            data = encode_latents(pipeline.vae, data, part.sample_generators("posterior", device))
+                    data = latents_of_batch(pipeline, batch, device, part)
                     labels = batch.get("labels")
                     if labels is not None:
                         dropped = part.uniform("label_dropout") < label_dropout

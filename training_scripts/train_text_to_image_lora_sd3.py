@@ -158,7 +158,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline.transformer.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = run.prepare(model, len(train_data), parameter_groups(model, args.text_encoder_lr))
+    model = run.prepare(model, train_data.num_samples, parameter_groups(model, args.text_encoder_lr))
     batches = run.batches(train_data)
 
     # 4. What is looked at on the way, and what comes out
@@ -206,8 +206,7 @@ def main(args: argparse.Namespace) -> None:
         f"{' and of both CLIPs' if text_encoders else ''},"
         f" {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6:.2f} M of"
         f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
-        f" ({'latents cached' if args.cache_latents else 'encoded on the way'}) in {len(sizes)} sizes of about"
+        f" {scheduler.config.path} path, {prediction_type}; {train_data.description} in {len(sizes)} sizes of about"
         f" {args.resolution} x {args.resolution}, {0 if held_out_data is None else len(held_out_data)} held out.",
     )
 

@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    model = run.prepare(model, len(train_data))
+    model = run.prepare(model, train_data.num_samples)
     batches = run.batches(train_data)
 
     # 4. What is looked at on the way, and what comes out
@@ -188,8 +188,7 @@ def main(args: argparse.Namespace) -> None:
         export,
         f"{pipeline.transformer.__class__.__name__},"
         f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
-        f" ({'latents cached' if args.cache_latents else 'encoded on the way'}) in {len(sizes)} sizes of about"
+        f" {scheduler.config.path} path, {prediction_type}; {train_data.description} in {len(sizes)} sizes of about"
         f" {args.resolution} x {args.resolution}, {0 if held_out_data is None else len(held_out_data)} held out.",
     )
 

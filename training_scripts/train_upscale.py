@@ -44,6 +44,7 @@ from diffusers_fm.models import encode_latents
 from diffusers_fm.training import (
     ImageData,
     PairedImageData,
+    StreamData,
     TrainableModel,
     TrainingRun,
     add_average_arguments,
@@ -100,13 +101,18 @@ def check_arguments(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"--{name} must be in [0, 1], got {value}.")
+    if args.streaming and args.conditioning_image_column is not None:
+        raise ValueError(
+            f"--conditioning_image_column {args.conditioning_image_column} does not go with --streaming, which"
+            " reads single images."
+        )
     if args.num_measured_images < 0:
         raise ValueError(f"--num_measured_images must be at least 0, got {args.num_measured_images}.")
 
 
 def load_data(
     args: argparse.Namespace, pipeline: FlowMatchUpscalePipeline, resolution: int
-) -> tuple[ImageData, ImageData | None]:
+) -> tuple[ImageData | StreamData, ImageData | None]:
     """The images to train on, and those held out, with low-resolution ones of their own if there is a column."""
     factor = pipeline.config.scale_factor
     if resolution % factor:
@@ -153,7 +159,7 @@ def main(args: argparse.Namespace) -> None:
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
-    model = run.prepare(model, len(train_data))
+    model = run.prepare(model, train_data.num_samples)
     batches = run.batches(train_data)
 
     # 4. What is looked at on the way, and what comes out
@@ -174,10 +180,11 @@ def main(args: argparse.Namespace) -> None:
             figures = held_out_loss(
                 run.accelerator, model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
             )
-        if run.accelerator.is_main_process:
+        shown = train_data if held_out_data is None else held_out_data
+        if run.accelerator.is_main_process and not isinstance(shown, StreamData):
             report, grid = upscaling_report(
                 pipeline,
-                train_data if held_out_data is None else held_out_data,
+                shown,
                 0 if held_out_data is None else args.num_measured_images,
                 args.num_validation_images,
                 args.num_inference_steps,
@@ -205,9 +212,8 @@ def main(args: argparse.Namespace) -> None:
         export,
         f"{pipeline.denoiser.__class__.__name__},"
         f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {pipeline.scheduler.config.path} path, {prediction_type}; {len(train_data)} images"
-        f" ({'in memory' if train_data.in_memory else 'decoded on the way'}) of side {resolution}, from"
-        f" {resolution // scale_factor}, {0 if held_out_data is None else len(held_out_data)} held out.",
+        f" {pipeline.scheduler.config.path} path, {prediction_type}; {train_data.description} of side {resolution},"
+        f" from {resolution // scale_factor}, {0 if held_out_data is None else len(held_out_data)} held out.",
     )
 
     # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.

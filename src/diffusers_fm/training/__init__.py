@@ -5,11 +5,13 @@ from .arguments import (
     add_average_arguments,
     add_data_arguments,
     add_hub_arguments,
+    add_latent_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
     add_run_arguments,
     add_text_to_image_arguments,
     add_validation_arguments,
+    check_latent_arguments,
     check_shared_arguments,
     check_text_to_image_arguments,
     compare_arguments,
@@ -22,10 +24,12 @@ from .captions import CaptionColumn, choose_caption, drop_captions
 from .cards import lora_card, model_card, text_to_image_card
 from .checkpoints import find_checkpoint, handle_model_files, load_checkpoint, read_manifest, save_checkpoint
 from .data import ImageData
-from .data_sources import choose_split, class_names, held_out_split_name, load_splits
+from .data_sources import choose_split, class_names, first_rows, held_out_split_name, load_splits, stream_splits
 from .ema import EMA, ConstantDecay, PowerFunction
-from .evaluation import data_and_labels, held_out_loss, make_grid, normalize, quiet_copy, sample_grid
+from .evaluation import data_and_labels, held_out_loss, make_grid, quiet_copy, sample_grid
 from .image_transforms import ImageTransform
+from .lanes import Lane, LaneBatches, StreamPosition
+from .latents import latents_of_batch, normalize
 from .launch import StopSignal, make_accelerator
 from .loader import make_loader
 from .loading import load_images
@@ -50,12 +54,12 @@ from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 from .run import TrainingRun
 from .samplers import BucketSampler, StreamSampler
+from .streaming import StreamData
 from .tensor_cache import TensorCache, content_key, model_fingerprint
 from .text_to_image import (
     TextToImageModel,
     as_saved,
     freeze,
-    latents_of_batch,
     load_captioned_data,
     prepare_latents,
     prepare_prompts,
@@ -83,6 +87,8 @@ __all__ = [
     "ConstantDecay",
     "ImageData",
     "ImageTransform",
+    "Lane",
+    "LaneBatches",
     "LossMeter",
     "PairedImageData",
     "PowerFunction",
@@ -90,6 +96,8 @@ __all__ = [
     "Publisher",
     "RunLog",
     "StopSignal",
+    "StreamData",
+    "StreamPosition",
     "StreamSampler",
     "TensorCache",
     "TextToImageModel",
@@ -102,6 +110,7 @@ __all__ = [
     "add_average_arguments",
     "add_data_arguments",
     "add_hub_arguments",
+    "add_latent_arguments",
     "add_lora",
     "add_lora_arguments",
     "add_objective_arguments",
@@ -114,6 +123,7 @@ __all__ = [
     "cache_latents",
     "cache_prompts",
     "check_engine",
+    "check_latent_arguments",
     "check_lora_arguments",
     "check_shared_arguments",
     "check_text_to_image_arguments",
@@ -135,6 +145,7 @@ __all__ = [
     "drop_captions",
     "epoch_order",
     "find_checkpoint",
+    "first_rows",
     "freeze",
     "handle_model_files",
     "held_out_loss",
@@ -171,6 +182,7 @@ __all__ = [
     "saved_arguments",
     "seed_layers",
     "shift_of",
+    "stream_splits",
     "tell_of_long_captions",
     "text_to_image_card",
     "upscaling_report",

@@ -67,6 +67,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max_train_samples", type=int, help="Train on so many samples, chosen at random.")
     add("--max_unreadable_images", type=int, default=100, help="Go on if so many images cannot be read, at most.")
     add("--max_validation_samples", type=int, default=2048, help="Hold out so many samples at most.")
+    add("--streaming", action="store_true", help="Read the data as it comes, without a download beforehand.")
+    add("--shuffle_buffer_size", type=int, default=1000, help="Of a stream: files among which a worker shuffles.")
     add("--cache_dir", help="Where downloaded and prepared data is kept.")
     add("--resolution", type=int, help="Side of the images; by default what the pipeline is configured for.")
     add("--center_crop", action="store_true", help="Crop at the centre, not anywhere.")
@@ -74,8 +76,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dataloader_num_workers", type=int, default=0, help="Processes that decode images; results do not change.")
 
 
+def add_latent_arguments(parser: argparse.ArgumentParser) -> None:
+    """What an autoencoder says of the images, kept for the run and for others."""
+    add = parser.add_argument_group("latents").add_argument
+    add("--cache_latents", action="store_true", help="Encode images once, to disk; needs --center_crop.")
+    add("--precomputed_dir", help="Where what is kept is; by default `precomputed` in the output folder.")
+
+
 def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     """Captions, sizes of images, what is computed once and kept, and prompts to look at."""
+    add_latent_arguments(parser)
     add = parser.add_argument_group("text and images").add_argument
     add("--caption_column", default="text", help="Column of captions, or of lists of which each visit takes one.")
     add("--caption_dropout", type=float, default=0.1, help="Part of the captions made empty, for guidance.")
@@ -91,9 +101,7 @@ def add_text_to_image_arguments(parser: argparse.ArgumentParser) -> None:
     add("--aspect_ratio_buckets", help='The sizes themselves, height,width: "1024,1024;832,1216;1216,832".')
     add("--max_aspect_ratio", type=float, default=2.0, help="Longer to shorter side of a bucket at most.")
     add("--shift_base_resolution", type=int, help="Shift times by sqrt(pixels of an image / pixels of this square).")
-    add("--cache_latents", action="store_true", help="Encode images once, to disk; needs --center_crop.")
     add("--cache_text_embeddings", action="store_true", help="Encode captions once, to disk.")
-    add("--precomputed_dir", help="Where these are; by default `precomputed` in the output folder.")
     add("--save_stock", action="store_true", help="Sample on stock's grid, so that the result needs no diffusers-fm.")
     add("--offload", action="store_true", help="Keep frozen models on the CPU but for the moments they are used.")
     add("--validation_prompts", nargs="+", default=[], help="Prompts of the picture grids, a row each.")
@@ -248,11 +256,15 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
     for name in (
         "train_batch_size gradient_accumulation_steps num_train_epochs max_train_steps checkpointing_steps"
         " logging_steps validation_steps num_inference_steps eval_batch_size checkpoints_total_limit resolution"
-        " max_train_samples max_validation_samples max_skipped_steps ema_snapshot_steps"
+        " max_train_samples max_validation_samples max_skipped_steps ema_snapshot_steps shuffle_buffer_size"
     ).split():
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
+    if args.streaming and args.max_train_samples is not None:
+        raise ValueError(
+            f"--max_train_samples {args.max_train_samples} does not go with --streaming: streams are read whole."
+        )
     if args.max_unreadable_images < 0:
         raise ValueError(f"--max_unreadable_images must be at least 0, got {args.max_unreadable_images}.")
     for name in ("learning_rate", "max_grad_norm", "shift", "ema_inv_gamma"):
@@ -295,13 +307,30 @@ def check_shared_arguments(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{name} {getattr(args, name)} needs --push_to_hub.")
 
 
+def check_latent_arguments(args: argparse.Namespace) -> None:
+    """
+    Refuses values of the arguments for latents that can be refused without looking at model or data.
+
+    Args:
+        args (`argparse.Namespace`):
+            With the arguments of `add_latent_arguments` and `add_data_arguments`.
+
+    Raises:
+        ValueError: naming the argument, its value, and what is accepted.
+    """
+    if args.cache_latents and not args.center_crop:
+        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
+    if args.cache_latents and args.streaming:
+        raise ValueError("--cache_latents does not go with --streaming: it needs to know all of the data beforehand.")
+
+
 def check_text_to_image_arguments(args: argparse.Namespace) -> None:
     """
     Refuses values of the text-to-image arguments that can be refused without looking at model or data.
 
     Args:
         args (`argparse.Namespace`):
-            With the arguments of `add_text_to_image_arguments`.
+            With the arguments of `add_text_to_image_arguments`, `add_latent_arguments` and `add_data_arguments`.
 
     Raises:
         ValueError: naming the argument, its value, and what is accepted.
@@ -318,8 +347,10 @@ def check_text_to_image_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--shift_base_resolution must be at least 1, got {args.shift_base_resolution}.")
     if args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is not None:
         raise ValueError("Of --use_aspect_ratio_buckets and --aspect_ratio_buckets one may be given.")
-    if args.cache_latents and not args.center_crop:
-        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
+    for name in ("cache_text_embeddings", "use_aspect_ratio_buckets", "aspect_ratio_buckets"):
+        if args.streaming and getattr(args, name):
+            raise ValueError(f"--{name} does not go with --streaming: it needs to know all of the data beforehand.")
+    check_latent_arguments(args)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,41 @@ from .randomness import row_uniforms
 READ_AT_ONCE = 1000
 
 
-def choose_caption(value: Any, number: float, row: int) -> str:
+def caption_path(columns: Any, caption_column: str) -> tuple[str, ...]:
+    """
+    Where captions are.
+
+    Args:
+        columns (`datasets.Features`):
+            The columns of a data set.
+        caption_column (`str`):
+            One of strings, or of lists of strings; or a field of a column of dictionaries, such as `json.caption`.
+
+    Returns:
+        `tuple[str, ...]`: the column, and the fields in it.
+
+    Raises:
+        ValueError: if there is no such column, or it holds no strings.
+    """
+    path = (caption_column,) if caption_column in columns else tuple(caption_column.split("."))
+    feature = columns
+    for name in path:
+        if not isinstance(feature, dict) or name not in feature:
+            raise ValueError(
+                f"There is no caption column {caption_column!r}; the columns are {list(columns)}. Name one with"
+                " --caption_column; captions of a folder of images are in its metadata.jsonl."
+            )
+        feature = feature[name]
+    inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
+    if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
+        raise ValueError(
+            f"The caption column {caption_column!r} must hold strings or lists of strings, got {feature};"
+            f" the columns are {list(columns)}."
+        )
+    return path
+
+
+def choose_caption(value: Any, number: float, row: int | str) -> str:
     """
     The caption of one visit.
 
@@ -22,8 +56,8 @@ def choose_caption(value: Any, number: float, row: int) -> str:
             What the column holds for the row: a caption, or several, of which one is chosen.
         number (`float`):
             In [0, 1); it chooses.
-        row (`int`):
-            Number of the row, for the error.
+        row (`int` or `str`):
+            Which row, for the error.
 
     Returns:
         `str`: the caption, which may be empty.
@@ -56,21 +90,9 @@ class CaptionColumn:
     """
 
     def __init__(self, dataset: datasets.Dataset, caption_column: str, rows: np.ndarray, seed: int = 0) -> None:
-        root = caption_column.partition(".")[0]
-        if root != caption_column and caption_column not in dataset.column_names and root in dataset.column_names:
-            dataset = dataset.select_columns([root]).flatten()
-        if caption_column not in dataset.column_names:
-            raise ValueError(
-                f"There is no caption column {caption_column!r}; the columns are {dataset.column_names}. Name one with"
-                " --caption_column; captions of a folder of images are in its metadata.jsonl."
-            )
-        feature = dataset.features[caption_column]
-        inner = feature.feature if isinstance(feature, (datasets.List, datasets.LargeList)) else feature
-        if not isinstance(inner, datasets.Value) or inner.dtype not in ("string", "large_string"):
-            raise ValueError(
-                f"The caption column {caption_column!r} must hold strings or lists of strings, got {feature};"
-                f" the columns are {dataset.column_names}."
-            )
+        path = caption_path(dataset.features, caption_column)
+        if len(path) > 1:
+            dataset = dataset.select_columns([path[0]]).flatten()
         self._values = dataset.select_columns([caption_column]).with_format(None)
         self._name = caption_column
         self._rows, self._seed = rows, seed

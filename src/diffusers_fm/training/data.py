@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-import PIL.Image
 import torch
 from torch.utils.data import Dataset
 
@@ -17,7 +16,7 @@ from .data_sources import image_rows, read_labels
 from .image_transforms import ImageTransform, image_size, to_pixels
 from .randomness import derive_seed, make_generator
 from .tensor_cache import content_key
-from .unreadable import UnreadableImageError
+from .unreadable import IMAGE_ERRORS, UnreadableImageError
 
 
 # Decoded images are kept in memory, in every process, if all of them together take no more than this.
@@ -83,8 +82,8 @@ class ImageData(Dataset):
         max_unreadable: int = 0,
     ) -> None:
         self._max_unreadable = max_unreadable
-        self._unreadable: dict[int, tuple[int, str]] = {}
-        self._untold: dict[int, str] = {}
+        self._unreadable: dict[int, tuple[int | str, str]] = {}
+        self._untold: dict[int | str, str] = {}
         self._images = image_rows(dataset, image_column)
         self._files = self._images.cast_column(image_column, datasets.Image(decode=False))
         if len(dataset) == 0:
@@ -119,6 +118,17 @@ class ImageData(Dataset):
         return len(self._rows)
 
     @property
+    def num_samples(self) -> int:
+        """How many there are."""
+        return len(self)
+
+    @property
+    def description(self) -> str:
+        """What there is of it, for the log."""
+        kept = "in memory" if self.in_memory else "decoded on the way"
+        return f"{len(self)} images ({'latents cached' if self.read_moments is not None else kept})"
+
+    @property
     def labels(self) -> np.ndarray | None:
         """The labels of all samples, `(num_samples,)`, or `None` without a label column."""
         return None if self._labels is None else self._labels.numpy()
@@ -129,7 +139,7 @@ class ImageData(Dataset):
         return self._kept is not None or self._stack is not None
 
     @property
-    def unreadable(self) -> dict[int, tuple[int, str]]:
+    def unreadable(self) -> dict[int, tuple[int | str, str]]:
         """Rows, and why, of the samples, by number, of which it is known that they cannot be read."""
         return dict(self._unreadable)
 
@@ -151,7 +161,7 @@ class ImageData(Dataset):
                 batch = self._batch(self._readable(keys))
                 break
             except UnreadableImageError as error:
-                self._note(error)
+                self.note_unreadable(error)
         if self._untold:
             batch["unreadable"], self._untold = self._untold, {}
         return batch
@@ -175,7 +185,17 @@ class ImageData(Dataset):
                 attempt += 1
         return keys
 
-    def _note(self, error: UnreadableImageError) -> None:
+    def note_unreadable(self, error: UnreadableImageError) -> None:
+        """
+        Remember that an image cannot be read: others take its place.
+
+        Args:
+            error ([`UnreadableImageError`]):
+                Which, and why.
+
+        Raises:
+            UnreadableImageError: if there are too many of them.
+        """
         self._unreadable[error.index] = (error.row, error.reason)
         self._untold[error.row] = error.reason
         if len(self._unreadable) > self._max_unreadable:
@@ -279,7 +299,7 @@ class ImageData(Dataset):
         """Something of an image; where that fails, the error names its row."""
         try:
             return read(index)
-        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        except IMAGE_ERRORS as error:
             row = int(self._rows[index])
             raise UnreadableImageError.of(index, row, str(error)) from error
 
@@ -288,7 +308,7 @@ class ImageData(Dataset):
         try:
             return self._read(index, read)
         except UnreadableImageError as error:
-            self._note(error)
+            self.note_unreadable(error)
             return None
 
     def _decode(self, index: int) -> np.ndarray:

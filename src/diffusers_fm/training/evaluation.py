@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ..models import encode_latents
 from ..pipelines import FlowMatchPipeline
 from ..pipelines.base import FlowMatchPipelineBase
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .data import ImageData
+from .latents import latents_of_batch
 from .logs import TIME_BINS, rounded
 from .randomness import make_generator
 
@@ -37,20 +37,6 @@ MAX_ROWS = 10
 MIN_TILE = 48
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """
-    Bytes to the range of models.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            uint8.
-
-    Returns:
-        `torch.Tensor` of the same shape: float32 in [-1, 1].
-    """
-    return images.float() / 127.5 - 1
-
-
 def data_and_labels(
     pipeline: FlowMatchPipeline, batch: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
@@ -61,16 +47,14 @@ def data_and_labels(
         pipeline ([`FlowMatchPipeline`]):
             With the autoencoder.
         batch (`dict[str, torch.Tensor]`):
-            `images`, and `labels` for a model with classes.
+            `images` or `moments`, and `labels` for a model with classes.
         device (`torch.device`):
             Where both are wanted.
 
     Returns:
         `tuple`: pixels in [-1, 1] or latents, of shape `(batch_size, channels, height, width)`, and `(labels,)`.
     """
-    data = normalize(batch["images"]).to(device)
-    if pipeline.vae is not None:
-        data = encode_latents(pipeline.vae, data, sample=False)
+    data = latents_of_batch(pipeline, batch, device)
     labels = batch.get("labels")
     return data, (None if labels is None else labels.to(device),)
 

@@ -45,14 +45,14 @@ class Place:
             Optimizer steps done and samples seen before.
         global_batch_size (`int`):
             Samples to an optimizer step.
-        num_samples (`int`):
+        num_samples (`int`, *optional*):
             Samples in an epoch.
     """
 
     first_step: int
     first_sample: int
     global_batch_size: int
-    num_samples: int
+    num_samples: int | None
 
     def samples_seen(self, step: int) -> int:
         """Samples seen after so many optimizer steps."""
@@ -231,9 +231,14 @@ class Interlude:
         if self._publisher is not None:
             self._publisher.finish()
 
+    def _epoch(self, done: int) -> float | None:
+        """Epochs that were seen; of a stream of unknown length, the number of the one that is read."""
+        if self._place.num_samples is not None:
+            return self._place.samples_seen(done) / self._place.num_samples
+        return None if self._meters.stream is None else self._meters.stream.epoch
+
     def _write_log(self, done: int, learning_rate: float) -> None:
-        epoch = self._place.samples_seen(done) / self._place.num_samples
-        values = {"epoch": epoch, "learning_rate": learning_rate, **self._meters.report()}
+        values = {"epoch": self._epoch(done), "learning_rate": learning_rate, **self._meters.report()}
         self._log.write(done, values)
         self._progress_bar.set_postfix(
             loss=values["loss"], lr=learning_rate, images_per_second=values["images_per_second"]
@@ -249,6 +254,7 @@ class Interlude:
             "samples_seen": self._place.samples_seen(step),
             "num_processes": self._accelerator.num_processes,
             "unreadable_rows": sorted(self._meters.unreadable.rows),
+            **self._meters.gather_stream(),
             "validation_is_due": validation_is_due,
             "arguments": saved_arguments(self._args),
         }

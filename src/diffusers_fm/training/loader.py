@@ -6,9 +6,7 @@ import signal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
-
-from .data import ImageData
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
@@ -20,15 +18,15 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(data: ImageData, sampler: Sampler[np.ndarray], num_workers: int = 0) -> DataLoader:
+def make_loader(data: Dataset, sampler: Sampler[np.ndarray] | None = None, num_workers: int = 0) -> DataLoader:
     """
-    A loader of whole batches, which a sampler names.
+    A loader of whole batches.
 
     Args:
-        data (`ImageData`):
-            The images.
-        sampler (`Sampler`):
-            Gives the keys of each batch.
+        data (`Dataset`):
+            An [`ImageData`], or what gives batches of itself, such as [`LaneBatches`].
+        sampler (`Sampler`, *optional*):
+            Gives the keys of each batch of an [`ImageData`].
         num_workers (`int`, *optional*, defaults to 0):
             Processes that decode images.
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from .guard import GradientGuard
+from .lanes import StreamPosition
 from .logs import LossMeter
 from .throughput import make_throughput
 from .unreadable import UnreadableImages
@@ -27,13 +28,15 @@ class RunMeters:
             Of the run.
         global_batch_size (`int`):
             Samples in an optimizer step.
-        unreadable_rows (`Collection[int]`, *optional*):
+        unreadable_rows (`Collection[int | str]`, *optional*):
             Rows whose images could not be read before the run was interrupted.
 
     Attributes:
         losses ([`LossMeter`]), guard ([`GradientGuard`]), throughput ([`Throughput`]), unreadable
         ([`UnreadableImages`]):
             Each for itself. The first two have a state for checkpoints.
+        stream ([`StreamPosition`], *optional*):
+            Where the run is in its data, if that is a stream.
     """
 
     def __init__(
@@ -41,13 +44,14 @@ class RunMeters:
         args: argparse.Namespace,
         accelerator: Accelerator,
         global_batch_size: int,
-        unreadable_rows: Collection[int] = (),
+        unreadable_rows: Collection[int | str] = (),
     ) -> None:
         self._accelerator = accelerator
         self.losses = LossMeter()
         self.guard = GradientGuard(accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self.throughput = make_throughput(args, accelerator, global_batch_size)
         self.unreadable = UnreadableImages(args.max_unreadable_images, unreadable_rows)
+        self.stream: StreamPosition | None = None
         self._gradient_norm = torch.zeros(())
 
     def before_step(self, optimizer: AcceleratedOptimizer, gradient_norm: torch.Tensor) -> bool:
@@ -59,6 +63,10 @@ class RunMeters:
         """Take what all processes have noted into the main one. Every process calls it."""
         self.losses.reduce(self._accelerator)
         self.unreadable.gather(self._accelerator)
+
+    def gather_stream(self) -> dict[str, Any]:
+        """Where all processes are in a stream, for the checkpoint. Every process calls it."""
+        return {} if self.stream is None else {"stream": self.stream.gather(self._accelerator.num_processes)}
 
     def report(self) -> dict[str, Any]:
         """What is to be told since the last report. Every process calls it."""

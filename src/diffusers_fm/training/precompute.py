@@ -2,8 +2,9 @@
 """What the frozen models say of data, computed once, by all processes together, before training."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ from tqdm.auto import tqdm
 
 from ..models import encode_moments
 from .data import ImageData
-from .evaluation import normalize
+from .latents import normalize
 from .prompts import CachedPrompts, PromptEncoder
 from .tensor_cache import TensorCache, content_key, model_fingerprint
+from .unreadable import UnreadableImageError
 
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def open_cache(accelerator: Accelerator, folder: Path, description: dict[str, str]) -> TensorCache:
@@ -75,7 +79,8 @@ def cache_latents(
         [`TensorCache`]: the cache.
 
     Raises:
-        ValueError: if images are cropped anywhere, an image cannot be read, or the cache does not match.
+        ValueError: if images are cropped anywhere, more images cannot be read than the data admits, or the cache does
+            not match.
     """
     if not data.transform.center_crop:
         raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
@@ -83,8 +88,9 @@ def cache_latents(
     cache = open_cache(accelerator, folder, description)
     shares = range(accelerator.process_index, len(data), accelerator.num_processes)
     bar = tqdm(shares, desc="Hashing images", disable=not accelerator.is_local_main_process)
-    own = [(index, data.file_key(index)) for index in bar]
-    file_keys = [key for _, key in sorted(gather_object(own))]
+    own = [(index, _try(data, index, data.file_key)) for index in bar]
+    file_keys = [key or "" for _, key in sorted(gather_object(own))]
+    _share_unreadable(data)
     mirrors = (False, True) if data.transform.random_flip else (False,)
     keys = [
         [content_key(file_key, data.transform.channels, *data.size(index), mirror) for mirror in mirrors]
@@ -96,7 +102,7 @@ def cache_latents(
         key: (data.size(index), index, mirror)
         for index, of_image in enumerate(keys)
         for key, mirror in zip(of_image, mirrors)
-        if key not in cache
+        if key not in cache and index not in data.unreadable
     }
     work = sorted((size, index, mirror, key) for key, (size, index, mirror) in missing.items())
     # Everybody has seen what is missing before anybody writes some of it.
@@ -108,17 +114,38 @@ def cache_latents(
             while work:
                 batch = [item for item in work[:batch_size] if item[0] == work[0][0]]
                 work = work[len(batch) :]
-                images = data.pixels(np.array([[0, index] for _, index, _, _ in batch]))
-                images = torch.stack([image.flip(-1) if item[2] else image for image, item in zip(images, batch)])
+                bar.update(len(batch))
+                tried = [
+                    _try(data, index, lambda index: data.pixels(np.array([[0, index]]))) for _, index, _, _ in batch
+                ]
+                read = [(image, item) for image, item in zip(tried, batch) if image is not None]
+                if not read:
+                    continue
+                images = torch.cat([image.flip(-1) if item[2] else image for image, item in read])
                 with torch.no_grad():
                     moments = encode_moments(vae, normalize(images).to(accelerator.device)).cpu()
-                writer.add([key for *_, key in batch], [[each] for each in moments])
-                bar.update(len(batch))
+                writer.add([item[3] for _, item in read], [[each] for each in moments])
         accelerator.wait_for_everyone()
         cache.refresh()
+        _share_unreadable(data)
     logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
     data.read_moments = CachedMoments(cache, keys)
     return cache
+
+
+def _try(data: ImageData, index: int, read: Callable[[int], T]) -> T | None:
+    """Something of an image, or `None` where it cannot be read, which the data then knows."""
+    try:
+        return read(index)
+    except UnreadableImageError as error:
+        data.note_unreadable(error)
+        return None
+
+
+def _share_unreadable(data: ImageData) -> None:
+    """Every process learns of what any of them could not read: no process asks the cache for that."""
+    for index, (row, reason) in gather_object(sorted(data.unreadable.items())):
+        data.note_unreadable(UnreadableImageError.of(index, row, reason))
 
 
 class CachedMoments:

@@ -20,6 +20,7 @@ from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_fil
 from .data import ImageData
 from .ema import EMA, make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
+from .lanes import LaneBatches, StreamPosition, tell_of_divided_shards
 from .launch import make_accelerator
 from .loader import make_loader
 from .logs import RunLog
@@ -29,12 +30,13 @@ from .optimisation import clip_gradients, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
+from .streaming import StreamData
 
 
 logger = logging.getLogger(__name__)
 
 # Arguments that must stay as they are when a run is resumed, and those that may change without a word.
-FIXED_ON_RESUME = ("optimizer", "use_ema", "ema_profile", "ema_sigma_rel")
+FIXED_ON_RESUME = ("optimizer", "use_ema", "ema_profile", "ema_sigma_rel", "streaming")
 FREE_ON_RESUME = (
     "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
     " logging_dir report_to tracker_project_name dataloader_num_workers cache_dir max_skipped_steps offload_ema"
@@ -140,7 +142,10 @@ class TrainingRun:
         return str(self.output_dir) if self._publisher is None else self._publisher.repo_id
 
     def prepare(
-        self, model: nn.Module, num_samples: int, parameters: Iterable[nn.Parameter] | Iterable[dict] | None = None
+        self,
+        model: nn.Module,
+        num_samples: int | None,
+        parameters: Iterable[nn.Parameter] | Iterable[dict] | None = None,
     ) -> nn.Module:
         """
         Makes optimizer, schedule and average for the model, and loads the checkpoint that is resumed.
@@ -148,8 +153,8 @@ class TrainingRun:
         Args:
             model (`nn.Module`):
                 All that is trained: its parameters that require gradients.
-            num_samples (`int`):
-                Samples in an epoch.
+            num_samples (`int`, *optional*):
+                Samples in an epoch, `None` where nobody knows.
             parameters (`Iterable`, *optional*):
                 The same parameters in groups, as an optimizer takes them, where some have settings of their own.
 
@@ -157,10 +162,14 @@ class TrainingRun:
             `nn.Module`: the model to call, as the accelerator wraps it.
 
         Raises:
-            ValueError: if a step is larger than the data set, or arguments do not fit the resumed run.
+            ValueError: if a step is larger than the data set, the length of the run is not known, or arguments do not
+                fit the resumed run.
         """
         args, accelerator = self.args, self.accelerator
-        if self.global_batch_size > num_samples:
+        if num_samples is None:
+            if args.max_train_steps is None:
+                raise ValueError("It is not known how many samples the stream has: give --max_train_steps.")
+        elif self.global_batch_size > num_samples:
             raise ValueError(
                 f"An optimizer step of {self.global_batch_size} samples ({accelerator.num_processes} processes x"
                 f" {args.gradient_accumulation_steps} accumulation steps x --train_batch_size"
@@ -170,7 +179,7 @@ class TrainingRun:
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
-            args.max_train_steps = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
+            args.max_train_steps = math.ceil(args.num_train_epochs * (num_samples or 0) / self.global_batch_size)
         optimizer = make_optimizer(
             parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
             args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
@@ -206,17 +215,22 @@ class TrainingRun:
             remove_later_snapshots(self.output_dir, self.first_step)
         return self.model
 
-    def batches(self, data: ImageData) -> Iterator[dict[str, Any]]:
+    def batches(self, data: ImageData | StreamData) -> Iterator[dict[str, Any]]:
         """
         This process's batches, one for each part of each step, from where the run begins.
 
         Args:
-            data ([`ImageData`]):
+            data ([`ImageData`] or [`StreamData`]):
                 What is trained on.
 
         Returns:
             `Iterator[dict[str, Any]]`: batches, on the CPU; each of one size, if the images are in buckets.
+
+        Raises:
+            ValueError: if a stream does not go on where the resumed run was in it.
         """
+        if isinstance(data, StreamData):
+            return self._meters.throughput.watch_data(self._meters.unreadable.watch(self._stream_batches(data)))
         place = (
             self.seed,
             self.args.train_batch_size,
@@ -230,6 +244,17 @@ class TrainingRun:
         sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
         loader = make_loader(data, sampler, self.args.dataloader_num_workers)
         return self._meters.throughput.watch_data(self._meters.unreadable.watch(iter(loader)))
+
+    def _stream_batches(self, data: StreamData) -> Iterator[dict[str, Any]]:
+        num_processes, num_workers = self.accelerator.num_processes, self.args.dataloader_num_workers
+        position = StreamPosition.of_run(data, num_processes, num_workers, self._manifest.get("stream"))
+        if self.accelerator.is_main_process:
+            tell_of_divided_shards(data, position.num_lanes)
+        num_batches = max(0, self.args.max_train_steps - self.first_step) * self.args.gradient_accumulation_steps
+        batch_size, process = self.args.train_batch_size, self.accelerator.process_index
+        batches = LaneBatches(data, position, batch_size, num_batches, num_processes, process)
+        self._meters.stream = position
+        return position.watch(iter(make_loader(batches, num_workers=num_workers)), num_processes)
 
     def start(self, validate: Validate, export: Export, description: str) -> None:
         """

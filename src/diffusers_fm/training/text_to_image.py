@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import PIL.Image
 import torch
@@ -15,15 +14,15 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import offload_models
 from torch import nn
 
-from ..models import encode_moments, latents_of_moments
 from ..pipelines.stock import with_stock_scheduler
 from .data import ImageData
-from .data_sources import choose_split, held_out_split_name, load_splits
-from .evaluation import EVALUATION_SEED, make_grid, normalize
+from .evaluation import EVALUATION_SEED, make_grid
 from .image_transforms import ImageTransform
+from .loading import make_train_data, open_splits
 from .precompute import cache_latents, cache_prompts
 from .prompts import ENCODERS, Embeds, PromptEncoder, ReadPrompts
-from .randomness import BatchSlice, make_generator
+from .randomness import make_generator
+from .streaming import StreamData
 
 
 logger = logging.getLogger(__name__)
@@ -103,7 +102,7 @@ def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str, transformer
 
 def load_captioned_data(
     args: argparse.Namespace, channels: int, sizes: Sequence[tuple[int, int]]
-) -> tuple[ImageData, ImageData | None]:
+) -> tuple[ImageData | StreamData, ImageData | None]:
     """
     The captioned images to train on, and those held out.
 
@@ -116,37 +115,32 @@ def load_captioned_data(
             As [`choose_sizes`] returns them.
 
     Returns:
-        `tuple[ImageData, ImageData | None]`: both.
+        `tuple[ImageData | StreamData, ImageData | None]`: both.
 
     Raises:
         ValueError: if there are no such data, columns or captions.
     """
-    splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
-    square = list(sizes) == [(args.resolution, args.resolution)]
-
-    def read(split: str, center_crop: bool, random_flip: bool, max_samples: int | None, seed: int) -> ImageData:
-        buckets = () if square else tuple(sizes)
-        return ImageData(
-            choose_split(splits, split),
-            ImageTransform(args.resolution, channels, center_crop, random_flip, buckets),
-            args.image_column,
-            seed=seed,
-            max_samples=max_samples,
-            caption_column=args.caption_column,
-            max_unreadable=args.max_unreadable_images,
-        )
-
-    data = read(args.train_split, args.center_crop, args.random_flip, args.max_train_samples, args.seed)
-    name = args.validation_split or held_out_split_name(splits, args.train_split)
+    train_split, held_out_split = open_splits(args)
+    buckets = () if list(sizes) == [(args.resolution, args.resolution)] else tuple(sizes)
+    columns = {
+        "image_column": args.image_column,
+        "caption_column": args.caption_column,
+        "max_unreadable": args.max_unreadable_images,
+    }
+    transform = ImageTransform(args.resolution, channels, args.center_crop, args.random_flip, buckets)
+    train_data = make_train_data(args, train_split, transform, **columns)
+    if held_out_split is None:
+        return train_data, None
     # The same images are held out whatever the seed, so that losses of runs compare.
-    return data, None if name is None else read(name, True, False, args.max_validation_samples, 0)
+    transform = ImageTransform(args.resolution, channels, center_crop=True, buckets=buckets)
+    return train_data, ImageData(held_out_split, transform, max_samples=args.max_validation_samples, **columns)
 
 
 def prepare_prompts(
     accelerator: Accelerator,
     args: argparse.Namespace,
     encoder: PromptEncoder,
-    data: Sequence[ImageData | None],
+    data: Sequence[ImageData | StreamData | None],
     others: Sequence[str],
     folder: Path,
 ) -> ReadPrompts:
@@ -160,7 +154,7 @@ def prepare_prompts(
             With `cache_text_embeddings`, `offload` and `train_batch_size`.
         encoder ([`PromptEncoder`]):
             The encoders, on the CPU.
-        data (`Sequence[ImageData | None]`):
+        data (`Sequence[ImageData | StreamData | None]`):
             Whose captions will be asked for.
         others (`Sequence[str]`):
             Prompts that will be asked for as well.
@@ -184,7 +178,7 @@ def prepare_latents(
     accelerator: Accelerator,
     args: argparse.Namespace,
     pipeline: StableDiffusion3Pipeline,
-    data: Sequence[ImageData | None],
+    data: Sequence[ImageData | StreamData | None],
     folder: Path,
 ) -> None:
     """
@@ -197,51 +191,17 @@ def prepare_latents(
             With `cache_latents`, `offload` and `train_batch_size`.
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             With the autoencoder, on the CPU.
-        data (`Sequence[ImageData | None]`):
+        data (`Sequence[ImageData | StreamData | None]`):
             The images.
         folder (`Path`):
             For the cache.
     """
     if args.cache_latents:
         for each in data:
-            if each is not None:
+            if isinstance(each, ImageData):
                 cache_latents(accelerator, each, pipeline.vae, folder / "latents", args.train_batch_size)
     elif not args.offload:
         pipeline.vae.to(accelerator.device)
-
-
-def latents_of_batch(
-    pipeline: StableDiffusion3Pipeline,
-    batch: dict[str, Any],
-    device: torch.device,
-    part: BatchSlice | None = None,
-    offload: bool = False,
-) -> torch.Tensor:
-    """
-    The latents of a batch, drawn from the posterior that the autoencoder or the cache gives.
-
-    Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            With the autoencoder.
-        batch (`dict[str, Any]`):
-            With `images` or `moments`.
-        device (`torch.device`):
-            Where they are wanted.
-        part ([`BatchSlice`], *optional*):
-            Whose random numbers are taken; without it the mode of the posterior is.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether the autoencoder is on the device only while it runs.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, latent_channels, height, width)`: float32.
-    """
-    if "moments" in batch:
-        moments = batch["moments"].to(device, non_blocking=True)
-    else:
-        with torch.no_grad(), offload_models(pipeline.vae, device=device, offload=offload):
-            moments = encode_moments(pipeline.vae, normalize(batch["images"].to(device, non_blocking=True)))
-    generators = None if part is None else part.sample_generators("posterior", device)
-    return latents_of_moments(pipeline.vae, moments, generators, sample=part is not None)
 
 
 def as_saved(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:

@@ -13,6 +13,7 @@ from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .buckets import make_buckets, parse_buckets
 from .captions import CaptionColumn
 from .prompts import PromptEncoder
+from .streaming import StreamData
 
 
 logger = logging.getLogger(__name__)
@@ -187,15 +188,15 @@ def choose_encoder_dropout(encoder: PromptEncoder, rates: Sequence[float]) -> li
     return each if encoder.has_t5 else [*each, 0.0]
 
 
-def tell_of_long_captions(encoder: PromptEncoder, captions: CaptionColumn) -> None:
+def tell_of_long_captions(encoder: PromptEncoder, captions: CaptionColumn | StreamData) -> None:
     """
     Count the captions that lose their end, and say so once.
 
     Args:
         encoder ([`PromptEncoder`]):
             The encoders.
-        captions ([`CaptionColumn`]):
-            All captions.
+        captions ([`CaptionColumn`] or [`StreamData`]):
+            All captions, or those at the beginning.
     """
     total = 0
 

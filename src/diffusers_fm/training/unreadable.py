@@ -5,11 +5,15 @@ import logging
 from collections.abc import Collection, Iterator
 from typing import Any
 
+import PIL.Image
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
 logger = logging.getLogger(__name__)
+
+# What reading an image may raise.
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
 
 
 class UnreadableImageError(ValueError):
@@ -21,18 +25,18 @@ class UnreadableImageError(ValueError):
             The sentence. A loader's worker makes the error anew from it alone.
         index (`int`, *optional*, defaults to -1):
             Number of the sample.
-        row (`int`, *optional*, defaults to -1):
+        row (`int` or `str`, *optional*, defaults to -1):
             Row of the data set.
         reason (`str`, *optional*, defaults to `""`):
             Why.
     """
 
-    def __init__(self, message: str, index: int = -1, row: int = -1, reason: str = "") -> None:
+    def __init__(self, message: str, index: int = -1, row: int | str = -1, reason: str = "") -> None:
         super().__init__(message)
         self.index, self.row, self.reason = index, row, reason
 
     @classmethod
-    def of(cls, index: int, row: int, reason: str) -> "UnreadableImageError":
+    def of(cls, index: int, row: int | str, reason: str) -> "UnreadableImageError":
         """The error of a sample."""
         return cls(f"The image in row {row} of the data set cannot be read: {reason}.", index, row, reason)
 
@@ -44,12 +48,12 @@ class UnreadableImages:
     Args:
         limit (`int`):
             More of them than these are an error.
-        rows (`Collection[int]`, *optional*):
-            Those that were known when the run was interrupted.
+        rows (`Collection[int | str]`, *optional*):
+            Those that were known when the run was interrupted: numbers, or names of rows of a stream.
     """
 
-    def __init__(self, limit: int, rows: Collection[int] = ()) -> None:
-        self.rows = set(rows)
+    def __init__(self, limit: int, rows: Collection[int | str] = ()) -> None:
+        self.rows: set[Any] = set(rows)
         self._limit = limit
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -69,7 +73,7 @@ class UnreadableImages:
         for batch in batches:
             for row, reason in batch.pop("unreadable", {}).items():
                 if row not in self.rows:
-                    logger.error("The image in row %d cannot be read (%s); another takes its place.", row, reason)
+                    logger.error("The image in row %s cannot be read (%s); another takes its place.", row, reason)
                     self.rows.add(row)
             self._check()
             yield batch

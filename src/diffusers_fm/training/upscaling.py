@@ -65,7 +65,7 @@ class PairedImageData(ImageData):
         self.scale_factor = scale_factor
         # A pair goes as a whole: another image in the place of one of them would make a pair of strangers.
         for index, (row, reason) in self.conditioning_images.unreadable.items():
-            self._note(UnreadableImageError.of(index, row, reason))
+            self.note_unreadable(UnreadableImageError.of(index, row, reason))
         if self.in_memory:
             for index in sorted(set(range(len(self))) - set(self.unreadable)):
                 self._check_pair(index, self._read_or_note(index, self._sizes))
