@@ -114,13 +114,13 @@ def test_a_loop_that_begins_later_takes_abm3_on_the_rest_of_the_grid() -> None:
         ({"solver": "abm3", "sampling_path": "angle"}, "a calibration"),
         ({"sampling_path": "ot"}, "'ot'"),
         ({"shift": 3.0}, "shift"),
-        ({"calibration": {"2": {"sigmas": [0.9, 0.5]}}}, "lists of `sigmas`"),
-        ({"calibration": {"2": {"sigmas": [0.5, 0.9], "weights": [[-0.5], [-0.5]]}}}, "falling"),
-        ({"calibration": {"2": {"sigmas": [0.9, 0.5], "weights": [[-0.5]]}}}, "rows"),
+        ({"calibration": {"2": {"sigmas": [0.9, 0.5]}}}, "lists `sigmas`, `keep`"),
+        ({"calibration": {"2": {"sigmas": [0.5, 0.9], "keep": [1, 1], "weights": [[-0.5], [-0.5]]}}}, "falling"),
+        ({"calibration": {"2": {"sigmas": [0.9, 0.5], "keep": [1, 1], "weights": [[-0.5]]}}}, "rows"),
     ],
 )
 def test_calibrations_that_cannot_be_are_refused(settings: dict, message: str) -> None:
-    valid = {"2": {"sigmas": [0.9, 0.5], "weights": [[-0.5], [0.1, -0.9]]}}
+    valid = {"2": {"sigmas": [0.9, 0.5], "keep": [1.0, 1.0], "weights": [[-0.5], [0.1, -0.9]]}}
     good: dict = {"solver": "calibrated", "sampling_path": "angle", "calibration": valid}
     FlowMatchScheduler(**good)
     if settings == {"solver": "calibrated"}:
@@ -130,7 +130,7 @@ def test_calibrations_that_cannot_be_are_refused(settings: dict, message: str) -
 
 
 def test_grids_that_were_not_calibrated_are_refused() -> None:
-    valid = {"2": {"sigmas": [0.9, 0.5], "weights": [[-0.5], [0.1, -0.9]]}}
+    valid = {"2": {"sigmas": [0.9, 0.5], "keep": [1.0, 1.0], "weights": [[-0.5], [0.1, -0.9]]}}
     scheduler = FlowMatchScheduler(solver="calibrated", sampling_path="angle", calibration=valid)
     with pytest.raises(ValueError, match=r"one that was calibrated, \[2\], got 3"):
         scheduler.set_timesteps(3)

@@ -2,7 +2,7 @@
 """
 Fit the steps of a sampling loop to a network: the same calls, placed and weighted by what the network answers.
 
-A step adds the latest derivatives, each by its weight, to the sample. Adams methods take the weights of polynomials;
+A step adds the sample and the latest derivatives, each by its weight. Adams methods take the weights of polynomials;
 here they are fitted by least squares to fine trajectories of the network itself, step by step, each on what the steps
 before have left (non-stationary solvers: Shaul et al., arXiv 2403.01329). The times of the calls are searched.
 """
@@ -22,8 +22,8 @@ from .scheduling_flow_match import FlowMatchScheduler
 
 Run = Callable[[FlowMatchScheduler, int, int], Any]
 
-# Least squares are pulled towards the weights of abm3 by this share of the mean square of a derivative: enough for
-# derivatives that are multiples of each other, too little to keep the fit from small ones.
+# Least squares are pulled towards the weights of abm3 by this share of the mean square of a column: enough for columns
+# that are multiples of each other, too little to keep the fit from small ones.
 RIDGE = 1e-6
 
 # Angles of the calls: high (1 - u^a)^b, u = (i + c) / (steps - 1 + c + g). Where the search for (a, b, c, g) begins,
@@ -129,7 +129,7 @@ def calibrate(
             return fitted.error(watch(fitter, count, 0).end), fitter
 
         best = _search(attempt, max_runs, from_prior=scheduler.path.prior_std != 1.0)
-        entries[str(count)] = {"sigmas": best.called_at, "weights": best.weights}
+        entries[str(count)] = {"sigmas": best.called_at, "keep": best.keep, "weights": best.weights}
         calibrated = config | {"solver": "calibrated", "calibration": {str(count): entries[str(count)]}}
         errors[count] = {
             "calibrated": tested.error(watch(_Recorder.from_config(calibrated), count, 1).end),
@@ -241,6 +241,7 @@ class _Fitter(_Watcher):
         self.called_at = ratio_of_angle(torch.tensor(angles, dtype=torch.float64), self.config.sigma_data).tolist()
         high = angle_of_ratio(torch.tensor(self.path.ratio_max, dtype=torch.float64), self.config.sigma_data).item()
         self.prior = adams_increments(high, angles, 0.0, order=3, corrected_steps=2)
+        self.keep: list[float] = []
         self.weights: list[list[float]] = []
         self.derivatives: list[torch.Tensor] = []
 
@@ -252,15 +253,18 @@ class _Fitter(_Watcher):
         self.derivatives = [*self.derivatives, derivative][-self.history :]
         target = self.reference.at(self.angles[self.turns + 1])
 
-        columns = torch.stack([tensor.flatten() for tensor in self.derivatives])
-        prior = self.prior[self.turns][-len(columns) :]
-        start = columns.new_tensor([0.0] * (len(columns) - len(prior)) + list(prior))
+        # The last column is the sample, whose weight is 1 before the fit.
+        columns = torch.stack([tensor.flatten() for tensor in (*self.derivatives, point)])
+        prior = self.prior[self.turns][-len(self.derivatives) :]
+        start = columns.new_tensor([0.0] * (len(self.derivatives) - len(prior)) + [*prior, 1.0])
         gram = columns @ columns.T
         ridge = RIDGE * gram.trace() / len(columns) + torch.finfo(gram.dtype).tiny
-        missing = columns @ ((target - point).flatten() - start @ columns)
-        weights = start + torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), missing)
-        self.weights.append(weights.tolist())
-        moved = point + (weights @ columns).reshape(point.shape)
+        missing = columns @ (target.flatten() - start @ columns)
+        fitted = start + torch.linalg.solve(gram + ridge * torch.eye(len(gram)).to(gram), missing)
+        *weights, keep = fitted.tolist()
+        self.weights.append(weights)
+        self.keep.append(keep)
+        moved = (fitted @ columns).reshape(point.shape)
         self.end = (self.scale(*stage.end) * moved).to(sample.dtype)
         self.turns += 1
         return (self.end,) if kwargs.get("return_dict") is False else FlowMatchEulerDiscreteSchedulerOutput(self.end)

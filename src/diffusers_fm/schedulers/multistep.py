@@ -22,11 +22,14 @@ class CalibratedSteps:
     Args:
         sigmas (`tuple[float, ...]`):
             The straight times of the calls, descending.
+        keep (`tuple[float, ...]`):
+            For each step the weight of the sample in the angle, near 1.
         weights (`tuple[tuple[float, ...], ...]`):
             For each step the weights of the latest derivatives in the angle, its own last.
     """
 
     sigmas: tuple[float, ...]
+    keep: tuple[float, ...]
     weights: tuple[tuple[float, ...], ...]
 
 
@@ -85,7 +88,8 @@ def read_calibration(calibration: Mapping[str, Any]) -> dict[int, CalibratedStep
 
     Args:
         calibration (`Mapping[str, Any]`):
-            By number of steps, as text: the `sigmas` of the calls and the `weights` of the steps.
+            By number of steps, as text: the `sigmas` of the calls, and for each step the weight `keep` of the sample
+            and the `weights` of the derivatives.
 
     Returns:
         `dict[int, CalibratedSteps]`: By number of steps.
@@ -97,21 +101,23 @@ def read_calibration(calibration: Mapping[str, Any]) -> dict[int, CalibratedStep
     for name, entry in calibration.items():
         try:
             count = int(name)
-            sigmas = tuple(float(sigma) for sigma in entry["sigmas"])
+            sigmas, keep = (tuple(float(value) for value in entry[key]) for key in ("sigmas", "keep"))
             weights = tuple(tuple(float(weight) for weight in row) for row in entry["weights"])
         except (KeyError, TypeError, ValueError):
             raise ValueError(
-                "`calibration` must have lists of `sigmas` and of `weights` for each number of steps, got "
+                "`calibration` must have lists `sigmas`, `keep` and `weights` for each number of steps, got "
                 f"{entry!r} for {name!r}."
             ) from None
         falling = all(1 >= a > b >= 0 for a, b in pairwise([*sigmas, 0.0]))
-        fitting = len(sigmas) == len(weights) == count and all(
-            1 <= len(row) <= i + 1 and all(math.isfinite(weight) for weight in row) for i, row in enumerate(weights)
+        fitting = len(sigmas) == len(keep) == len(weights) == count and all(
+            1 <= len(row) <= i + 1 and all(math.isfinite(value) for value in (keep[i], *row))
+            for i, row in enumerate(weights)
         )
         if not (count >= 1 and falling and fitting):
             raise ValueError(
-                f"`calibration` for {name} steps must have as many falling `sigmas` in [0, 1] and rows of finite "
-                f"`weights`, row i of at most i + 1, got the sigmas {sigmas} and rows of {[*map(len, weights)]}."
+                f"`calibration` for {name} steps must have as many falling `sigmas` in [0, 1], finite `keep` and rows "
+                f"of finite `weights`, row i of at most i + 1, got the sigmas {sigmas}, keep {keep} and rows of "
+                f"{[*map(len, weights)]}."
             )
-        steps[count] = CalibratedSteps(sigmas, weights)
+        steps[count] = CalibratedSteps(sigmas, keep, weights)
     return steps

@@ -248,7 +248,7 @@ class SamplingPlan:
             if len(steps.sigmas) == len(ratios) - 1 and torch.allclose(
                 ratios[:-1], ratios.new_tensor(steps.sigmas), rtol=0.0, atol=1e-6
             ):
-                return self._multistep(coordinates, ratios, steps.weights, from_prior=True)
+                return self._multistep(coordinates, ratios, steps.weights, steps.keep)
         return replace(self, solver="abm3")._adams(coordinates, ratios)
 
     def _multistep(
@@ -256,22 +256,24 @@ class SamplingPlan:
         coordinates: Coordinates,
         ratios: torch.Tensor,
         increments: Sequence[Sequence[float]],
-        from_prior: bool = False,
+        fitted_keep: Sequence[float] | None = None,
     ) -> list[Stage]:
         """
         Steps that add the latest derivatives, each by its weight, to the sample at hand.
 
-        With `from_prior` the first call is given noise as it is at t = 1, at a time before that: in the angle it would
-        differ by a factor from a point of the path only, and the steps begin at t = 1.
+        Fitted steps also weigh the sample. Their first call is given noise as it is at t = 1, at a time before that:
+        in the angle it would differ by a factor from a point of the path only, and the steps begin at t = 1.
         """
         t = coordinates.time(coordinates.node(ratios[:-1]))
         scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
         arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
         weights = [tuple(factor * part for part in parts) for factor, parts in zip(arrival.tolist(), increments)]
-        if from_prior:
+        keep = torch.ones_like(scale)
+        if fitted_keep is not None:
             one = torch.ones((), dtype=torch.float64)
             scale = torch.cat([coordinates.scale(self.path.alpha(one), self.path.sigma(one))[None], scale[1:]])
-        return self._single_stages(ratios, t, coordinates.derivative(t), arrival / scale, weights)
+            keep = keep.new_tensor(fitted_keep)
+        return self._single_stages(ratios, t, coordinates.derivative(t), keep * (arrival / scale), weights)
 
     def _dpmpp_2m(self, ratios: torch.Tensor) -> list[Stage]:
         """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), with no logarithm at either end."""
