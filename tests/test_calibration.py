@@ -4,10 +4,12 @@
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import draw_mixture, gaussian
+from stock_pipelines import Recording, diffusion_cases, flow_cases, record
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.schedulers.calibration import Calibration, calibrate
@@ -54,6 +56,37 @@ def test_a_calibrated_loop_is_closer_to_the_solution_than_an_uncalibrated_one(pa
         assert errors[0] < 0.8 * errors[1]
         assert 1 / 3 < errors[0] / result.errors[steps]["calibrated"] < 3
         assert 1 / 3 < errors[1] / result.errors[steps]["abm3"] < 3
+
+
+@pytest.mark.parametrize("name", ["sd3-text", "flux-text", "qwen-text", "sd-text", "dit"])
+def test_stock_pipelines_are_calibrated_as_they_run(name: str, tmp_path: Path) -> None:
+    # With guidance in the batch, in the network, by a second call; with equal sigmas and mu; with betas.
+    case = (flow_cases() | diffusion_cases())[name]
+
+    def run(scheduler: FlowMatchScheduler, num_steps: int, seed: int) -> Recording:
+        return record(case, scheduler, seed, num_inference_steps=num_steps)
+
+    scheduler = FlowMatchScheduler.from_config(case.scheduler.config)
+    result = calibrate(run, scheduler, 3, reference_steps=12, max_runs=3)
+    # On the noise of another seed, with networks of random weights.
+    assert result.errors[3]["calibrated"] < 0.8 * result.errors[3]["abm3"]
+    result.scheduler.save_pretrained(tmp_path)
+    images = run(result.scheduler, 3, 2).images
+    assert torch.equal(run(FlowMatchScheduler.from_pretrained(tmp_path), 3, 2).images, images)
+    fine = run(FlowMatchScheduler.from_config(scheduler.config), 60, 2).images
+    euler = run(FlowMatchScheduler.from_config(scheduler.config), 3, 2).images
+    assert (images - fine).norm() < (euler - fine).norm()
+
+
+def test_a_pipeline_that_hands_timesteps_over_is_refused() -> None:
+    case = flow_cases()["cogview4"]
+    with pytest.raises(ValueError, match="cannot be calibrated, got `timesteps`"):
+        calibrate(
+            lambda scheduler, steps, seed: record(case, scheduler, seed, num_inference_steps=steps),
+            FlowMatchScheduler.from_config(case.scheduler.config),
+            3,
+            reference_steps=8,
+        )
 
 
 def test_a_gaussian_is_solved_by_one_call() -> None:

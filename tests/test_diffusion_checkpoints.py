@@ -305,3 +305,12 @@ def test_a_saved_checkpoint_pipeline_loads_with_our_scheduler(tmp_path) -> None:
     assert loaded.scheduler.config.path_kwargs["beta_schedule"] == "scaled_linear"
     actual = record(StockCase("loaded", loaded, loaded.scheduler, case.inputs), loaded.scheduler)
     torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=ATOL)
+
+
+def test_another_solver_from_our_own_configuration_is_no_reason_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It still carries the checkpoint's betas, which nobody asked us to use.
+    warnings: list[str] = []
+    monkeypatch.setattr("diffusers.configuration_utils.logger.warning", warnings.append)
+    ours = FlowMatchScheduler.from_config(DDIMScheduler(**SD_CHECKPOINT).config)
+    again = FlowMatchScheduler.from_config(ours.config, solver="ab2")
+    assert warnings == [] and again.config.solver == "ab2" and again.config.beta_schedule == "scaled_linear"

@@ -87,7 +87,8 @@ def calibrate(
         [`Calibration`]: A scheduler, its errors on other noise, and what it cost.
 
     Raises:
-        ValueError: If a number is out of range, or `run` does not do what it should.
+        ValueError: If a number is out of range, `run` does not do what it should, or its pipeline hands timesteps to
+            the scheduler (CogView4).
     """
     counts = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
     if not counts:
@@ -188,7 +189,11 @@ class _Watcher(FlowMatchScheduler):
         mu: float | None = None,
         timesteps: Any = None,
     ) -> None:
-        given = next((len(values) for values in (sigmas, timesteps) if values is not None), num_inference_steps)
+        if timesteps is not None:
+            raise ValueError(
+                "A pipeline whose timesteps are not those of its grid cannot be calibrated, got `timesteps`."
+            )
+        given = num_inference_steps if sigmas is None else len(sigmas)
         super().set_timesteps(given if self.called_at is None else None, device=device, sigmas=self.called_at)
 
     def normalised(self, sample: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -127,7 +128,7 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         diffusion_scale (`float`, *optional*, defaults to 1.0):
             Its factor, at least 0.
         calibration (`dict`, *optional*):
-            For `calibrated`: by number of steps, the `sigmas` of its calls and the `weights` of its steps, as
+            For `calibrated`: by number of steps, the `sigmas` of its calls, and `keep` and `weights` of its steps, as
             [`~schedulers.calibration.calibrate`] finds them. The sampling path is `angle`, and the grid is neither
             shifted nor replaced.
 
@@ -312,8 +313,9 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"`config` must be a configuration dictionary, got {config!r}.")
-        translated = translate_stock_config(config)
-        translated.pop("_use_default_values", None)
+        known = inspect.signature(cls.__init__).parameters
+        # What has no meaning here is kept below; the base class would warn of it each time.
+        translated = {k: v for k, v in translate_stock_config(config).items() if k in known or k == "_class_name"}
         built: Any = super().from_config(translated, return_unused_kwargs=True, **kwargs)
         scheduler, unused = built
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
