@@ -541,7 +541,7 @@ def main() -> None:
                     print_between(path, results[path], results["ot"])
             return
         problem, most = pipeline_problem(arguments.pipeline, arguments.batch_size), arguments.most_calls
-        ours = measure_ours(problem, most) | {CALIBRATED: measure_calibrated(problem, arguments.batch_size, most)}
+        ours = measure_ours(problem, most) | {CALIBRATED: measure_calibrated(problem, 4 * arguments.batch_size, most)}
         others = measure_existing(problem, False, most)
         print(f"\n## {problem.name}: calls for a relative error\n")
         print_problem(ours, others, arguments.verbose)
