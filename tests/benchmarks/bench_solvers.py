@@ -207,7 +207,8 @@ def pipeline_problem(folder: str, batch_size: int = 32) -> Problem:
     prediction_type = scheduler.config.prediction_type
 
     def model(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return pipeline.predict(x.float(), timestep, labels)
+        # A calibration has several times the samples.
+        return pipeline.predict(x.float(), timestep, None if labels is None else labels.repeat(len(x) // len(labels)))
 
     def at(ratio: float, x: torch.Tensor) -> torch.Tensor:
         x = x.float()

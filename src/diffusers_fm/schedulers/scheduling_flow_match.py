@@ -13,12 +13,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 
-from ..coordinates import SAMPLING_PATHS
-from ..paths import PREDICTION_TYPES, ConditionalPath, lift, make_path
+from ..paths import ConditionalPath, lift, make_path
 from ..sharing import CardContent, PushMixin, model_card
 from .grids import (
-    FINAL_SIGMAS_TYPES,
-    TIMESTEP_SPACINGS,
     check_lengths,
     check_times,
     integer_timesteps,
@@ -28,13 +25,11 @@ from .grids import (
 )
 from .multistep import read_calibration
 from .sampling_plan import (
-    DIFFUSION_FORMS,
-    RUNGE_KUTTA,
-    SOLVERS,
     SamplingPlan,
     Stage,
     runge_kutta_tableau,
 )
+from .settings import check_number, check_settings
 from .stock_configs import stock_flow_config, translate_stock_config
 
 
@@ -175,87 +170,8 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         diffusion_scale: float = 1.0,
         calibration: Mapping[str, Any] | None = None,
     ):
-        for name, value, accepted in (
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("solver", solver, SOLVERS),
-            ("sampling_path", sampling_path, SAMPLING_PATHS),
-            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
-            ("final_sigmas_type", final_sigmas_type, FINAL_SIGMAS_TYPES),
-            ("diffusion_form", diffusion_form, DIFFUSION_FORMS),
-        ):
-            if value not in accepted:
-                raise ValueError(f"`{name}` must be one of {list(accepted)}, got {value!r}.")
-        if not isinstance(num_train_timesteps, int) or num_train_timesteps < 1:
-            raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {num_train_timesteps!r}.")
-        _check_shift(shift)
-        for name, value, valid, accepted in (
-            ("sigma_data", sigma_data, 0 < sigma_data < math.inf, "above 0"),
-            ("eta", eta, 0 <= eta <= 1, "in [0, 1]"),
-            ("s_churn", s_churn, 0 <= s_churn < math.inf, "of at least 0"),
-            ("s_tmin", s_tmin, s_tmin >= 0, "of at least 0"),
-            ("s_tmax", s_tmax, s_tmax is None or s_tmax >= 0, "of at least 0, or None"),
-            ("s_noise", s_noise, 0 <= s_noise < math.inf, "of at least 0"),
-            ("diffusion_scale", diffusion_scale, 0 <= diffusion_scale < math.inf, "of at least 0"),
-            ("clip_sample_range", clip_sample_range, 0 < clip_sample_range < math.inf, "above 0"),
-            ("steps_offset", steps_offset, steps_offset >= 0, "of at least 0"),
-            (
-                "shift_terminal",
-                shift_terminal,
-                shift_terminal is None or 0 <= shift_terminal < 1,
-                "in [0, 1), or None",
-            ),
-        ):
-            if not valid:
-                raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
-        if timestep_spacing == "leading" and path != "vp_discrete":
-            raise ValueError(f"`timestep_spacing` 'leading' needs the path 'vp_discrete', got {path!r}.")
-        if invert_sigmas and (path, prediction_type, sampling_path) != ("ot", "flow_prediction", "ot"):
-            raise ValueError(
-                f"`invert_sigmas` needs the path 'ot', `sampling_path` 'ot' and 'flow_prediction', got path {path!r}, "
-                f"`sampling_path` {sampling_path!r} and {prediction_type!r}."
-            )
-        # These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
-        by_estimates = [
-            name
-            for name, used in (
-                ("stochastic_sampling", stochastic_sampling),
-                ("clip_sample", clip_sample),
-                ("eta", eta),
-            )
-            if used
-        ]
-        if by_estimates and (solver, sampling_path) != ("euler", "ot"):
-            raise ValueError(
-                f"`{by_estimates[0]}` needs the solver 'euler' and `sampling_path` 'ot', got {solver!r} and "
-                f"{sampling_path!r}."
-            )
-        if solver == "dpmpp_2m" and sampling_path != "ot":
-            raise ValueError(f"The solver 'dpmpp_2m' needs `sampling_path` 'ot', got {sampling_path!r}.")
-        if (solver == "calibrated") != bool(calibration) or (calibration and sampling_path != "angle"):
-            raise ValueError(
-                "The solver 'calibrated', a `calibration` and `sampling_path` 'angle' go together, got the solver "
-                f"{solver!r}, {'a' if calibration else 'no'} calibration and {sampling_path!r}."
-            )
+        check_settings(self.config)
         self._calibrated_steps = read_calibration(calibration or {})
-        grid_changes = {
-            "shift": shift != 1.0,
-            "use_dynamic_shifting": use_dynamic_shifting,
-            "shift_terminal": shift_terminal,
-            "use_karras_sigmas": use_karras_sigmas,
-            "use_exponential_sigmas": use_exponential_sigmas,
-            "use_beta_sigmas": use_beta_sigmas,
-        }
-        if solver == "calibrated" and any(grid_changes.values()):
-            raise ValueError(
-                "The grid of the solver 'calibrated' is that of its calibration, so there must be none of "
-                f"{list(grid_changes)}, got {[name for name, used in grid_changes.items() if used]}."
-            )
-        if s_churn > 0 and (solver not in RUNGE_KUTTA or by_estimates):
-            raise ValueError(
-                f"`s_churn` needs one of the solvers {list(RUNGE_KUTTA)} and none of `stochastic_sampling`, `eta` and "
-                f"`clip_sample`, got {[solver, *by_estimates]}."
-            )
-
         super().__init__(
             num_train_timesteps=num_train_timesteps,
             shift=shift,
@@ -731,7 +647,7 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         Raises:
             ValueError: If it is not.
         """
-        _check_shift(shift)
+        check_number("shift", shift)
         super().set_shift(shift)
 
     # The sampling loop
@@ -922,8 +838,3 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
                 "`per_token_timesteps` needs the path 'ot', 'flow_prediction' and the solver 'euler', got "
                 f"{config.path!r}, {config.prediction_type!r} and {config.solver!r}."
             )
-
-
-def _check_shift(shift: float) -> None:
-    if not 0 < shift < math.inf:
-        raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which settings of a scheduler are values at all, and which of them go together."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ..coordinates import SAMPLING_PATHS
+from ..paths import PREDICTION_TYPES
+from .grids import FINAL_SIGMAS_TYPES, TIMESTEP_SPACINGS
+from .sampling_plan import DIFFUSION_FORMS, RUNGE_KUTTA, SOLVERS
+
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "prediction_type": PREDICTION_TYPES,
+    "solver": SOLVERS,
+    "sampling_path": SAMPLING_PATHS,
+    "timestep_spacing": TIMESTEP_SPACINGS,
+    "final_sigmas_type": FINAL_SIGMAS_TYPES,
+    "diffusion_form": DIFFUSION_FORMS,
+}
+NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "shift": (lambda value: 0 < value < math.inf, "above 0"),
+    "sigma_data": (lambda value: 0 < value < math.inf, "above 0"),
+    "eta": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "s_churn": (lambda value: 0 <= value < math.inf, "of at least 0"),
+    "s_tmin": (lambda value: value >= 0, "of at least 0"),
+    "s_tmax": (lambda value: value is None or value >= 0, "of at least 0, or None"),
+    "s_noise": (lambda value: 0 <= value < math.inf, "of at least 0"),
+    "diffusion_scale": (lambda value: 0 <= value < math.inf, "of at least 0"),
+    "clip_sample_range": (lambda value: 0 < value < math.inf, "above 0"),
+    "steps_offset": (lambda value: value >= 0, "of at least 0"),
+    "shift_terminal": (lambda value: value is None or 0 <= value < 1, "in [0, 1), or None"),
+}
+# These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
+BY_ESTIMATES = ("stochastic_sampling", "clip_sample", "eta")
+GRID_CHANGES = (
+    "use_dynamic_shifting",
+    "shift_terminal",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
+
+
+def check_number(name: str, value: Any) -> None:
+    """
+    Check one of the numbers of a scheduler's configuration.
+
+    Args:
+        name (`str`):
+            Its name, one of `NUMBERS`.
+        value:
+            The value.
+
+    Raises:
+        ValueError: If it is out of range.
+    """
+    valid, accepted = NUMBERS[name]
+    if not valid(value):
+        raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
+
+
+def check_settings(config: Any) -> None:
+    """
+    Check the configuration of a `FlowMatchScheduler`; its path and its calibration are checked where they are read.
+
+    Args:
+        config:
+            The arguments of the scheduler, as attributes.
+
+    Raises:
+        ValueError: If a value is not among the accepted ones, or does not go with the others.
+    """
+    for name, accepted in CHOICES.items():
+        if config[name] not in accepted:
+            raise ValueError(f"`{name}` must be one of {list(accepted)}, got {config[name]!r}.")
+    count = config.num_train_timesteps
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {count!r}.")
+    for name in NUMBERS:
+        check_number(name, config[name])
+
+    path, kind, solver, coordinates = config.path, config.prediction_type, config.solver, config.sampling_path
+    if config.timestep_spacing == "leading" and path != "vp_discrete":
+        raise ValueError(f"`timestep_spacing` 'leading' needs the path 'vp_discrete', got {path!r}.")
+    if config.invert_sigmas and (path, kind, coordinates) != ("ot", "flow_prediction", "ot"):
+        raise ValueError(
+            f"`invert_sigmas` needs the path 'ot', `sampling_path` 'ot' and 'flow_prediction', got path {path!r}, "
+            f"`sampling_path` {coordinates!r} and {kind!r}."
+        )
+    by_estimates = [name for name in BY_ESTIMATES if config[name]]
+    if by_estimates and (solver, coordinates) != ("euler", "ot"):
+        raise ValueError(
+            f"`{by_estimates[0]}` needs the solver 'euler' and `sampling_path` 'ot', got {solver!r} and "
+            f"{coordinates!r}."
+        )
+    if solver == "dpmpp_2m" and coordinates != "ot":
+        raise ValueError(f"The solver 'dpmpp_2m' needs `sampling_path` 'ot', got {coordinates!r}.")
+    if config.s_churn > 0 and (solver not in RUNGE_KUTTA or by_estimates):
+        raise ValueError(
+            f"`s_churn` needs one of the solvers {list(RUNGE_KUTTA)} and none of `stochastic_sampling`, `eta` and "
+            f"`clip_sample`, got {[solver, *by_estimates]}."
+        )
+    calibration = config.calibration
+    if (solver == "calibrated") != bool(calibration) or (calibration and coordinates != "angle"):
+        raise ValueError(
+            "The solver 'calibrated', a `calibration` and `sampling_path` 'angle' go together, got the solver "
+            f"{solver!r}, {'a' if calibration else 'no'} calibration and {coordinates!r}."
+        )
+    changes = [name for name in GRID_CHANGES if config[name]] + ["shift"] * (config.shift != 1.0)
+    if solver == "calibrated" and changes:
+        raise ValueError(
+            "The grid of the solver 'calibrated' is that of its calibration, so there must be none of "
+            f"{['shift', *GRID_CHANGES]}, got {changes}."
+        )
