@@ -167,11 +167,12 @@ def test_python_examples_import_what_exists(page: Path) -> None:
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
-def test_examples_of_the_paths_page_run() -> None:
-    # This page needs no trained model; its asserts are its claims.
+@pytest.mark.parametrize("page", ["paths.md", "migration.md"])
+def test_examples_run(page: str) -> None:
+    # These pages need no trained model; their asserts are their claims.
     torch.manual_seed(0)
-    code = "\n".join(code_blocks(ROOT / "docs" / "paths.md", "python"))
-    exec(compile(code, "docs/paths.md", "exec"), {})
+    code = "\n".join(code_blocks(ROOT / "docs" / page, "python"))
+    exec(compile(code, f"docs/{page}", "exec"), {})
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

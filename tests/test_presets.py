@@ -29,6 +29,7 @@ PRESETS = {
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-ve": ("ve", "v_prediction", 0, None, (3, 32, 32)),
+    "unet-images64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),
     "unet-imagenet32": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-imagenet64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),
     "unet-imagenet128": ("ot", "flow_prediction", 0, None, (3, 128, 128)),
@@ -129,8 +130,8 @@ def test_recipe_is_understood_by_the_training_script(
 ) -> None:
     monkeypatch.chdir(ROOT)
     argv = ["--config", f"pipelines/{name}/training.json"]
-    if "-imagenet" in name:
-        argv += ["--train_data_dir", "/data/imagenet/train"]
+    if "-image" in name:
+        argv += ["--train_data_dir", "/data/images"]
     args = script.parse_arguments(script.build_parser(), argv)
     script.check_arguments(args)
     assert args.pretrained_model_name_or_path == f"pipelines/{name}"
