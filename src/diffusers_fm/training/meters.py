@@ -32,9 +32,14 @@ class RunMeters:
             Rows whose images could not be read before the run was interrupted.
 
     Attributes:
-        losses ([`LossMeter`]), guard ([`GradientGuard`]), throughput ([`Throughput`]), unreadable
-        ([`UnreadableImages`]):
-            Each for itself. The first two have a state for checkpoints.
+        losses ([`LossMeter`]):
+            Losses by time; with a state for checkpoints.
+        guard ([`GradientGuard`]):
+            Steps that were skipped; with a state for checkpoints.
+        throughput ([`Throughput`]):
+            Where the time goes.
+        unreadable ([`UnreadableImages`]):
+            Images that could not be read.
         stream ([`StreamPosition`], *optional*):
             Where the run is in its data, if that is a stream.
     """
