@@ -70,9 +70,14 @@ def stream_splits(
     The same splits as of [`load_splits`], to be read from end to end, without a download or a preparation beforehand.
 
     Args:
-        dataset_name (`str`, *optional*), dataset_config_name (`str`, *optional*),
-        train_data_dir (`str`, *optional*), cache_dir (`str`, *optional*):
-            As [`load_splits`] takes them.
+        dataset_name (`str`, *optional*):
+            As [`load_splits`] takes it.
+        dataset_config_name (`str`, *optional*):
+            As [`load_splits`] takes it.
+        train_data_dir (`str`, *optional*):
+            As [`load_splits`] takes it.
+        cache_dir (`str`, *optional*):
+            As [`load_splits`] takes it.
 
     Returns:
         `datasets.IterableDatasetDict`: the splits by name, with known columns.
