@@ -14,16 +14,23 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import assert_same_weights, make_dataset, read_log, save_untrained, script, train
 
 from diffusers_fm.training import TrainableModel, TrainingRun
-from diffusers_fm.training.throughput import PEAK_TFLOPS, Stopwatch, Throughput, peak_flops, training_flops
+from diffusers_fm.training.throughput import (
+    PEAK_TFLOPS,
+    Stopwatch,
+    Throughput,
+    forward_flops,
+    peak_flops,
+    with_backward,
+)
 
 
 def test_operations_of_a_linear_layer() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
     forward = 2 * 4 * (3 * 5 + 5 * 7)
-    assert training_flops(model, (torch.zeros(4, 3),), {}) == 3 * forward
+    assert with_backward(model, forward_flops(model, (torch.zeros(4, 3),))) == 3 * forward
     # Without gradients of most weights; the gradient of inputs is needed all the same.
     model[1].requires_grad_(False)
-    assert training_flops(model, (torch.zeros(4, 3),), {}) == round(forward * (2 + 20 / 62))
+    assert with_backward(model, forward_flops(model, (torch.zeros(4, 3),))) == round(forward * (2 + 20 / 62))
     assert next(model.parameters()).device.type == "cpu"
 
 
@@ -36,7 +43,7 @@ def test_operations_of_real_models(kind: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(x_t, timestep, labels).square().mean().backward()
     # The first layers have no gradient of their input to compute.
-    assert 1 <= training_flops(model, (x_t, timestep, labels), {}) / counter.get_total_flops() < 1.2
+    assert 1 <= with_backward(model, forward_flops(model, (x_t, timestep, labels))) / counter.get_total_flops() < 1.2
 
 
 def test_peaks_are_found_by_the_most_telling_name() -> None:

@@ -55,6 +55,7 @@ from diffusers_fm.training import (
     add_latent_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
+    add_plan_arguments,
     add_run_arguments,
     add_validation_arguments,
     cache_latents,
@@ -65,7 +66,9 @@ from diffusers_fm.training import (
     choose_shift,
     data_and_labels,
     draw_times,
+    flow_matching_plan,
     held_out_loss,
+    is_main_process,
     latents_of_batch,
     load_images,
     model_card,
@@ -94,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser, "train_flow_matching")
+    add_plan_arguments(parser)
     return parser
 
 
@@ -108,6 +112,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(args: argparse.Namespace) -> None:
     """Train."""
     check_arguments(args)
+    if args.dry_run:
+        if is_main_process():
+            print(flow_matching_plan(args))
+        return
     run = TrainingRun(args)
     device = run.accelerator.device
 

@@ -54,6 +54,7 @@ from diffusers_fm.training import (
     add_lora_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
+    add_plan_arguments,
     add_run_arguments,
     add_text_to_image_arguments,
     add_validation_arguments,
@@ -61,6 +62,7 @@ from diffusers_fm.training import (
     check_lora_arguments,
     check_shared_arguments,
     check_text_to_image_arguments,
+    check_trained,
     choose_encoder_dropout,
     choose_scheduler,
     choose_sizes,
@@ -69,6 +71,7 @@ from diffusers_fm.training import (
     freeze,
     held_out_loss,
     image_tokens,
+    is_main_process,
     latents_of_batch,
     load_captioned_data,
     lora_card,
@@ -80,6 +83,7 @@ from diffusers_fm.training import (
     save_lora,
     shift_of,
     tell_of_long_captions,
+    text_to_image_plan,
 )
 
 
@@ -103,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser, "train_text_to_image_lora_sd3")
+    add_plan_arguments(parser)
     # The first two are those of StableDiffusion3Pipeline, the third is that of diffusers' own LoRA scripts.
     parser.set_defaults(num_inference_steps=28, guidance_scale=7.0, train_batch_size=4)
     return parser
@@ -113,6 +118,10 @@ def main(args: argparse.Namespace) -> None:
     check_shared_arguments(args)
     check_text_to_image_arguments(args)
     check_lora_arguments(args)
+    if args.dry_run:
+        if is_main_process():
+            print(text_to_image_plan(args, lora=True))
+        return
     run = TrainingRun(args, FIXED_LORA_ARGUMENTS)
     device = run.accelerator.device
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
@@ -127,6 +136,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline_class=StableDiffusion3Pipeline,
         text_encoders=args.text_encoders_name_or_path,
     )
+    check_trained(pipeline)
     sizes = choose_sizes(pipeline, args)
     # Adapters carry no scheduler: what is sampled with them is sampled with the base model's own.
     sampling_scheduler = pipeline.scheduler

@@ -52,6 +52,7 @@ from diffusers_fm.training import (
     add_data_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
+    add_plan_arguments,
     add_run_arguments,
     add_text_to_image_arguments,
     add_validation_arguments,
@@ -66,6 +67,7 @@ from diffusers_fm.training import (
     freeze,
     held_out_loss,
     image_tokens,
+    is_main_process,
     latents_of_batch,
     load_captioned_data,
     parse_arguments,
@@ -75,6 +77,7 @@ from diffusers_fm.training import (
     shift_of,
     tell_of_long_captions,
     text_to_image_card,
+    text_to_image_plan,
 )
 
 
@@ -97,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_average_arguments(parser)
     add_validation_arguments(parser)
     add_run_arguments(parser, "train_text_to_image_sd3")
+    add_plan_arguments(parser)
     # Those of StableDiffusion3Pipeline.
     parser.set_defaults(num_inference_steps=28, guidance_scale=7.0)
     return parser
@@ -106,6 +110,10 @@ def main(args: argparse.Namespace) -> None:
     """Train."""
     check_shared_arguments(args)
     check_text_to_image_arguments(args)
+    if args.dry_run:
+        if is_main_process():
+            print(text_to_image_plan(args))
+        return
     run = TrainingRun(args)
     device = run.accelerator.device
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")

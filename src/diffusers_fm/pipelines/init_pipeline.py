@@ -48,6 +48,7 @@ PIPELINES: dict[str | None, type[DiffusionPipeline]] = {
     "StableDiffusion3InpaintPipeline": StableDiffusion3Pipeline,
 }
 
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
@@ -123,11 +124,7 @@ def init_pipeline(
     """
     path = _local_folder(folder, pipeline_class or DiffusionPipeline, revision, variant)
     index = json.loads((path / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
-    found = PIPELINES.get(index.get("_class_name"), FlowMatchPipeline)
-    if pipeline_class not in (None, found):
-        raise ValueError(
-            f"{str(folder)!r} holds a {index.get('_class_name')}, where a {pipeline_class.__name__} is needed."
-        )
+    found = check_pipeline_class(folder, index, pipeline_class)
     declared = {
         name: tuple(index[name])
         for name in inspect.signature(found).parameters
@@ -163,7 +160,7 @@ def init_pipeline(
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         for name in untrained:
-            components[name] = _untrained_model(path / name, *declared[name])
+            components[name] = untrained_model(path / name, *declared[name])
     if "vae" in untrained and not _start_as_identity(components["vae"]):
         logger.warning(
             "The autoencoder of %s has random weights, and no model learns anything from its latents: give `vae` a"
@@ -178,6 +175,34 @@ def init_pipeline(
         check_sd3_components(pipeline)
     pipeline.register_to_config(_name_or_path=str(folder))
     return pipeline
+
+
+def check_pipeline_class(
+    folder: str | os.PathLike, index: dict[str, Any], pipeline_class: type[DiffusionPipeline] | None
+) -> type[DiffusionPipeline]:
+    """
+    The class as which a pipeline is built.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            Where it is, for the error.
+        index (`dict[str, Any]`):
+            Its model_index.json.
+        pipeline_class (`type[DiffusionPipeline]`, *optional*):
+            The class that is wanted; any, if left out.
+
+    Returns:
+        `type[DiffusionPipeline]`: the class.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    found = PIPELINES.get(index.get("_class_name"), FlowMatchPipeline)
+    if pipeline_class not in (None, found):
+        raise ValueError(
+            f"{str(folder)!r} holds a {index.get('_class_name')}, where a {pipeline_class.__name__} is needed."
+        )
+    return found
 
 
 def _local_folder(
@@ -206,7 +231,22 @@ def _start_as_identity(model: ModelMixin) -> bool:
     return True
 
 
-def _untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
+def untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
+    """
+    A model from its config, with random weights.
+
+    Args:
+        folder (`Path`):
+            With the config.
+        library (`str`), class_name (`str`):
+            Its class, as model_index.json names it.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: if the library is not one of `LIBRARIES`, or there is no config.
+    """
     if library not in LIBRARIES:
         raise ValueError(f"A model of an untrained pipeline must be from {', '.join(LIBRARIES)}, got {library!r}.")
     if not (folder / ModelMixin.config_name).is_file():

@@ -42,12 +42,15 @@ from .lora import (
     add_lora_arguments,
     check_engine,
     check_lora_arguments,
+    check_trained,
     parameter_groups,
     save_lora,
 )
 from .objective import draw_noise, draw_times
 from .optimisation import TrainableModel, make_optimizer
 from .options import choose_label_dropout, choose_resolution, choose_shift
+from .plan import Plan, add_plan_arguments, is_main_process
+from .plans import flow_matching_plan, text_to_image_plan
 from .precompute import cache_latents, cache_prompts
 from .prompts import CachedPrompts, PromptEncoder, TrainedPrompts
 from .publishing import Publisher, save_arguments
@@ -91,6 +94,7 @@ __all__ = [
     "LaneBatches",
     "LossMeter",
     "PairedImageData",
+    "Plan",
     "PowerFunction",
     "PromptEncoder",
     "Publisher",
@@ -115,6 +119,7 @@ __all__ = [
     "add_lora_arguments",
     "add_objective_arguments",
     "add_optimisation_arguments",
+    "add_plan_arguments",
     "add_run_arguments",
     "add_text_to_image_arguments",
     "add_validation_arguments",
@@ -127,6 +132,7 @@ __all__ = [
     "check_lora_arguments",
     "check_shared_arguments",
     "check_text_to_image_arguments",
+    "check_trained",
     "choose_caption",
     "choose_encoder_dropout",
     "choose_label_dropout",
@@ -146,11 +152,13 @@ __all__ = [
     "epoch_order",
     "find_checkpoint",
     "first_rows",
+    "flow_matching_plan",
     "freeze",
     "handle_model_files",
     "held_out_loss",
     "held_out_split_name",
     "image_tokens",
+    "is_main_process",
     "latents_of_batch",
     "load_captioned_data",
     "load_checkpoint",
@@ -185,6 +193,7 @@ __all__ = [
     "stream_splits",
     "tell_of_long_captions",
     "text_to_image_card",
+    "text_to_image_plan",
     "upscaling_report",
     "weighting_scheme",
 ]

@@ -172,6 +172,24 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
+def check_trained(pipeline: StableDiffusion3Pipeline) -> None:
+    """
+    Refuses a transformer that an adapter cannot train.
+
+    Args:
+        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+            With weights.
+
+    Raises:
+        ValueError: if it is untrained.
+    """
+    if not pipeline.transformer.proj_out.weight.any():
+        raise ValueError(
+            f"The transformer of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
+            " adapter in front of it learns anything. Train it first, with train_text_to_image_sd3.py."
+        )
+
+
 def add_adapters(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -> None:
     """
     Gives adapters to the transformer of a pipeline and, with `--train_text_encoder`, to both CLIPs.
@@ -183,13 +201,8 @@ def add_adapters(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -
             With `seed` and the arguments of `add_lora_arguments`.
 
     Raises:
-        ValueError: as [`add_lora`], or if the transformer is not trained.
+        ValueError: as [`add_lora`].
     """
-    if not pipeline.transformer.proj_out.weight.any():
-        raise ValueError(
-            f"The transformer of {args.pretrained_model_name_or_path!r} is untrained: its output layer is zero, and no"
-            " adapter in front of it learns anything. Train it first, with train_text_to_image_sd3.py."
-        )
     layers = {name: TEXT_ENCODER_LAYERS for name in ADAPTED[1:] if args.train_text_encoder}
     given = args.lora_layers
     layers["transformer"] = TRANSFORMER_LAYERS if given is None else [name.strip() for name in given.split(",")]

@@ -11,12 +11,12 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import offload_models
 
+from ..pipelines.init_pipeline import ENCODERS
 from .tensor_cache import TensorCache, content_key
 
 
 logger = logging.getLogger(__name__)
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 # Prompt embeddings `(batch_size, num_tokens, joint_attention_dim)` and pooled ones `(batch_size, pooled_dim)`.

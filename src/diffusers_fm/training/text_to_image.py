@@ -14,13 +14,14 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import offload_models
 from torch import nn
 
+from ..pipelines.init_pipeline import ENCODERS
 from ..pipelines.stock import with_stock_scheduler
 from .data import ImageData
 from .evaluation import EVALUATION_SEED, make_grid
 from .image_transforms import ImageTransform
 from .loading import make_train_data, open_splits
 from .precompute import cache_latents, cache_prompts
-from .prompts import ENCODERS, Embeds, PromptEncoder, ReadPrompts
+from .prompts import Embeds, PromptEncoder, ReadPrompts
 from .randomness import make_generator
 from .streaming import StreamData
 

@@ -61,17 +61,14 @@ def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> floa
     return None
 
 
-def training_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> int:
     """
-    Floating point operations of a training step's forward and backward pass of a model, those of a recomputation by
-    gradient checkpointing not counted: one forward pass is counted on tensors without contents, and the gradients of
-    inputs take as much again, those of weights as much for the part of them that is trained (arXiv 2204.02311,
-    appendix B).
+    Floating point operations of a model's forward pass, counted on tensors without contents.
 
     Args:
         model (`nn.Module`):
             The bare model, not sharded.
-        args (`tuple`), kwargs (`dict[str, Any]`):
+        args (`tuple`), kwargs (`dict[str, Any]`, *optional*):
             Of its call.
 
     Returns:
@@ -79,14 +76,36 @@ def training_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
 
     def empty(value: Any) -> Any:
-        return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        # Of one precision, for nothing casts them here.
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty_like(value, device="meta", dtype=dtype)
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs or {}))
+    return counter.get_total_flops()
+
+
+def with_backward(model: nn.Module, flops: int) -> int:
+    """
+    Floating point operations of a training step's forward and backward pass of a model, those of a recomputation by
+    gradient checkpointing not counted: the gradients of inputs take as much as the forward pass, those of weights as
+    much for the part of them that is trained (arXiv 2204.02311, appendix B).
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        flops (`int`):
+            Of the forward pass, see [`forward_flops`].
+
+    Returns:
+        `int`: the number.
+    """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs))
-    return round(counter.get_total_flops() * (2 + trained))
+    return round(flops * (2 + trained))
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -190,7 +209,7 @@ class Throughput:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             handle.remove()
             try:
-                self.flops_per_call = training_flops(bare_model, args, kwargs)
+                self.flops_per_call = with_backward(bare_model, forward_flops(bare_model, args, kwargs))
             except Exception as error:
                 # A model may do what tensors without contents cannot; the run goes on without these figures.
                 logger.warning("The operations of the model cannot be counted: %s", error)
