@@ -122,7 +122,7 @@ def test_runs_of_text_to_image_take_what_was_planned(
     options |= {"use_ema": True, "max_train_steps": 2, "checkpointing_steps": 2}
     run(dry_run=True, **options)
     told = capsys.readouterr().out
-    assert "20 images, 5.0 steps of 4 an epoch, 2 steps in all" in told
+    assert "20 images, 5.0 steps an epoch.\n2 steps of 4 in all" in told
     assert "Adapters of" in told or name == "sd3"
     # Nothing is written.
     assert not (tmp_path / "run").exists()
@@ -149,7 +149,7 @@ def test_runs_of_text_to_image_take_what_was_planned(
 def test_flow_matching_plans(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, data = save_untrained(tmp_path / "model", "unet"), make_dataset(tmp_path / "data")
     train(model, data, tmp_path / "run", dry_run=True, gradient_accumulation_steps=2, gradient_checkpointing=True)
-    assert "20 images, 1.2 steps of 16 an epoch, 4 steps in all" in capsys.readouterr().out
+    assert "20 images, 1.2 steps an epoch.\n4 steps of 16 in all" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

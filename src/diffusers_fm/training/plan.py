@@ -90,8 +90,8 @@ class Plan:
             Whether gradients of earlier passes are there while the next is made.
         flops (`int`):
             Floating point operations of an optimizer step on one device, recomputation and frozen models included.
-        num_samples (`int`), samples_per_step (`int`), num_steps (`int`):
-            Of the run.
+        num_samples (`int`, *optional*), samples_per_step (`int`), num_steps (`int`):
+            Of the run; the first is not known of every stream.
         precision (`str`):
             `"no"`, `"fp16"` or `"bf16"`.
         allow_tf32 (`bool`):
@@ -113,7 +113,7 @@ class Plan:
     activations: int
     accumulates: bool
     flops: int
-    num_samples: int
+    num_samples: int | None
     samples_per_step: int
     num_steps: int
     precision: str
@@ -156,12 +156,15 @@ class Plan:
             "16-bit copies of weights": self.copies,
             "activations": self.activations,
         }
+        epoch = ""
+        if self.num_samples is not None:
+            epoch = f"{self.num_samples:,} images, {self.num_samples / self.samples_per_step:,.1f} steps an epoch."
         lines = [
             self.what,
             f"{self.parameters / 1e6:,.2f} M parameters, {self.trained_parameters / 1e6:,.2f} M of them trained.",
-            f"{self.num_samples:,} images, {self.num_samples / self.samples_per_step:,.1f} steps of"
-            f" {self.samples_per_step} an epoch, {self.num_steps:,} steps in all, each"
-            f" {self.flops / 1e12:,.3f} TFLOP on a device.",
+            epoch,
+            f"{self.num_steps:,} steps of {self.samples_per_step} in all, each {self.flops / 1e12:,.3f} TFLOP on a"
+            " device.",
             "",
             "Memory of each device, GiB",
             *(f"  {name:<26}{value / GIB:10.2f}" for name, value in rows.items() if value),
@@ -189,7 +192,7 @@ def make_plan(
     model: nn.Module,
     network: ModelMixin,
     inputs: Callable[[int], tuple[Any, ...]],
-    num_samples: int,
+    num_samples: int | None,
     frozen: int = 0,
     extra_flops: int = 0,
     extra_activations: int = 0,
@@ -209,8 +212,8 @@ def make_plan(
             The part of it that gradient checkpointing is for.
         inputs (`Callable`):
             The arguments of the model's call for a batch of a given size.
-        num_samples (`int`):
-            Images to train on.
+        num_samples (`int`, *optional*):
+            Images to train on, where that is known.
         frozen (`int`, *optional*, defaults to 0):
             Bytes of other models on the device.
         extra_flops (`int`, *optional*, defaults to 0):
@@ -251,7 +254,7 @@ def make_plan(
         flops=(flops + extra_flops) * args.train_batch_size * micro_batches,
         num_samples=num_samples,
         samples_per_step=global_batch_size,
-        num_steps=args.max_train_steps or -(-args.num_train_epochs * num_samples // global_batch_size),
+        num_steps=args.max_train_steps or -(-args.num_train_epochs * (num_samples or 0) // global_batch_size),
         precision=precision,
         allow_tf32=args.allow_tf32,
         disk={**(disk or {}), "each checkpoint": trained_bytes + optimizer + average},

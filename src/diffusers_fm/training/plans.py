@@ -159,7 +159,7 @@ def _bytes(model: torch.nn.Module) -> int:
 
 
 def _latents_bytes(data: Any, random_flip: bool, vae: ModelMixin, shape: Sequence[int]) -> dict[str, int]:
-    """Means and variances of all latents (an autoencoder without variances has none); `shape` is that of the largest."""
+    """Means and variances of all latents, where the autoencoder has both; `shape` is that of the largest."""
     channels, height, width = shape
     pixels = [height * width * data.num_samples]
     if data.bucket_rows is not None:
