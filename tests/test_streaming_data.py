@@ -37,10 +37,12 @@ from diffusers_fm.training import (
     LaneBatches,
     StreamData,
     StreamPosition,
+    assign_buckets,
     load_splits,
     make_loader,
     stream_splits,
 )
+from diffusers_fm.training.streaming import StreamedRow
 
 
 NUM_ROWS = 30
@@ -112,15 +114,15 @@ def read(
     by_process, known = [], {} if saved is None else saved["lanes"]
     positions: dict[str, Any] = {"lanes": dict(known)}
     for process in range(num_processes):
-        position = StreamPosition.of_run(data, num_processes, num_workers, saved)
+        position = StreamPosition.of_run(data, batch_size, num_processes, num_workers, saved)
         loader = make_loader(
             LaneBatches(data, position, batch_size, num_batches, num_processes, process), num_workers=num_workers
         )
         by_process.append(list(position.watch(iter(loader), num_processes)))
-        left = position.gather(num_processes=1)
+        left = json.loads(json.dumps(position.gather(num_processes=1)))
         own = {lane: place for lane, place in left["lanes"].items() if known.get(lane) != place}
         positions = {**left, "lanes": {**positions["lanes"], **own}}
-    return [batch for batches in zip(*by_process) for batch in batches], json.loads(json.dumps(positions))
+    return [batch for batches in zip(*by_process) for batch in batches], positions
 
 
 def rows_of(batches: list[dict[str, Any]]) -> list[int]:
@@ -207,7 +209,7 @@ def test_columns_that_are_nearly_images(kind: str, tmp_path: Path) -> None:
 def test_every_row_once_an_epoch(kind: str, num_processes: int, num_workers: int, sources: dict) -> None:
     # Three shards, and one; more readers than shards, too.
     data = stream(sources[kind], seed=1)
-    position = StreamPosition.of_run(data, num_processes, num_workers, None)
+    position = StreamPosition.of_run(data, 1, num_processes, num_workers, None)
     by_epoch: dict[int, list[int]] = {}
     for process in range(num_processes):
         num_batches = 4 * NUM_ROWS // num_processes
@@ -261,7 +263,7 @@ def test_a_stream_goes_on_where_training_was(kind: str, num_processes: int, num_
 
 def test_the_position_is_that_of_the_batches_taken(sources: dict) -> None:
     data = stream(sources["parquet"])
-    position = StreamPosition.of_run(data, 1, 2, None)
+    position = StreamPosition.of_run(data, 3, 1, 2, None)
     loader = make_loader(LaneBatches(data, position, 3, 30), num_workers=2)
     taken = []
     # The workers are ahead of what is taken here.
@@ -281,11 +283,78 @@ def test_other_readers_go_on_if_they_divide_the_lanes(sources: dict) -> None:
         rest, _ = read(data, 36 // num_processes, 1, num_processes, num_workers, saved)
         assert_same_batches(rest, expected)
     with pytest.raises(ValueError, match=r"reads its stream in 4 lanes: .* must divide that, got 3 x 0\."):
-        StreamPosition.of_run(data, 3, 0, saved)
+        StreamPosition.of_run(data, 1, 3, 0, saved)
     with pytest.raises(ValueError, match="had buffer_size 8 and has 9 now"):
-        StreamPosition.of_run(stream(sources["parquet"], buffer_size=9), 2, 2, saved)
+        StreamPosition.of_run(stream(sources["parquet"], buffer_size=9), 1, 2, 2, saved)
     with pytest.raises(ValueError, match="had num_shards 3 and has 1 now"):
-        StreamPosition.of_run(stream(sources["classes"]), 2, 2, saved)
+        StreamPosition.of_run(stream(sources["classes"]), 1, 2, 2, saved)
+
+
+# Images of several sizes
+
+BUCKETS = ((16, 4), (8, 8), (4, 16))
+
+
+def shapes(num_rows: int = NUM_ROWS, num_shards: int = 3, **damaged: bytes) -> datasets.IterableDataset:
+    """Squares, upright and lying pictures at random, as bright as the row's number."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([[8, 8], [5, 20], [24, 6]], num_rows, p=[0.6, 0.3, 0.1]).tolist()
+    files = [png(PIL.Image.new("L", tuple(size), row)) for row, size in enumerate(sizes)]
+    images = [{"bytes": damaged.get(f"row_{row}", file), "path": None} for row, file in enumerate(files)]
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": images}, features=features).to_iterable_dataset(num_shards=num_shards)
+
+
+@pytest.mark.parametrize("buffer_size", [6, 40])
+def test_batches_of_a_stream_in_buckets_have_one_size_each(buffer_size: int) -> None:
+    data = StreamData(shapes(), ImageTransform(8, 1, buckets=BUCKETS), buffer_size=buffer_size)
+    batches, end = read(data, 4 * NUM_ROWS // 4, 4)
+    rows = rows_of(batches)
+    for epoch in range(3):
+        # At the end of an epoch less than a batch waits for the next.
+        seen = Counter(rows[: (epoch + 1) * NUM_ROWS])
+        assert sum(abs(seen[row] - epoch - 1) for row in range(NUM_ROWS)) <= 2 * 3
+    found = {tuple(batch["images"].shape[2:]) for batch in batches}
+    assert found <= set(BUCKETS)
+    if buffer_size == 40:
+        assert found == set(BUCKETS)
+        # In larger blocks fewer rows are brought to another size than that of their shape.
+        sizes = {}
+        for shard in range(3):
+            for row, values in data.read(shard):
+                sizes[10 * shard + row] = data.image_size(StreamedRow(0, shard, row, values))
+        fitting = [
+            BUCKETS[assign_buckets(np.array([sizes[row]]), BUCKETS)[0]] == tuple(batch["images"].shape[2:])
+            for batch in batches
+            for row in rows_of([batch])
+        ]
+        assert np.mean(fitting) > 0.6
+    for stop in (1, 5, 9, 20):
+        first, saved = read(data, stop, 4)
+        assert_same_batches(first, batches[:stop])
+        rest, left = read(data, len(batches) - stop, 4, saved=saved)
+        assert_same_batches(rest, batches[stop:])
+        assert left == end
+    with pytest.raises(ValueError, match="had batch_size 4 and has 5 now"):
+        StreamPosition.of_run(data, 5, 1, 0, end)
+
+
+def test_a_stream_in_buckets_in_several_processes() -> None:
+    data = StreamData(shapes(), ImageTransform(8, 1, buckets=BUCKETS), buffer_size=8)
+    whole, end = read(data, 12, 2, num_processes=2, num_workers=1)
+    first, saved = read(data, 5, 2, num_processes=2, num_workers=1)
+    rest, left = read(data, 7, 2, num_processes=2, num_workers=1, saved=saved)
+    assert_same_batches(first + rest, whole)
+    assert left == end
+
+
+def test_unreadable_images_in_buckets_are_replaced_within_their_batch() -> None:
+    damaged = {"row_4": b"no image", "row_17": png(PIL.Image.new("L", (24, 6), 17))[:50]}
+    data = StreamData(shapes(**damaged), ImageTransform(8, 1, buckets=BUCKETS), max_unreadable=100, buffer_size=40)
+    batches, _ = read(data, 14, 4)
+    assert {len(batch["images"]) for batch in batches} == {4}
+    assert set(rows_of(batches)) == set(range(NUM_ROWS)) - {4, 17}
+    assert {name for batch in batches for name in batch.get("unreadable", ())} == {"4 of shard 0", "7 of shard 1"}
 
 
 # What is wrong with rows
@@ -329,8 +398,6 @@ def test_rows_that_lack_something_are_named() -> None:
         StreamData(one(0, "a"), GREY, label_column="class", num_classes=3)
     with pytest.raises(ValueError, match="no caption column 'caption'"):
         StreamData(one(0, "a"), GREY, caption_column="caption")
-    with pytest.raises(ValueError, match="A stream has no aspect-ratio buckets"):
-        StreamData(one(0, "a"), ImageTransform(8, 1, buckets=((8, 8), (4, 16))))
     for features in (FEATURES, None):
         empty = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
         with pytest.raises(ValueError, match="The data set is empty"):
@@ -400,7 +467,7 @@ def test_text_to_image_on_every_kind_of_data(kind: str, sources: dict, tmp_path:
     source = {name: value for name, value in sources[kind].items() if name != "columns"}
     names = {name: value for name, value in sources[kind]["columns"].items() if name != "label_column"}
     losses = []
-    for streaming in (False, True):
+    for streaming, buckets in ((False, False), (True, False), (True, True)):
         values = {
             "dataset_name": None,
             "resolution": 16,
@@ -409,8 +476,13 @@ def test_text_to_image_on_every_kind_of_data(kind: str, sources: dict, tmp_path:
             **source,
             **names,
         }
-        values |= {"streaming": streaming, "cache_dir": tmp_path / "cache", "max_sequence_length": 16}
-        output_dir = tmp_path / str(streaming)
+        values |= {
+            "streaming": streaming,
+            "use_aspect_ratio_buckets": buckets,
+            "cache_dir": tmp_path / "cache",
+            "max_sequence_length": 16,
+        }
+        output_dir = tmp_path / f"{streaming} {buckets}"
         run_script(script, command_line(tmp_path / "model", Path("."), output_dir, **values))
         losses.append(read_log(output_dir, "loss"))
     assert all(np.isfinite(loss) for run in losses for _, loss in run)

@@ -79,7 +79,7 @@ def loader_speed(pictures: Path, side: int, batch_size: int, workers: int, strea
     transform, num_batches = ImageTransform(side, 3, random_flip=True), max(12, 1000 // batch_size)
     if streaming:
         data = StreamData(stream_splits(train_data_dir=str(pictures))["train"], transform)
-        position = StreamPosition.of_run(data, 1, workers, None)
+        position = StreamPosition.of_run(data, batch_size, 1, workers, None)
         loader = make_loader(LaneBatches(data, position, batch_size, num_batches + 1), num_workers=workers)
     else:
         cache_dir = str(pictures.parent / "cache")

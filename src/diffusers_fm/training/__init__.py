@@ -28,7 +28,6 @@ from .data_sources import choose_split, class_names, first_rows, held_out_split_
 from .ema import EMA, ConstantDecay, PowerFunction
 from .evaluation import data_and_labels, held_out_loss, make_grid, quiet_copy, sample_grid
 from .image_transforms import ImageTransform
-from .lanes import Lane, LaneBatches, StreamPosition
 from .latents import latents_of_batch, normalize
 from .launch import StopSignal, make_accelerator
 from .loader import make_loader
@@ -57,6 +56,7 @@ from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, derive_seed, epoch_order, make_generator, seed_layers
 from .run import TrainingRun
 from .samplers import BucketSampler, StreamSampler
+from .stream_batches import LaneBatches, StreamPosition
 from .streaming import StreamData
 from .tensor_cache import TensorCache, content_key, model_fingerprint
 from .text_to_image import (
@@ -90,7 +90,6 @@ __all__ = [
     "ConstantDecay",
     "ImageData",
     "ImageTransform",
-    "Lane",
     "LaneBatches",
     "LossMeter",
     "PairedImageData",

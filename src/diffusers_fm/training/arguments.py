@@ -347,9 +347,8 @@ def check_text_to_image_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--shift_base_resolution must be at least 1, got {args.shift_base_resolution}.")
     if args.use_aspect_ratio_buckets and args.aspect_ratio_buckets is not None:
         raise ValueError("Of --use_aspect_ratio_buckets and --aspect_ratio_buckets one may be given.")
-    for name in ("cache_text_embeddings", "use_aspect_ratio_buckets", "aspect_ratio_buckets"):
-        if args.streaming and getattr(args, name):
-            raise ValueError(f"--{name} does not go with --streaming: it needs to know all of the data beforehand.")
+    if args.cache_text_embeddings and args.streaming:
+        raise ValueError("--cache_text_embeddings does not go with --streaming, which does not know all of the data.")
     check_latent_arguments(args)
 
 

@@ -1,25 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stream in lanes: who reads which shard when, in which order, and where to go on after an interruption."""
+"""A stream in lanes: which shard is read when, in which order, and where to go on after an interruption."""
 
 import itertools
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import fsspec.asyn
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from torch.utils.data import IterableDataset, get_worker_info
 
 from .randomness import derive_seed, epoch_order, make_generator
 from .streaming import StreamData, StreamedRow
 from .unreadable import IMAGE_ERRORS, UnreadableImageError
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,21 +24,40 @@ class LanePosition:
         turn (`int`), row (`int`):
             The shard, by its number among those of the lane, and the row in it, with which the block begins.
         taken (`int`):
-            Rows taken from the block, in its shuffled order.
+            Rows, or batches, taken from the block, in their shuffled order.
+        waiting (`tuple[tuple[int, int], ...]`, *optional*):
+            Rows before the block, by turn and row, that were not taken before it began.
     """
 
     turn: int = 0
     row: int = 0
     taken: int = 0
+    waiting: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, turn: int, row: int, taken: int, waiting: Sequence[Sequence[int]]) -> "LanePosition":
+        """From what JSON, or a loader, makes of it."""
+        return cls(turn, row, taken, tuple((turn, row) for turn, row in waiting))
 
 
-class _Block:
-    """Rows that are shuffled among each other: so many of one epoch as follow each other in a lane."""
+BEGINNING = LanePosition()
+
+
+class Block:
+    """
+    Rows that are shuffled among each other: so many of one epoch as follow each other in a lane.
+
+    Args:
+        rows (`Iterator`):
+            Where they come from, `None` among them where an epoch ends.
+        size (`int`):
+            So many at most.
+    """
 
     def __init__(self, rows: Iterator[tuple[LanePosition, StreamedRow] | None], size: int) -> None:
         self._rows, self._size = rows, size
         self.rows: list[StreamedRow] = []
-        self.start = LanePosition()
+        self.start = BEGINNING
         self._is_full = False
 
     def read_one(self) -> None:
@@ -63,7 +75,7 @@ class _Block:
         self.rows.append(row)
         self._is_full = len(self.rows) == self._size
 
-    def fill(self) -> "_Block":
+    def fill(self) -> "Block":
         """All of its rows."""
         while not self._is_full:
             self.read_one()
@@ -91,24 +103,30 @@ class Lane:
             Number of the lane.
         num_lanes (`int`):
             Lanes of all processes and workers.
+        batch_size (`int`):
+            Samples in a batch.
         position ([`LanePosition`], *optional*):
             Where to begin.
     """
 
-    def __init__(self, data: StreamData, number: int, num_lanes: int, position: LanePosition = LanePosition()) -> None:
-        self._data, self._number, self._num_lanes = data, number, num_lanes
+    def __init__(
+        self,
+        data: StreamData,
+        number: int,
+        num_lanes: int,
+        batch_size: int,
+        position: LanePosition = BEGINNING,
+    ) -> None:
+        self._data, self._number, self._num_lanes, self._batch_size = data, number, num_lanes, batch_size
         self._parts = parts_of_shards(data.num_shards, num_lanes)
+        self._block_size = max(1, data.buffer_size // 2)
         self._order = (-1, np.empty(0, dtype=np.int64))
         self._rows = self._shuffled(position)
         self._unreadable = 0
 
-    def batch(self, batch_size: int) -> dict[str, Any]:
+    def batch(self) -> dict[str, Any]:
         """
         The next batch.
-
-        Args:
-            batch_size (`int`):
-                Its samples.
 
         Returns:
             `dict[str, Any]`: as of [`ImageData`], with `position`, where the lane is after it.
@@ -119,18 +137,35 @@ class Lane:
         rows: list[StreamedRow] = []
         pixels: list[np.ndarray] = []
         unreadable: dict[str, str] = {}
-        position = LanePosition()
-        while len(rows) < batch_size:
+        position, side = BEGINNING, self._data.transform.resolution
+        while len(rows) < self._batch_size:
             row, position = next(self._rows)
-            try:
-                pixels.append(self._data.decode(row))
+            decoded = self._decode(row, (side, side), unreadable)
+            if decoded is not None:
                 rows.append(row)
-            except IMAGE_ERRORS as error:
-                unreadable[row.name] = str(error)
-                self._unreadable += 1
-                if self._unreadable > self._data.max_unreadable:
-                    raise UnreadableImageError.of(-1, row.name, str(error)) from error
-        batch = self._data.batch(rows, pixels)
+                pixels.append(decoded)
+        return self._batch(rows, pixels, (side, side), unreadable, position)
+
+    def _decode(self, row: StreamedRow, size: tuple[int, int], unreadable: dict[str, str]) -> np.ndarray | None:
+        """The pixels of a row, or `None` where they cannot be read, which is noted."""
+        try:
+            return self._data.decode(row, size)
+        except IMAGE_ERRORS as error:
+            unreadable[row.name] = str(error)
+            self._unreadable += 1
+            if self._unreadable > self._data.max_unreadable:
+                raise UnreadableImageError.of(-1, row.name, str(error)) from error
+            return None
+
+    def _batch(
+        self,
+        rows: Sequence[StreamedRow],
+        pixels: Sequence[np.ndarray],
+        size: tuple[int, int],
+        unreadable: dict[str, str],
+        position: LanePosition,
+    ) -> dict[str, Any]:
+        batch = self._data.batch(rows, pixels, size)
         if unreadable:
             batch["unreadable"] = unreadable
         batch["position"] = {"lane": self._number, "epoch": rows[-1].epoch, **asdict(position)}
@@ -138,10 +173,10 @@ class Lane:
 
     def _shuffled(self, position: LanePosition) -> Iterator[tuple[StreamedRow, LanePosition]]:
         """Rows, and the position after each."""
-        rows, size = self._read(position), max(1, self._data.buffer_size // 2)
-        block, taken = _Block(rows, size).fill(), position.taken
+        rows, size = self._read(position), self._block_size
+        block, taken = Block(rows, size).fill(), position.taken
         while True:
-            upcoming = _Block(rows, size)
+            upcoming = Block(rows, size)
             for place in block.order(self._data.seed)[taken:]:
                 taken += 1
                 yield block.rows[place], LanePosition(block.start.turn, block.start.row, taken)
@@ -155,7 +190,7 @@ class Lane:
             epoch, shard, part = self._dealt(turn)
             for row, values in self._data.read(shard, first_row):
                 if row % self._parts == part:
-                    yield LanePosition(turn, row), StreamedRow(epoch, shard, row, values)
+                    yield LanePosition(turn, row), StreamedRow(epoch, shard, row, values, turn)
             first_row = 0
             if self._dealt(turn + 1)[0] != epoch:
                 yield None
@@ -172,182 +207,3 @@ class Lane:
 def parts_of_shards(num_shards: int, num_lanes: int) -> int:
     """Into how many parts shards are divided, so that there is one for every lane."""
     return math.ceil(num_lanes / num_shards)
-
-
-class StreamPosition:
-    """
-    Where a run is in a stream: of the batches that training took, not of those that workers have made beforehand.
-
-    Args:
-        num_lanes (`int`):
-            Lanes of all processes and workers.
-        num_shards (`int`), buffer_size (`int`):
-            Of the [`StreamData`].
-        num_batches (`int`, *optional*, defaults to 0):
-            Batches that were taken, by all processes.
-        lanes (`dict[int, LanePosition]`, *optional*):
-            Where the lanes are that were read.
-
-    Attributes:
-        epoch (`int`):
-            That of the last row that this process took.
-    """
-
-    def __init__(
-        self,
-        num_lanes: int,
-        num_shards: int,
-        buffer_size: int,
-        num_batches: int = 0,
-        lanes: dict[int, LanePosition] | None = None,
-    ) -> None:
-        self.num_lanes, self.num_shards, self.buffer_size = num_lanes, num_shards, buffer_size
-        self.num_batches, self.lanes = num_batches, dict(lanes or {})
-        self._own: dict[int, LanePosition] = {}
-        self.epoch = 0
-
-    @classmethod
-    def of_run(
-        cls, data: StreamData, num_processes: int, num_workers: int, saved: dict[str, Any] | None
-    ) -> "StreamPosition":
-        """
-        Where a run begins.
-
-        Args:
-            data ([`StreamData`]):
-                What is read.
-            num_processes (`int`):
-                Processes of the run.
-            num_workers (`int`):
-                Workers of each.
-            saved (`dict[str, Any]`, *optional*):
-                What the checkpoint that is resumed says, see [`~StreamPosition.gather`].
-
-        Returns:
-            [`StreamPosition`]: at the beginning, or where the checkpoint was made.
-
-        Raises:
-            ValueError: if the stream, the processes or the workers do not fit the resumed run.
-        """
-        readers = num_processes * max(1, num_workers)
-        if saved is None:
-            return cls(readers, data.num_shards, data.buffer_size)
-        lanes = {int(number): LanePosition(*position) for number, position in saved["lanes"].items()}
-        position = cls(**{**saved, "lanes": lanes})
-        if position.num_lanes % readers:
-            raise ValueError(
-                f"The run that is resumed reads its stream in {position.num_lanes} lanes: the processes times"
-                f" --dataloader_num_workers must divide that, got {num_processes} x {num_workers}."
-            )
-        for name, value in (("num_shards", data.num_shards), ("buffer_size", data.buffer_size)):
-            if getattr(position, name) != value:
-                raise ValueError(
-                    f"The stream of the run that is resumed had {name} {getattr(position, name)} and has {value} now:"
-                    " the position cannot be found again."
-                )
-        return position
-
-    def watch(self, batches: Iterator[dict[str, Any]], num_processes: int) -> Iterator[dict[str, Any]]:
-        """
-        Batches, with the positions taken out and noted.
-
-        Args:
-            batches (`Iterator[dict[str, Any]]`):
-                Of this process, as [`LaneBatches`] gives them.
-            num_processes (`int`):
-                Processes that take as many.
-
-        Yields:
-            `dict[str, Any]`: the same without `position`.
-        """
-        for batch in batches:
-            position = batch.pop("position")
-            self.epoch = position["epoch"]
-            self._own[position["lane"]] = LanePosition(position["turn"], position["row"], position["taken"])
-            self.num_batches += num_processes
-            yield batch
-
-    def gather(self, num_processes: int) -> dict[str, Any]:
-        """
-        The position over all processes, for a checkpoint. Every process calls it.
-
-        Args:
-            num_processes (`int`):
-                Processes of the run.
-
-        Returns:
-            `dict[str, Any]`: what [`~StreamPosition.of_run`] takes, as JSON has it.
-        """
-        own = [self._own]
-        for lanes in gather_object(own) if num_processes > 1 else own:
-            self.lanes |= lanes
-        return {
-            "num_lanes": self.num_lanes,
-            "num_shards": self.num_shards,
-            "buffer_size": self.buffer_size,
-            "num_batches": self.num_batches,
-            "lanes": {str(number): [at.turn, at.row, at.taken] for number, at in sorted(self.lanes.items())},
-        }
-
-
-class LaneBatches(IterableDataset):
-    """
-    One process's batches of a stream, for a loader: the lanes take turns, over all processes and workers.
-
-    Args:
-        data ([`StreamData`]):
-            What is read.
-        position ([`StreamPosition`]):
-            Where to begin.
-        batch_size (`int`):
-            Samples in a batch.
-        num_batches (`int`):
-            Batches of this process.
-        num_processes (`int`, *optional*, defaults to 1):
-            Processes that read.
-        process (`int`, *optional*, defaults to 0):
-            Rank of this one.
-    """
-
-    def __init__(
-        self,
-        data: StreamData,
-        position: StreamPosition,
-        batch_size: int,
-        num_batches: int,
-        num_processes: int = 1,
-        process: int = 0,
-    ) -> None:
-        self._data, self._batch_size, self._num_batches = data, batch_size, num_batches
-        self._num_processes = num_processes
-        self._first = position.num_batches + process
-        self._num_lanes, self._positions = position.num_lanes, dict(position.lanes)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        info = get_worker_info()
-        worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
-        if info is not None:
-            # A lock that was held when this process was forked is never released in it.
-            fsspec.asyn.reset_lock()
-        lanes: dict[int, Lane] = {}
-        # A loader takes the workers' batches in turn. Lanes take turns by the number of the batch among all, so that
-        # each comes back to the same worker.
-        for batch in range(worker, self._num_batches, num_workers):
-            number = (self._first + batch * self._num_processes) % self._num_lanes
-            if number not in lanes:
-                position = self._positions.get(number, LanePosition())
-                lanes[number] = Lane(self._data, number, self._num_lanes, position)
-            yield lanes[number].batch(self._batch_size)
-
-
-def tell_of_divided_shards(data: StreamData, num_lanes: int) -> None:
-    """Say so, if shards are read several times over."""
-    parts = parts_of_shards(data.num_shards, num_lanes)
-    if parts > 1:
-        logger.warning(
-            "%d readers (processes times workers) share %d shards of the data set: each shard is read %d times an"
-            " epoch, by as many readers, which take their parts of its rows. More shards or fewer readers read less.",
-            num_lanes,
-            data.num_shards,
-            parts,
-        )

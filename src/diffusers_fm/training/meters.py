@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
 from .guard import GradientGuard
-from .lanes import StreamPosition
 from .logs import LossMeter
+from .stream_batches import StreamPosition
 from .throughput import make_throughput
 from .unreadable import UnreadableImages
 

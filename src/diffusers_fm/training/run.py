@@ -20,7 +20,6 @@ from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_fil
 from .data import ImageData
 from .ema import EMA, make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
-from .lanes import LaneBatches, StreamPosition, tell_of_divided_shards
 from .launch import make_accelerator
 from .loader import make_loader
 from .logs import RunLog
@@ -30,6 +29,7 @@ from .optimisation import clip_gradients, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
+from .stream_batches import LaneBatches, StreamPosition, tell_of_divided_shards
 from .streaming import StreamData
 
 
@@ -247,11 +247,12 @@ class TrainingRun:
 
     def _stream_batches(self, data: StreamData) -> Iterator[dict[str, Any]]:
         num_processes, num_workers = self.accelerator.num_processes, self.args.dataloader_num_workers
-        position = StreamPosition.of_run(data, num_processes, num_workers, self._manifest.get("stream"))
+        batch_size, saved = self.args.train_batch_size, self._manifest.get("stream")
+        position = StreamPosition.of_run(data, batch_size, num_processes, num_workers, saved)
         if self.accelerator.is_main_process:
             tell_of_divided_shards(data, position.num_lanes)
         num_batches = max(0, self.args.max_train_steps - self.first_step) * self.args.gradient_accumulation_steps
-        batch_size, process = self.args.train_batch_size, self.accelerator.process_index
+        process = self.accelerator.process_index
         batches = LaneBatches(data, position, batch_size, num_batches, num_processes, process)
         self._meters.stream = position
         return position.watch(iter(make_loader(batches, num_workers=num_workers)), num_processes)

@@ -4,6 +4,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -21,8 +22,9 @@ from .data_sources import (
     undecoded,
     with_features,
 )
-from .image_transforms import ImageTransform, to_pixels
+from .image_transforms import ImageTransform, image_size, to_pixels
 from .randomness import row_uniforms
+from .unreadable import IMAGE_ERRORS
 
 
 # A data set of more shards is read in so many groups of shards: finding one's files takes a time that grows with them.
@@ -44,12 +46,20 @@ class StreamedRow:
             Where it is.
         values (`dict[str, Any]`):
             Its columns.
+        turn (`int`, *optional*, defaults to 0):
+            Number of the shard among those of the lane.
     """
 
     epoch: int
     shard: int
     row: int
     values: dict[str, Any]
+    turn: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it is in its lane."""
+        return self.turn, self.row
 
     @property
     def visit(self) -> tuple[int, int, int]:
@@ -65,13 +75,13 @@ class StreamedRow:
 class StreamData:
     """
     Images, labels and captions by shard: nothing is downloaded or prepared beforehand, and no row can be asked for by
-    its number. [`~lanes.LaneBatches`] makes batches of it.
+    its number. [`LaneBatches`] makes batches of it.
 
     Args:
         dataset (`datasets.IterableDataset`):
             What `load_dataset(..., streaming=True)` gives.
         transform (`ImageTransform`):
-            What is done to each image; it has no buckets.
+            What is done to each image.
         image_column (`str`, *optional*, defaults to `"image"`):
             Name of the column of images.
         label_column (`str`, *optional*):
@@ -109,8 +119,6 @@ class StreamData:
         max_unreadable: int = 0,
         buffer_size: int = 1000,
     ) -> None:
-        if transform.buckets:
-            raise ValueError("A stream has no aspect-ratio buckets: its images are brought to one size.")
         dataset = with_features(dataset)
         check_image_column(dataset, image_column)
         if label_column is not None:
@@ -189,13 +197,37 @@ class StreamData:
                 yield row, dict(zip(columns, values))
                 row += 1
 
-    def decode(self, row: StreamedRow) -> np.ndarray:
+    def image_size(self, row: StreamedRow) -> tuple[int, int]:
+        """
+        The size of a row's image.
+
+        Args:
+            row ([`StreamedRow`]):
+                The row.
+
+        Returns:
+            `tuple[int, int]`: height and width; those of the square, if it cannot be read.
+        """
+        value = row.values[self._image_column] or {"bytes": None, "path": None}
+        file = value["path"] if value["bytes"] is None else value["bytes"]
+        try:
+            if isinstance(file, str) and not Path(file).is_file():
+                # Out of this machine, or in an archive.
+                width, height = datasets.Image().decode_example(value).size
+                return height, width
+            return image_size(file)
+        except (*IMAGE_ERRORS, AttributeError):
+            return (self.transform.resolution,) * 2
+
+    def decode(self, row: StreamedRow, size: tuple[int, int]) -> np.ndarray:
         """
         The pixels of a row's image, resized and not cropped.
 
         Args:
             row ([`StreamedRow`]):
                 The row.
+            size (`tuple[int, int]`):
+                Height and width to cover.
 
         Returns:
             `np.ndarray` of shape `(channels, height, width)`: uint8.
@@ -207,9 +239,11 @@ class StreamData:
         if value is None:
             raise ValueError("there is none")
         image: PIL.Image.Image = datasets.Image().decode_example(value)
-        return to_pixels(image, self._size, self.transform.channels, self.transform.multiple)
+        return to_pixels(image, size, self.transform.channels, self.transform.multiple)
 
-    def batch(self, rows: Sequence[StreamedRow], pixels: Sequence[np.ndarray]) -> dict[str, Any]:
+    def batch(
+        self, rows: Sequence[StreamedRow], pixels: Sequence[np.ndarray], size: tuple[int, int]
+    ) -> dict[str, Any]:
         """
         A batch, cropped and mirrored.
 
@@ -218,6 +252,8 @@ class StreamData:
                 Its rows.
             pixels (`Sequence[np.ndarray]`):
                 As [`~StreamData.decode`] gives them.
+            size (`tuple[int, int]`):
+                Their height and width.
 
         Returns:
             `dict[str, Any]`: as of [`ImageData`].
@@ -227,7 +263,7 @@ class StreamData:
         """
         visits = np.array([row.visit for row in rows])
         places = self.transform.places(self.seed, visits)
-        crops = [self.transform.crop(image, self._size, place) for image, place in zip(pixels, places)]
+        crops = [self.transform.crop(image, size, place) for image, place in zip(pixels, places)]
         mirrored = self.transform.mirrored(self.seed, visits)
         images = [crop[..., ::-1] if mirror else crop for crop, mirror in zip(crops, mirrored)]
         batch: dict[str, Any] = {"images": torch.from_numpy(np.stack(images))}
@@ -242,10 +278,6 @@ class StreamData:
                 choose_caption(self._caption_value(row.values), number, row.name) for row, number in zip(rows, numbers)
             ]
         return batch
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        return self.transform.resolution, self.transform.resolution
 
     def _caption_value(self, values: dict[str, Any]) -> Any:
         value: Any = values
