@@ -322,7 +322,7 @@ def test_batches_of_a_stream_in_buckets_have_one_size_each(buffer_size: int) -> 
         sizes = {}
         for shard in range(3):
             for row, values in data.read(shard):
-                sizes[10 * shard + row] = data.image_size(StreamedRow(0, shard, row, values))
+                sizes[10 * shard + row] = data.image_size(StreamedRow(0, shard, row, values, 0))
         fitting = [
             BUCKETS[assign_buckets(np.array([sizes[row]]), BUCKETS)[0]] == tuple(batch["images"].shape[2:])
             for batch in batches

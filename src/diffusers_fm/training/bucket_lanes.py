@@ -67,7 +67,7 @@ class BucketLane(Lane):
     def _in_buckets(self, position: LanePosition) -> Iterator[tuple[list[StreamedRow], tuple[int, int], LanePosition]]:
         """Rows of a batch, their size, and the position after it."""
         size = self._block_size
-        rows = self._read(LanePosition(*min(((position.turn, position.row), *position.waiting))))
+        rows = self._read(*min(((position.turn, position.row), *position.waiting)))
         waiting, rows = self._before(position, rows)
         block, taken = Block(rows, size).fill(), position.taken
         while True:
@@ -77,21 +77,22 @@ class BucketLane(Lane):
             before = tuple(row.place for row in waiting)
             for batch, size_of_batch in self._cut(at_hand[:count])[taken:]:
                 taken += 1
-                yield batch, size_of_batch, LanePosition(block.start.turn, block.start.row, taken, before)
+                yield batch, size_of_batch, LanePosition(*block.rows[0].place, taken, before)
                 for _ in batch:
                     upcoming.read_one()
             waiting, block, taken = at_hand[count:], upcoming.fill(), 0
 
-    def _before(self, position: LanePosition, rows: Iterator[Any]) -> tuple[list[StreamedRow], Iterator[Any]]:
+    def _before(
+        self, position: LanePosition, rows: Iterator[StreamedRow | None]
+    ) -> tuple[list[StreamedRow], Iterator[StreamedRow | None]]:
         """The rows that wait when a block begins, and what follows from its first row on."""
         found: dict[tuple[int, int], StreamedRow] = {}
         while position.waiting:
-            item = next(rows)
-            if item is None:
+            row = next(rows)
+            if row is None:
                 continue
-            place, row = item
-            if (place.turn, place.row) >= (position.turn, position.row):
-                rows = itertools.chain([item], rows)
+            if row.place >= (position.turn, position.row):
+                rows = itertools.chain([row], rows)
                 break
             found[row.place] = row
         return [found[place] for place in position.waiting], rows

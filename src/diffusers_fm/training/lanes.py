@@ -54,24 +54,20 @@ class Block:
             So many at most.
     """
 
-    def __init__(self, rows: Iterator[tuple[LanePosition, StreamedRow] | None], size: int) -> None:
+    def __init__(self, rows: Iterator[StreamedRow | None], size: int) -> None:
         self._rows, self._size = rows, size
         self.rows: list[StreamedRow] = []
-        self.start = BEGINNING
         self._is_full = False
 
     def read_one(self) -> None:
         """One more row, if there is room."""
         if self._is_full:
             return
-        found = next(self._rows)
-        if found is None:
+        row = next(self._rows)
+        if row is None:
             # The end of an epoch, in which no row of the next is wanted.
             self._is_full = bool(self.rows)
             return
-        position, row = found
-        if not self.rows:
-            self.start = position
         self.rows.append(row)
         self._is_full = len(self.rows) == self._size
 
@@ -173,24 +169,23 @@ class Lane:
 
     def _shuffled(self, position: LanePosition) -> Iterator[tuple[StreamedRow, LanePosition]]:
         """Rows, and the position after each."""
-        rows, size = self._read(position), self._block_size
+        rows, size = self._read(position.turn, position.row), self._block_size
         block, taken = Block(rows, size).fill(), position.taken
         while True:
             upcoming = Block(rows, size)
             for place in block.order(self._data.seed)[taken:]:
                 taken += 1
-                yield block.rows[place], LanePosition(block.start.turn, block.start.row, taken)
+                yield block.rows[place], LanePosition(*block.rows[0].place, taken)
                 upcoming.read_one()
             block, taken = upcoming.fill(), 0
 
-    def _read(self, position: LanePosition) -> Iterator[tuple[LanePosition, StreamedRow] | None]:
-        """Rows in the order of the files, each with its own position, and `None` after the last one of an epoch."""
-        first_row = position.row
-        for turn in itertools.count(position.turn):
+    def _read(self, first_turn: int, first_row: int) -> Iterator[StreamedRow | None]:
+        """Rows in the order of the files, and `None` after the last one of an epoch."""
+        for turn in itertools.count(first_turn):
             epoch, shard, part = self._dealt(turn)
             for row, values in self._data.read(shard, first_row):
                 if row % self._parts == part:
-                    yield LanePosition(turn, row), StreamedRow(epoch, shard, row, values, turn)
+                    yield StreamedRow(epoch, shard, row, values, turn)
             first_row = 0
             if self._dealt(turn + 1)[0] != epoch:
                 yield None

@@ -46,15 +46,15 @@ class StreamedRow:
             Where it is.
         values (`dict[str, Any]`):
             Its columns.
-        turn (`int`, *optional*, defaults to 0):
-            Number of the shard among those of the lane.
+        turn (`int`):
+            Number of the shard among those of its lane.
     """
 
     epoch: int
     shard: int
     row: int
     values: dict[str, Any]
-    turn: int = 0
+    turn: int
 
     @property
     def place(self) -> tuple[int, int]:
@@ -217,7 +217,7 @@ class StreamData:
                 return height, width
             return image_size(file)
         except (*IMAGE_ERRORS, AttributeError):
-            return (self.transform.resolution,) * 2
+            return self.transform.resolution, self.transform.resolution
 
     def decode(self, row: StreamedRow, size: tuple[int, int]) -> np.ndarray:
         """
