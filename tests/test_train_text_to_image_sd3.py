@@ -15,8 +15,8 @@ import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
-from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, environment, load_script, read_log
+from tiny_text_to_image import colours, sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
+from training_runs import ROOT, assert_same_weights, environment, launch, load_script, read_log
 
 from diffusers_fm import FlowMatchScheduler
 
@@ -129,6 +129,47 @@ def test_a_resumed_run_is_the_uninterrupted_one(model: Path, tmp_path: Path) -> 
     # Training shifts by the size of the image, and the scheduler that is saved does it alike.
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(whole, subfolder="scheduler")
     assert scheduler.config.use_dynamic_shifting
+
+
+def test_two_processes_share_buckets(model: Path, tmp_path: Path) -> None:
+    sizes = ((16, 24), (24, 16), (16, 16))
+    # An image is told by its caption; of each size there are 8, 8 and 4, and none of another is in its batch.
+    rows = colours(24, sizes).remove_columns("text").add_column("text", [f"image {row}" for row in range(24)])
+    rows.select([row for row in range(24) if row % 3 < 2 or row < 12]).to_parquet(tmp_path / "data" / "train.parquet")
+    shape_of = {f"image {row}": [side // 2 for side in sizes[row % 3]] for row in range(24)}
+    line = ["--pretrained_model_name_or_path", model, "--dataset_name", tmp_path / "data", "--resolution", 16]
+    line += ["--aspect_ratio_buckets", "16,24;24,16;16,16", "--max_sequence_length", 16, "--train_batch_size", 2]
+    line += [
+        "--output_dir",
+        tmp_path / "run",
+        "--max_train_steps",
+        10,
+        "--seed",
+        0,
+        "--report_to",
+        "none",
+        "--use_cpu",
+    ]
+    command = launch([str(word) for word in line], num_processes=2, file=ROOT / "tests" / "recorded_batches.py")
+    subprocess.run(command, env=environment(), check=True, timeout=300, capture_output=True)
+
+    taken = []
+    for rank in range(2):
+        lines = (tmp_path / "run" / f"batches-{rank}.jsonl").read_text().splitlines()
+        batches = [json.loads(line) for line in lines]
+        assert [batch["step"] for batch in batches] == list(range(10))
+        assert all(shape_of[caption] == batch["size"] for batch in batches for caption in batch["captions"])
+        taken += batches
+    # 20 images are 5 steps of 2 processes with 2 each: two epochs, in orders of their own.
+    epochs = [
+        [caption for batch in taken if batch["step"] // 5 == epoch for caption in batch["captions"]]
+        for epoch in (0, 1)
+    ]
+    assert len(epochs[0]) == 20
+    assert set(epochs[0]) == set(epochs[1]) == {f"image {row}" for row in range(24) if row % 3 < 2 or row < 12}
+    assert epochs[0] != epochs[1]
+    # The two processes of a step need not have the same size.
+    assert any(one["size"] != other["size"] for one, other in zip(taken[:10], taken[10:]))
 
 
 @pytest.mark.parametrize(
