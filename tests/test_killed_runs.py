@@ -8,39 +8,30 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 import datasets
 import pytest
-from training_runs import (
-    SCRIPT,
-    assert_same_weights,
-    command_line,
-    make_dataset,
-    read_log,
-    run_script_file,
-    save_untrained,
-    train,
-)
+import torch
+from safetensors.torch import load_file
+from tiny_pipelines import save_untrained_upscaler
+from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
+from training_runs import SCRIPT, command_line, make_dataset, read_log, run_script_file, save_untrained
 
 from diffusers_fm.training.checkpoints import latest_checkpoint
 
 
-STEPS = 60
+STEPS = 42
 
 # What a run is hit by, one after the other: a signal that asks or one that does not, at a random moment of the loop,
-# while a checkpoint is being written, or while the trained pipeline is.
+# while a checkpoint is being written, or while what was trained is.
 HITS = [
     ("loop", signal.SIGKILL),
     ("checkpoint", signal.SIGKILL),
     ("loop", signal.SIGTERM),
-    ("checkpoint", signal.SIGKILL),
-    ("loop", signal.SIGKILL),
     ("checkpoint", signal.SIGTERM),
-    ("loop", signal.SIGINT),
     ("checkpoint", signal.SIGKILL),
-    ("loop", signal.SIGKILL),
     ("export", signal.SIGKILL),
 ]
 
@@ -61,12 +52,27 @@ OPTIONS = {
     "report_to": "tensorboard",
 }
 
+TEXT_TO_IMAGE = {"resolution": 16, "max_sequence_length": 16, "random_flip": False, "center_crop": True}
+TEXT_TO_IMAGE |= {"cache_latents": True, "cache_text_embeddings": True}
+
+# Files that wait in the buffer of a stream, and batches that workers have ready, are lost when it is killed.
+STREAM = {"streaming": True, "shuffle_buffer_size": 12, "validation_steps": 1000, "dataloader_num_workers": 2}
+
+# A script, what it is run with besides, and a file of what it leaves.
+RUNS = {
+    "latents": ("train_flow_matching", {}, "model_index.json"),
+    "stream": ("train_flow_matching", STREAM, "model_index.json"),
+    "upscaler": ("train_upscale", {"num_measured_images": 4}, "model_index.json"),
+    "text": ("train_text_to_image_sd3", TEXT_TO_IMAGE, "model_index.json"),
+    "adapters": ("train_text_to_image_lora_sd3", {**TEXT_TO_IMAGE, "rank": 2}, "pytorch_lora_weights.safetensors"),
+}
+
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[ForkServerContext]:
     """Real processes for the runs, without the seconds that imports take: a server forks them, having imported all."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs"])
+    context.set_forkserver_preload(["training_runs", "tiny_text_to_image"])
     former = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     try:
@@ -80,6 +86,19 @@ def processes() -> Iterator[ForkServerContext]:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def untrained(run: str, folder: Path) -> tuple[Path, Path]:
+    """A pipeline for a run to train, and data."""
+    if run in ("text", "adapters"):
+        tiny_stable_diffusion_3(t5=False).save_pretrained(folder / "untrained")
+        return folder / "untrained", save_colours(folder / "data")
+    if run == "latents":
+        return save_untrained(folder / "untrained", "dit-vae"), make_dataset(folder / "data", side=16)
+    data = make_dataset(folder / "data")
+    if run == "upscaler":
+        return save_untrained_upscaler(folder / "untrained"), data
+    return save_untrained(folder / "untrained", "unet-classes"), data
 
 
 def moment(place: str, output_dir: Path, chance: random.Random) -> Callable[[], bool]:
@@ -99,13 +118,17 @@ def steps_done(output_dir: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def hit(
-    processes: ForkServerContext, line: list[str], output_dir: Path, place: str, number: int, chance: random.Random
-) -> bool:
-    """Start or resume a run and hit it; whether it was hit where it should be."""
-    has_come = moment(place, output_dir, chance)
-    process = processes.Process(target=run_script_file, args=(SCRIPT, [*line, "--resume_from_checkpoint=latest"]))
+def start(processes: ForkServerContext, script: str, line: list[str]) -> ForkServerProcess:
+    """A process that runs the script from its newest checkpoint."""
+    file = SCRIPT.with_name(f"{script}.py")
+    process = processes.Process(target=run_script_file, args=(file, [*line, "--resume_from_checkpoint=latest"]))
     process.start()
+    return process
+
+
+def hit(process: ForkServerProcess, output_dir: Path, place: str, number: int, chance: random.Random) -> bool:
+    """Hit a run that has been started; whether it was hit where it should be."""
+    has_come = moment(place, output_dir, chance)
     assert process.pid is not None
     while not has_come():
         assert process.is_alive(), f"ended with {process.exitcode} before it could be hit: {place}"
@@ -122,52 +145,42 @@ def hit(
     return True
 
 
-# Files that wait in the buffer of a stream, and batches that workers have ready, are lost when it is killed.
-STREAM = {
-    "streaming": True,
-    "shuffle_buffer_size": 12,
-    "validation_steps": 1000,
-    "dataloader_num_workers": 2,
-}
+def assert_same_tensors(one: Path, other: Path) -> None:
+    """All tensors of what was trained, bit for bit; the checkpoints' too."""
+    files = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        first, second = load_file(one / file), load_file(other / file)
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), f"{file}: {name}"
 
 
-def test_killed_streams_end_as_uninterrupted_ones(processes: ForkServerContext, tmp_path: Path) -> None:
-    chance = random.Random("stream")
-    folder, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
-    options = {**OPTIONS, **STREAM}
-    whole = train(folder, data, tmp_path / "whole", **options)
-    output_dir = tmp_path / "killed"
-    line = command_line(folder, data, output_dir, **options)
-    for place, number in HITS[:5]:
-        hit(processes, line, output_dir, place, number, chance)
-    process = processes.Process(target=run_script_file, args=(SCRIPT, [*line, "--resume_from_checkpoint=latest"]))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == 0
-    assert_same_weights(whole, output_dir)
-    assert read_log(output_dir, *FIGURES) == read_log(whole, *FIGURES)
-
-
-@pytest.mark.parametrize("kind", ["unet-classes", "dit-vae"])
-def test_killed_runs_end_as_uninterrupted_ones(kind: str, processes: ForkServerContext, tmp_path: Path) -> None:
-    chance = random.Random(kind)
-    folder = save_untrained(tmp_path / "untrained", kind)
-    data = make_dataset(tmp_path / "data", side=16 if kind.endswith("vae") else 8)
-    whole = train(folder, data, tmp_path / "whole", **OPTIONS)
-    output_dir = tmp_path / "killed"
-    line = command_line(folder, data, output_dir, dataloader_num_workers=1, **OPTIONS)
+@pytest.mark.parametrize("run", RUNS)
+def test_killed_runs_end_as_uninterrupted_ones(run: str, processes: ForkServerContext, tmp_path: Path) -> None:
+    script, options, what_is_left = RUNS[run]
+    options = {**OPTIONS, **options}
+    chance = random.Random(run)
+    folder, data = untrained(run, tmp_path)
+    whole, output_dir = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = start(processes, script, command_line(folder, data, whole, **options))
+    undisturbed.join(timeout=120)
+    assert undisturbed.exitcode == 0
+    line = command_line(folder, data, output_dir, **{"dataloader_num_workers": 1, **options})
     inside = {"checkpoint": 0, "export": 0, "loop": 0}
     for place, number in HITS:
-        inside[place] += hit(processes, line, output_dir, place, number, chance)
+        inside[place] += hit(start(processes, script, line), output_dir, place, number, chance)
         # What there is of a pipeline is whole or not there.
-        assert not (output_dir / "model_index.json").exists()
+        assert not (output_dir / what_is_left).exists()
     assert min(inside.values()) >= 1
-    process = processes.Process(target=run_script_file, args=(SCRIPT, [*line, "--resume_from_checkpoint=latest"]))
-    process.start()
-    process.join(timeout=120)
-    assert process.exitcode == 0
-    assert_same_weights(whole, output_dir)
+    last = start(processes, script, line)
+    last.join(timeout=120)
+    assert last.exitcode == 0
+    assert (output_dir / what_is_left).is_file()
+    assert_same_tensors(whole, output_dir)
     assert read_log(output_dir, *FIGURES) == read_log(whole, *FIGURES)
     for name in ("validation_loss", "validation_loss_by_time"):
         assert read_log(output_dir, name) == read_log(whole, name)
-    assert [path.name for path in sorted(output_dir.glob("*checkpoint-*"))] == ["checkpoint-57", "checkpoint-60"]
+    names = [path.name for path in sorted(output_dir.glob("*checkpoint-*"))]
+    assert names == [f"checkpoint-{STEPS - 3}", f"checkpoint-{STEPS}"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from huggingface_hub import ModelCard
-from tiny_pipelines import tiny_unet
+from tiny_pipelines import save_untrained_upscaler
 from training_runs import (
     ROOT,
     assert_same_weights,
@@ -38,13 +38,6 @@ script = load_script(ROOT / "training_scripts" / "train_upscale.py")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
-
-
-def save_untrained_upscaler(folder: Path, in_channels: int = 2, scale_factor: int = 2) -> Path:
-    unet = tiny_unet(in_channels=in_channels)
-    FlowMatchUpscalePipeline(FlowMatchScheduler(), unet=unet, scale_factor=scale_factor).save_pretrained(folder)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    return folder
 
 
 @pytest.fixture(scope="module")

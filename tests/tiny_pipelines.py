@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny pipelines with random weights, every layer of them non-zero, for the tests of the pipelines."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from diffusers_fm import ClassEmbedder, FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm import ClassEmbedder, FlowMatchPipeline, FlowMatchScheduler, FlowMatchUpscalePipeline
 
 
 NUM_CLASSES = 5
@@ -153,3 +154,11 @@ def images_of(pipeline: FlowMatchPipeline, batch_size: int = 3) -> torch.Tensor:
     channels = 3 if pipeline.vae is not None else pipeline.sample_shape[0]
     side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
     return torch.rand(batch_size, channels, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def save_untrained_upscaler(folder: Path, in_channels: int = 2, scale_factor: int = 2) -> Path:
+    """An upscaler of two channels of input, as configs alone."""
+    unet = tiny_unet(in_channels=in_channels)
+    FlowMatchUpscalePipeline(FlowMatchScheduler(), unet=unet, scale_factor=scale_factor).save_pretrained(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    return folder
