@@ -29,11 +29,18 @@ docs:  ## build the documentation; any warning is an error
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 MODEL ?= runs/unet-digits
-bench:  ## measure schedulers and solvers, judge the samples of a trained digits pipeline, MODEL=folder
+UPSCALER ?= runs/upscale-digits
+bench:  ## measure speed, solvers and likelihoods, judge trained digits pipelines, MODEL=folder UPSCALER=folder
 	python tests/benchmarks/bench_step.py
-	python tests/benchmarks/bench_training.py
+	OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --use_cpu
 	python tests/benchmarks/bench_data.py
+	python tests/benchmarks/bench_throughput.py --tiny --num_steps 3 --compile off
+	python tests/benchmarks/bench_likelihood.py
 	python tests/benchmarks/bench_marginals.py
 	python tests/benchmarks/bench_solvers.py
 	python tests/benchmarks/bench_solvers.py --pipeline $(MODEL)
 	python tests/benchmarks/digits_quality.py $(MODEL)
+	python tests/benchmarks/digits_anomalies.py $(MODEL)
+	python tests/benchmarks/digits_edit.py $(MODEL)
+	python tests/benchmarks/digits_inverse.py $(MODEL)
+	python tests/benchmarks/digits_upscale.py $(UPSCALER)

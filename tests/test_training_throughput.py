@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says of its speed, and that it asks nothing of the device in a step."""
 
+import json
 import time
 import traceback
 from pathlib import Path
@@ -11,7 +12,16 @@ from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from training_runs import assert_same_weights, make_dataset, read_log, save_untrained, script, train
+from training_runs import (
+    ROOT,
+    assert_same_weights,
+    load_script,
+    make_dataset,
+    read_log,
+    save_untrained,
+    script,
+    train,
+)
 
 from diffusers_fm.training import TrainableModel, TrainingRun
 from diffusers_fm.training.throughput import (
@@ -149,3 +159,14 @@ def test_memory_format_does_not_change_the_run(tmp_path: Path) -> None:
     runs = [train(pipeline, data, tmp_path / str(last), channels_last=last, **options) for last in (False, True)]
     # Sums in another order; AdamW turns the sign of a tiny gradient into a step, at most the learning rate.
     assert_same_weights(*runs, atol=4e-4)
+
+
+def test_the_benchmark_of_full_size_models_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark = load_script(ROOT / "tests" / "benchmarks" / "bench_throughput.py")
+    file = tmp_path / "rows.json"
+    words = ["--tiny", "--use_cpu", "--compile=off", "--num_steps=1", "--num_warmup_steps=0", "--train_batch_size=2"]
+    benchmark.main([*words, f"--json={file}"])
+    rows = json.loads(file.read_text())
+    assert [(row["model"], row["compile"]) for row in rows] == [("dit-xl", False), ("sd3-medium", False)]
+    assert all(row["images_per_second"] > 0 and row["tflops_per_second"] > 0 for row in rows)
+    assert capsys.readouterr().out.count("| dit-xl | False |") == 1
