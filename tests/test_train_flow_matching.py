@@ -230,6 +230,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(data: Path, tmp_path: Path) -> N
     assert read_log(resumed, *figures) == read_log(whole, *figures)
     assert [line[0] for line in read_log(resumed, "loss")] == [2, 4, 6, 7]
     assert read_log(resumed, "validation_loss") == read_log(whole, "validation_loss")
+    ids = {
+        read_manifest(run / f"checkpoint-{n}")["tracker_run_id"] for run, n in ((whole, 3), (whole, 6), (resumed, 6))
+    }
+    assert len(ids) == 1
     last = [load_file(run / "checkpoint-6" / "model.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
 
@@ -422,6 +426,10 @@ def test_several_processes_that_would_run_as_one_are_refused(
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     with pytest.raises(ValueError, match="accelerate was launched for 4 accumulation steps, the script for 1"):
         train(folder, data, tmp_path / "run")
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP of version 1 is not supported.*use FSDP2"):
+        train(folder, data, tmp_path / "run")
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -507,10 +515,11 @@ def test_a_full_disk_does_not_end_a_run_at_once(
 
 def test_accelerate_reads_the_configurations() -> None:
     files = sorted((SCRIPT.parent / "accelerate").glob("*.yaml"))
-    assert len(files) == 4
+    engines = {"deepspeed_zero2.yaml": "DEEPSPEED", "fsdp2.yaml": "FSDP"}
+    assert len(files) == 5
     for file in files:
         config = load_config_from_file(str(file))
-        assert str(config.distributed_type.value) == ("DEEPSPEED" if "deepspeed" in file.name else "MULTI_GPU")
+        assert str(config.distributed_type.value) == engines.get(file.name, "MULTI_GPU")
         assert f"--config_file training_scripts/accelerate/{file.name}" in file.read_text()
 
 

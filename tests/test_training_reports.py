@@ -26,6 +26,7 @@ from diffusers_fm.training import (
     make_grid,
     sample_grid,
 )
+from diffusers_fm.training.logs import tracker_options
 
 
 @pytest.fixture
@@ -128,6 +129,17 @@ def test_the_log_goes_on_where_the_checkpoint_was(accelerator: Accelerator, tmp_
 
 
 # Pictures
+
+
+def test_trackers_go_on_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    first, again = (tracker_options("digits", "1f2e3d4c", step) for step in (0, 20))
+    assert first["wandb"] == again["wandb"] == {"id": "1f2e3d4c", "resume": "allow"}
+    assert first["trackio"] == again["trackio"] == {"name": "digits-1f2e3d4c", "resume": "allow"}
+    assert "tensorboard" not in first
+    assert again["tensorboard"] == {"purge_step": 21}
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    assert "wandb" not in tracker_options("digits", "1f2e3d4c", 0)
 
 
 def test_grids_enlarge_small_pictures_pixel_by_pixel() -> None:

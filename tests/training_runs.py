@@ -127,11 +127,15 @@ def run_script_file(file: Path, line: list[str]) -> None:
     module.main(parse_arguments(module.build_parser(), line))
 
 
-def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT) -> list[str]:
-    """The command that a user would type, as words."""
+def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config: str | None = None) -> list[str]:
+    """The command that a user would type, as words; `config` is a file of `training_scripts/accelerate`."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
+    if config is not None:
+        accelerate += ["--config_file", str(SCRIPT.parent / "accelerate" / config), "--mixed_precision", "no"]
+    elif num_processes > 1:
+        accelerate += ["--multi_gpu"]
     if num_processes > 1:
-        accelerate += ["--multi_gpu", "--num_processes", str(num_processes), "--main_process_port", "0"]
+        accelerate += ["--num_processes", str(num_processes), "--main_process_port", "0"]
     return [*accelerate, str(file), *line]
 
 

@@ -74,20 +74,14 @@ from diffusers_fm.training import (
     model_card,
     parse_arguments,
     sample_grid,
+    script_parser,
 )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--config", help="JSON file of arguments, such as the training_args.json of a run; the command line wins.")
-    add("--pretrained_model_name_or_path", required=True, help="Pipeline folder, trained or not, or a Hub id.")
-    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
-    add("--variant", help="Variant of the weights to load, such as fp16; training is in float32 all the same.")
-    add("--vae_name_or_path", help="Trained autoencoder in place of the pipeline's; latent pipelines only.")
     add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
     add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
     add_data_arguments(parser)

@@ -74,6 +74,7 @@ from diffusers_fm.training import (
     prepare_latents,
     prepare_prompts,
     prompt_grid,
+    script_parser,
     shift_of,
     tell_of_long_captions,
     text_to_image_card,
@@ -83,15 +84,8 @@ from diffusers_fm.training import (
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--config", help="JSON file of arguments, such as the training_args.json of a run; the command line wins.")
-    add("--pretrained_model_name_or_path", required=True, help="Pipeline folder, trained or not, or a Hub id.")
-    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
-    add("--variant", help="Variant of the weights to load, such as fp16; training is in float32 all the same.")
-    add("--vae_name_or_path", help="Trained autoencoder in place of the pipeline's.")
     add("--text_encoders_name_or_path", help="Pipeline whose text encoders take the place of the pipeline's own.")
     add_data_arguments(parser)
     add_text_to_image_arguments(parser)

@@ -17,6 +17,7 @@ from .arguments import (
     compare_arguments,
     parse_arguments,
     saved_arguments,
+    script_parser,
     weighting_scheme,
 )
 from .buckets import assign_buckets, make_buckets, parse_buckets
@@ -187,6 +188,7 @@ __all__ = [
     "save_checkpoint",
     "save_lora",
     "saved_arguments",
+    "script_parser",
     "seed_layers",
     "shift_of",
     "stream_splits",

@@ -55,6 +55,33 @@ def weighting_scheme(name: str) -> str:
     return name
 
 
+def script_parser(
+    description: str | None, required: str = "Pipeline folder, trained or not, or a Hub id."
+) -> argparse.ArgumentParser:
+    """
+    A parser with what all scripts are told of files and of the pipeline.
+
+    Args:
+        description (`str`, *optional*):
+            The script's docstring.
+        required (`str`, *optional*):
+            What its pipeline must be.
+
+    Returns:
+        `argparse.ArgumentParser`: to add to; names are not to be shortened.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--config", help="JSON file of arguments, such as the training_args.json of a run; the command line wins.")
+    add("--pretrained_model_name_or_path", required=True, help=required)
+    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
+    add("--variant", help="Variant of the weights to load, such as fp16; what is trained is in float32 all the same.")
+    add("--vae_name_or_path", help="Trained autoencoder in place of the pipeline's; latent pipelines only.")
+    return parser
+
+
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the images are, and what is done to them. Names and defaults are those of diffusers' own examples."""
     add = parser.add_argument_group("data").add_argument

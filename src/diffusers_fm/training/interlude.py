@@ -5,7 +5,6 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from tqdm.auto import tqdm
 
 from .arguments import saved_arguments
 from .checkpoints import CheckpointKeeper
-from .ema import EMA
 from .files import replace_contents
 from .launch import StopSignal, failures
 from .logs import RunLog
 from .meters import RunMeters
 from .publishing import Publisher
+from .sharding import SHARDING, ShownWeights
 
 
 logger = logging.getLogger(__name__)
@@ -75,16 +74,14 @@ class Interlude:
             Where the run begins.
         meters ([`RunMeters`]):
             What is told.
-        ema ([`EMA`], *optional*):
-            The averages.
+        weights ([`ShownWeights`]):
+            What is validated and saved, with the averages.
         log ([`RunLog`]):
             Where it is told.
         checkpoints ([`CheckpointKeeper`]):
             Where the run is kept.
         publisher ([`Publisher`], *optional*):
             Of the main process, if there is something to upload.
-        averaged_weights (`Callable`):
-            Gives a context within which the model has the weights that would be saved now.
         validate (`Callable`), export (`Callable`):
             As [`TrainingRun.start`] takes them.
     """
@@ -95,17 +92,16 @@ class Interlude:
         accelerator: Accelerator,
         place: Place,
         meters: RunMeters,
-        ema: EMA | None,
+        weights: ShownWeights,
         log: RunLog,
         checkpoints: CheckpointKeeper,
         publisher: Publisher | None,
-        averaged_weights: Callable[[], AbstractContextManager[None]],
         validate: Validate,
         export: Export,
     ) -> None:
-        self._args, self._accelerator, self._place, self._meters, self._ema = args, accelerator, place, meters, ema
-        self._log, self._checkpoints, self._publisher = log, checkpoints, publisher
-        self._averaged_weights, self._validate, self._export = averaged_weights, validate, export
+        self._args, self._accelerator, self._place, self._meters = args, accelerator, place, meters
+        self._weights, self._log, self._checkpoints, self._publisher = weights, log, checkpoints, publisher
+        self._validate, self._export = validate, export
         self._output_dir = Path(args.output_dir)
         self._figures: dict[str, Any] = {}
         self._checkpoint_is_due = False
@@ -116,6 +112,7 @@ class Interlude:
             total=self._args.max_train_steps,
             initial=self._place.first_step,
             desc="Steps",
+            mininterval=1.0,
             disable=not self._accelerator.is_local_main_process,
         )
         return self
@@ -147,8 +144,9 @@ class Interlude:
             self._write_log(done, learning_rate)
         # What comes now is no part of the speed of training.
         self._meters.throughput.stopwatch.mark("other")
-        if self._ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
-            self._ema.save_snapshots(self._accelerator, self._output_dir)
+        ema = self._weights.ema
+        if ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
+            ema.save_snapshots(self._accelerator, self._output_dir)
         validation_is_due = done % args.validation_steps == 0 and not is_last
         # There may not be time for both; the resumed run begins with the validation.
         if validation_is_due and not signum:
@@ -173,7 +171,7 @@ class Interlude:
         saved = self._save_checkpoint(done, validation_is_due)
         self._checkpoint_is_due = False
         if saved and not signum and done < args.max_train_steps and self._publisher is not None:
-            with self._averaged_weights():
+            with self._weights.shown():
                 self._publisher.checkpoint_saved(done, lambda folder: self._export(folder, self._figures))
         return saved
 
@@ -196,7 +194,7 @@ class Interlude:
         figures: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            with self._averaged_weights():
+            with self._weights.shown():
                 figures = self._figures = self._validate(step, grid_name)
         except Exception as caught:
             error = caught
@@ -216,7 +214,7 @@ class Interlude:
         figures = self.run_validation(done, "grid.png")
         error: Exception | None = None
         try:
-            with self._averaged_weights():
+            with self._weights.shown():
                 if self._accelerator.is_main_process:
                     replace_contents(self._output_dir, lambda folder: self._export(folder, figures))
         except Exception as caught:
@@ -249,13 +247,16 @@ class Interlude:
         if self._checkpoints.last == self._output_dir / f"checkpoint-{step}":
             return True
         self._meters.gather()
+        sharded = self._accelerator.distributed_type in SHARDING
         state = {
             "seed": self._args.seed,
             "samples_seen": self._place.samples_seen(step),
             "num_processes": self._accelerator.num_processes,
+            "engine": self._accelerator.distributed_type.value if sharded else None,
             "unreadable_rows": sorted(self._meters.unreadable.rows),
             **self._meters.gather_stream(),
             "validation_is_due": validation_is_due,
+            "tracker_run_id": self._log.run_id,
             "arguments": saved_arguments(self._args),
         }
         return self._checkpoints.save(step, state, rotate=not self._meters.guard.in_a_row)

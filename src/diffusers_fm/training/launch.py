@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     gather_object,
     is_tensorboard_available,
 )
+
+from .sharding import fsdp_plugin, shard_on_cpu
 
 
 def make_accelerator(
@@ -55,7 +56,7 @@ def make_accelerator(
 
     Raises:
         ValueError: if accelerate runs another number of processes than was launched, the tracker is not installed,
-            `accelerate launch` was told another number of accumulation steps, or weights would be sharded.
+            `accelerate launch` was told another number of accumulation steps, or to shard by FSDP of version 1.
     """
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", str(gradient_accumulation_steps)):
@@ -65,22 +66,20 @@ def make_accelerator(
         )
     if report_to is None:
         report_to = "tensorboard" if is_tensorboard_available() else "none"
+    plugin = fsdp_plugin(mixed_precision)
     # Without `cpu=True` accelerate runs several CPU processes as so many independent runs of one.
     accelerator = Accelerator(
         cpu=use_cpu or not torch.accelerator.is_available(),
         mixed_precision=mixed_precision,
         dynamo_backend="inductor" if torch_compile else None,
+        fsdp_plugin=plugin,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, adjust_scheduler=False, sync_with_dataloader=False
         ),
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError(
-            "FSDP is not supported: a pipeline of sharded weights could not be sampled and saved. Use DDP, or"
-            " DeepSpeed ZeRO-2, which shards gradients and optimizer (training_scripts/accelerate/)."
-        )
+    shard_on_cpu(accelerator, plugin)
     if accelerator.state.deepspeed_plugin is not None:
         # No loader is prepared, from which accelerate would know it.
         config = accelerator.state.deepspeed_plugin.deepspeed_config

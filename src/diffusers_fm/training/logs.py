@@ -4,6 +4,8 @@
 import json
 import logging
 import math
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class LossMeter:
             `non_finite_by_time`.
         """
         sums, counts, others = self._sums.tolist()
-        self._sums = torch.zeros_like(self._sums)
+        self.clear()
         by_time = [rounded(total / count) if count else None for total, count in zip(sums, counts)]
         report = {"loss": rounded(sum(sums) / sum(counts)) if sum(counts) else None, "loss_by_time": by_time}
         return {**report, "non_finite_by_time": [int(count) for count in others]} if any(others) else report
@@ -87,8 +89,12 @@ class LossMeter:
         return {"sums": self._sums}
 
     def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
-        """Take up what [`state_dict`] gave; the other processes' part is in the main one's already."""
+        """Take up what [`state_dict`] gave."""
         self._sums = state_dict["sums"].clone()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums = torch.zeros_like(self._sums)
 
 
 def _step_of(line: str) -> float:
@@ -97,6 +103,32 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
+
+
+def tracker_options(name: str, run_id: str, first_step: int) -> dict[str, dict[str, Any]]:
+    """
+    What makes trackers go on with a run that is resumed. One that holds later steps already, of a run that went
+    further than its last checkpoint, is told the same numbers again: TensorBoard drops the former ones, wandb the new
+    ones.
+
+    Args:
+        name (`str`):
+            What the run may be called.
+        run_id (`str`):
+            Its own, the same when it is resumed.
+        first_step (`int`):
+            Steps that the trackers have seen already.
+
+    Returns:
+        `dict[str, dict[str, Any]]`: keyword arguments by the tracker's name, for `Accelerator.init_trackers`.
+    """
+    options: dict[str, dict[str, Any]] = {"trackio": {"name": f"{name}-{run_id}", "resume": "allow"}}
+    # Who sets the variable knows what to go on with.
+    if "WANDB_RUN_ID" not in os.environ:
+        options["wandb"] = {"id": run_id, "resume": "allow"}
+    if first_step:
+        options["tensorboard"] = {"purge_step": first_step + 1}
+    return options
 
 
 class RunLog:
@@ -111,10 +143,19 @@ class RunLog:
         first_step (`int`, *optional*, defaults to 0):
             Where the run goes on: lines of later steps, of a run that went further than its last checkpoint, are taken
             out.
+        run_id (`str`, *optional*):
+            What trackers know the run by; a new one by default.
+
+    Attributes:
+        run_id (`str`):
+            The same.
     """
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, first_step: int = 0) -> None:
-        self._accelerator = accelerator
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, first_step: int = 0, run_id: str | None = None
+    ) -> None:
+        self.run_id = run_id or secrets.token_hex(4)
+        self._accelerator, self._first_step = accelerator, first_step
         self._output_dir = output_dir
         self._file = output_dir / "log.jsonl"
         self._unwritten = ""
@@ -126,20 +167,18 @@ class RunLog:
             replace_text(self._file, "".join(kept))
             self._told = {(first_step, tuple(json.loads(line))) for line in kept if _step_of(line) == first_step}
 
-    def start_trackers(self, project_name: str, arguments: dict[str, Any], first_step: int) -> None:
+    def start_trackers(self, project_name: str, arguments: dict[str, Any]) -> None:
         """
-        Open the trackers.
+        Open the trackers, at the run that is resumed.
 
         Args:
             project_name (`str`):
-                What the run is called there.
+                What runs of this kind are called there.
             arguments (`dict[str, Any]`):
                 Arguments of the script; TensorBoard takes no lists and no `None`.
-            first_step (`int`):
-                Steps that the trackers have seen already.
         """
         config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in arguments.items()}
-        init_kwargs = {"tensorboard": {"purge_step": first_step + 1}} if first_step else {}
+        init_kwargs = tracker_options(self._output_dir.resolve().name, self.run_id, self._first_step)
         self._accelerator.init_trackers(project_name, config=config, init_kwargs=init_kwargs)
 
     def write(self, step: int, values: dict[str, Any]) -> None:

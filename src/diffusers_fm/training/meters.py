@@ -64,6 +64,11 @@ class RunMeters:
         self._gradient_norm = gradient_norm
         return self.guard.before_step(optimizer, gradient_norm)
 
+    def loaded(self) -> None:
+        """After a checkpoint was loaded, by every process: the losses in it are those of all, and the main one's."""
+        if not self._accelerator.is_main_process:
+            self.losses.clear()
+
     def gather(self) -> None:
         """Take what all processes have noted into the main one. Every process calls it."""
         self.losses.reduce(self._accelerator)

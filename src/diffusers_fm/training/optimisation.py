@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainable part of a pipeline, and its optimizer."""
 
+import copy
 import importlib.util
 import logging
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -48,6 +50,14 @@ class TrainableModel(nn.Module):
         self.class_embedder = pipeline.class_embedder
         # In a tuple because a pipeline is no part of a module: its autoencoder is not trained.
         self._predict = (pipeline.predict,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainableModel":
+        """A copy of what is trained, in a pipeline of its own that shares the rest."""
+        pipeline = copy.copy(self._predict[0].__self__)
+        for name, component in pipeline.components.items():
+            if component is self.denoiser or component is self.class_embedder:
+                setattr(pipeline, name, copy.deepcopy(component, memo))
+        return TrainableModel(pipeline)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
         """
@@ -205,6 +215,15 @@ def schedule_free_weights(optimizer: AcceleratedOptimizer, parameters: Sequence[
             torch._foreach_copy_([parameter.detach() for parameter in parameters], kept)
 
 
+def is_plain(accelerator: Accelerator) -> bool:
+    """
+    Whether gradients and optimizer are torch's own. What accelerate has between is for scalers, shards and other
+    engines, and takes a part of a small model's step, for it looks for a package on the disk each time.
+    """
+    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return accelerator.scaler is None and accelerator.distributed_type in plain
+
+
 def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
     """
     Clip the gradient of all parameters together, over all processes.
@@ -220,6 +239,13 @@ def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max
     Returns:
         `torch.Tensor` of shape `()`: the norm before clipping, on the device, the same in every process.
     """
+    if is_plain(accelerator):
+        norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        # On the CPU nothing is waited for, and to look costs less than to multiply all gradients by 1.
+        if norm.device.type != "cpu" or not norm.numpy() <= max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        return norm
     norm = accelerator.clip_grad_norm_(parameters, max_norm)
     if isinstance(norm, DTensor):
         return norm.full_tensor()

@@ -6,7 +6,8 @@ import logging
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,18 @@ from torch import nn
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
 from .data import ImageData
-from .ema import EMA, make_ema, remove_later_snapshots
+from .ema import make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
 from .launch import make_accelerator
 from .loader import make_loader
 from .logs import RunLog
 from .meters import RunMeters
 from .objective import draw_noise
-from .optimisation import clip_gradients, make_optimizer, schedule_free_weights
+from .optimisation import clip_gradients, is_plain, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
+from .sharding import SHARDING, ShownWeights
 from .stream_batches import LaneBatches, StreamPosition, tell_of_divided_shards
 from .streaming import StreamData
 
@@ -129,7 +131,6 @@ class TrainingRun:
         self.global_batch_size: int = (
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
-        self.ema: EMA | None = None
         self._checkpoints = CheckpointKeeper(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
@@ -180,6 +181,8 @@ class TrainingRun:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * (num_samples or 0) / self.global_batch_size)
+        self._weights = ShownWeights(accelerator, model)
+        model = self._weights.for_training()
         optimizer = make_optimizer(
             parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
             args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
@@ -199,21 +202,35 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            self._meters.throughput.watch_model(
-                self.model, accelerator.unwrap_model(self.model, keep_torch_compile=False)
-            )
+        if accelerator.distributed_type != DistributedType.DEEPSPEED:
+            self._meters.throughput.watch_model(self.model, self._weights.bare)
         accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
-        self.ema = make_ema(args, accelerator, self.model)
+        self._weights.ema = make_ema(args, accelerator, self.model)
+        if self._weights.ema is not None:
+            self._weights.average = self._weights.ema.averaged_weights
+        elif args.optimizer == "schedule_free":
+            self._weights.average = partial(schedule_free_weights, self._optimizer, self._parameters)
         # For those that have a mode.
         self._optimizer.train()
         handle_model_files(accelerator)
         if self.checkpoint is not None:
+            self._check_engine()
             compare_arguments(args, self._manifest["arguments"], fixed=self._fixed_on_resume, free=FREE_ON_RESUME)
             load_checkpoint(accelerator, self.checkpoint)
+            self._meters.loaded()
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
         return self.model
+
+    def _check_engine(self) -> None:
+        """Sharded engines keep weights and optimizer in a format of their own."""
+        kind = self.accelerator.distributed_type
+        saved, now = self._manifest.get("engine"), kind.value if kind in SHARDING else None
+        if saved != now:
+            raise ValueError(
+                f"{self.checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
+                f" {now or 'whole weights'}: launch with the configuration that the run began with."
+            )
 
     def batches(self, data: ImageData | StreamData) -> Iterator[dict[str, Any]]:
         """
@@ -274,18 +291,17 @@ class TrainingRun:
                 What is trained on what, for the log.
         """
         args, accelerator = self.args, self.accelerator
-        self.log = RunLog(accelerator, self.output_dir, self.first_step)
-        self.log.start_trackers(args.tracker_project_name, saved_arguments(args), self.first_step)
+        self.log = RunLog(accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
+        self.log.start_trackers(args.tracker_project_name, saved_arguments(args))
         self._interlude = Interlude(
             args,
             accelerator,
             self._place,
             self._meters,
-            self.ema,
+            self._weights,
             self.log,
             self._checkpoints,
             self._publisher,
-            self.averaged_weights,
             validate,
             export,
         )
@@ -331,8 +347,8 @@ class TrainingRun:
             yield step
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step()
+            if self._weights.ema is not None:
+                self._weights.ema.step()
             self._meters.throughput.stopwatch.mark("optimizer")
             self._meters.throughput.step()
             self._interlude.after_step(step + 1, learning_rate)
@@ -368,13 +384,12 @@ class TrainingRun:
         self._meters.losses.add(t, losses)
         self.accelerator.backward(losses.mean())
         self._meters.throughput.stopwatch.mark("model")
-        is_to_step = True
         if self.accelerator.sync_gradients:
             norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
-            is_to_step = self._meters.before_step(self._optimizer, norm)
-        if is_to_step:
-            self._optimizer.step()
-        self._optimizer.zero_grad()
+            optimizer = self._optimizer.optimizer if is_plain(self.accelerator) else self._optimizer
+            if self._meters.before_step(self._optimizer, norm):
+                optimizer.step()
+            optimizer.zero_grad()
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -401,9 +416,7 @@ class TrainingRun:
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
-        if self.args.optimizer == "schedule_free":
-            return schedule_free_weights(self._optimizer, self._parameters)
-        return nullcontext() if self.ema is None else self.ema.averaged_weights()
+        return self._weights.shown()
 
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
