@@ -8,7 +8,7 @@ r"""Train a text-to-image generator in the style of Stable Diffusion 3 (arXiv 24
 A pipeline folder goes in, untrained (configs alone) or trained, and a trained `StableDiffusion3Pipeline` comes out,
 which diffusers reads without this package. The transformer is trained; text encoders and autoencoder are not.
 
-Captioned handwritten digits, some minutes on two CPU cores:
+Captioned handwritten digits, a few minutes on two CPU cores:
 
     accelerate launch training_scripts/train_text_to_image_sd3.py \
       --config pipelines/sd3-tiny/training.json --output_dir runs/sd3-tiny
