@@ -58,11 +58,11 @@ from diffusers_fm.training import (
     add_run_arguments,
     add_text_to_image_arguments,
     add_validation_arguments,
+    check_adaptable,
     check_engine,
     check_lora_arguments,
     check_shared_arguments,
     check_text_to_image_arguments,
-    check_trained,
     choose_encoder_dropout,
     choose_scheduler,
     choose_sizes,
@@ -130,7 +130,7 @@ def main(args: argparse.Namespace) -> None:
         pipeline_class=StableDiffusion3Pipeline,
         text_encoders=args.text_encoders_name_or_path,
     )
-    check_trained(pipeline)
+    check_adaptable(pipeline, args)
     sizes = choose_sizes(pipeline, args)
     # Adapters carry no scheduler: what is sampled with them is sampled with the base model's own.
     sampling_scheduler = pipeline.scheduler

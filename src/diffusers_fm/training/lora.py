@@ -146,8 +146,8 @@ def add_lora(
 
     _check_layers(model, layers)
     targets = [name for name in _layer_names(model) if _is_one_of(name, layers)]
+    _check_blocks(model, blocks)
     if blocks is not None:
-        _check_blocks(model, blocks)
         inside = tuple(f"transformer_blocks.{block}." for block in blocks)
         targets = [name for name in targets if name.startswith(inside)]
     config = LoraConfig(
@@ -172,17 +172,21 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def check_trained(pipeline: StableDiffusion3Pipeline) -> None:
+def check_adaptable(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -> None:
     """
-    Refuses a transformer that an adapter cannot train.
+    Refuses a transformer that the adapters do not fit, before any work.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             With weights.
+        args (`argparse.Namespace`):
+            With the arguments of `add_lora_arguments`.
 
     Raises:
-        ValueError: if it is untrained.
+        ValueError: if it is untrained, or has no such layers or blocks (with the names that there are).
     """
+    _check_layers(pipeline.transformer, _transformer_layers(args))
+    _check_blocks(pipeline.transformer, _block_numbers(args.lora_blocks))
     if not pipeline.transformer.proj_out.weight.any():
         raise ValueError(
             f"The transformer of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
@@ -204,8 +208,7 @@ def add_adapters(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -
         ValueError: as [`add_lora`].
     """
     layers = {name: TEXT_ENCODER_LAYERS for name in ADAPTED[1:] if args.train_text_encoder}
-    given = args.lora_layers
-    layers["transformer"] = TRANSFORMER_LAYERS if given is None else [name.strip() for name in given.split(",")]
+    layers["transformer"] = _transformer_layers(args)
     for name, chosen in layers.items():
         add_lora(
             pipeline.components[name],
@@ -321,11 +324,18 @@ def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
         )
 
 
-def _check_blocks(model: nn.Module, blocks: Sequence[int]) -> None:
+def _check_blocks(model: nn.Module, blocks: Sequence[int] | None) -> None:
+    if blocks is None:
+        return
     count = len(model.get_submodule("transformer_blocks"))  # pyright: ignore[reportArgumentType]
     unknown = [block for block in blocks if not 0 <= block < count]
     if unknown:
         raise ValueError(f"{model.__class__.__name__} has no blocks {unknown}; its blocks are 0 to {count - 1}.")
+
+
+def _transformer_layers(args: argparse.Namespace) -> list[str]:
+    given = args.lora_layers
+    return TRANSFORMER_LAYERS if given is None else [name.strip() for name in given.split(",")]
 
 
 def _block_numbers(text: str | None) -> list[int] | None:

@@ -156,6 +156,7 @@ class Plan:
             "16-bit copies of weights": self.copies,
             "activations": self.activations,
         }
+        unit, size = ("GiB", GIB) if self.peak >= GIB else ("MiB", 2**20)
         epoch = ""
         if self.num_samples is not None:
             epoch = f"{self.num_samples:,} images, {self.num_samples / self.samples_per_step:,.1f} steps an epoch."
@@ -166,12 +167,12 @@ class Plan:
             f"{self.num_steps:,} steps of {self.samples_per_step} in all, each {self.flops / 1e12:,.3f} TFLOP on a"
             " device.",
             "",
-            "Memory of each device, GiB",
-            *(f"  {name:<26}{value / GIB:10.2f}" for name, value in rows.items() if value),
-            f"  {'at the worst moment':<26}{self.peak / GIB:10.2f}",
+            f"Memory of each device, {unit}",
+            *(f"  {name:<26}{value / size:10.2f}" for name, value in rows.items() if value),
+            f"  {'at the worst moment':<26}{self.peak / size:10.2f}",
             "",
-            "On disk, GiB",
-            *(f"  {name:<26}{value / GIB:10.2f}" for name, value in self.disk.items()),
+            f"On disk, {unit}",
+            *(f"  {name:<26}{value / size:10.2f}" for name, value in self.disk.items()),
             "",
             f"Cards (fits: with {OVERHEAD} GiB for the driver and gaps; time: at {USUAL_MFU:.0%} of its peak)",
             f"  {'':<12}{'GiB':>6}{'fits':>7}{'s a step':>12}{'hours in all':>15}",
