@@ -27,6 +27,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from helpers import draw_mixture
 from stock_pipelines import SD_BETAS, StockCase, diffusion_cases, record
 
 from diffusers_fm import FlowMatchScheduler
@@ -305,6 +306,28 @@ def test_a_saved_checkpoint_pipeline_loads_with_our_scheduler(tmp_path) -> None:
     assert loaded.scheduler.config.path_kwargs["beta_schedule"] == "scaled_linear"
     actual = record(StockCase("loaded", loaded, loaded.scheduler, case.inputs), loaded.scheduler)
     torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("name", ["sd-1.5", "sd-2.1", "ddpm-linear", "zero-snr"])
+def test_solvers_of_order_two_come_nearer_than_ddim_with_as_many_calls(name: str) -> None:
+    checkpoint = DDIMScheduler(**CONFIGS[name])
+    mixture = draw_mixture(3, (8,), modes=4, narrowest=0.4, widest=0.8)
+
+    def sample(steps: int, **settings: str) -> torch.Tensor:
+        scheduler = FlowMatchScheduler.from_config(checkpoint.config, **settings)
+        scheduler.set_timesteps(steps)
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        for timestep in scheduler.timesteps:
+            t = (timestep.double() / scheduler.timestep_scale).expand(len(x))
+            answer = mixture.predict(scheduler.path, x, t, scheduler.config.prediction_type)
+            x = scheduler.step(answer, timestep, x, return_dict=False)[0]
+        assert len(scheduler.timesteps) == steps
+        return x
+
+    fine = sample(500)
+    for steps in (10, 25):
+        ddim, *second = ((sample(steps, solver=name) - fine).norm() for name in ("euler", "ab2", "dpmpp_2m"))
+        assert all(error < 0.7 * ddim for error in second)
 
 
 def test_another_solver_from_our_own_configuration_is_no_reason_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,8 +322,10 @@ def test_runge_kutta_solvers_run_in_text_to_image(name: str, solver: str, stages
 @pytest.mark.parametrize("name", [name for name in FLOW if name != "mochi"])  # its time runs the other way: Euler's
 def test_solvers_with_one_call_a_step_run_everywhere(name: str, settings: dict) -> None:
     case = flow_cases()[name]
-    expected = record(case, case.scheduler)
-    recording = record(case, FlowMatchScheduler.from_config(case.scheduler.config, **settings))
+    # From pure noise and to clean data DPM-Solver++(2M) is of order 1: in three or four steps there are no others.
+    steps = {"num_inference_steps": 10} if settings.get("solver") == "dpmpp_2m" else {}
+    expected = record(case, case.scheduler, **steps)
+    recording = record(case, FlowMatchScheduler.from_config(case.scheduler.config, **settings), **steps)
     assert recording.calls == expected.calls
     assert recording.images.isfinite().all()
     # Another solver, not another name for Euler.

@@ -22,6 +22,9 @@ RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
 SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
 
+# Steps of DPM-Solver++(2M) are of order 2 unless they are longer, in log-SNR, than the one before by more than this.
+MAX_LOG_SNR_GROWTH = 3.0
+
 
 def runge_kutta_tableau(solver: str) -> ButcherTableau:
     """
@@ -286,9 +289,10 @@ class SamplingPlan:
         steps = log_snr.diff()
         weights: list[tuple[float, ...]] = [(gain[0].item(),)]
         for i in range(1, len(t)):
-            # Towards clean data, from pure noise, and where the grid stands still, the older estimate has no say.
-            older = (steps[i] / (2 * steps[i - 1])).item()
-            older = older if math.isfinite(older) else 0.0
+            # From pure noise, where the grid stands still, and towards data that are clean or nearly so, the older
+            # estimate has no say: it would be continued over a step many times as long as the one it was made in.
+            growth = (steps[i] / steps[i - 1]).item()
+            older = growth / 2 if growth <= MAX_LOG_SNR_GROWTH else 0.0
             weights.append((-gain[i].item() * older, gain[i].item() * (1 + older)))
         return self._single_stages(ratios, t, "sample", keep, weights)
 
