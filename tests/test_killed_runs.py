@@ -29,9 +29,8 @@ STEPS = 42
 HITS = [
     ("loop", signal.SIGKILL),
     ("checkpoint", signal.SIGKILL),
-    ("loop", signal.SIGTERM),
+    ("loop", signal.SIGINT),
     ("checkpoint", signal.SIGTERM),
-    ("checkpoint", signal.SIGKILL),
     ("export", signal.SIGKILL),
 ]
 
