@@ -52,8 +52,8 @@ def held_and_peak(model: nn.Module, args: tuple[Any, ...], precision: str = "no"
         with torch.profiler.record_function("forward ends"):
             pass
         answer.float().mean().backward()
-    assert profiler.profiler is not None
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    results: Any = profiler.profiler and profiler.profiler.kineto_results
+    events = sorted(results.events(), key=lambda event: event.start_ns())
     end = next(event.start_ns() for event in events if event.name() == "forward ends")
     changes = [(event.start_ns() < end, event.nbytes()) for event in events if event.name() == "[memory]"]
     held = sum(size for is_forward, size in changes if is_forward) - answer.untyped_storage().nbytes()

@@ -167,7 +167,7 @@ def train_text_to_image(
 def sample(pipeline: StableDiffusion3Pipeline, **options: Any) -> np.ndarray:
     """A picture, in a few steps from fixed noise."""
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
+    images: Any = pipeline(
         "a red square",
         height=16,
         width=16,
@@ -178,3 +178,4 @@ def sample(pipeline: StableDiffusion3Pipeline, **options: Any) -> np.ndarray:
         output_type="np",
         **options,
     ).images
+    return images
