@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A server on this machine that speaks the Hub's protocol, for the real huggingface_hub client to talk to.
 
-It answers what uploads and downloads of models ask: creation, access, branches, preupload, LFS in one part or many,
-commits, info, trees, and files with ranges and etags. It has users with tokens, private repositories and a validation
-of cards, and it can be told to fail.
+It answers what uploads and downloads of models, and downloads of data sets, ask: creation, access, branches,
+preupload, LFS in one part or many, commits, info, trees, and files with ranges and etags. It has users with tokens,
+private repositories and a validation of cards, and it can be told to fail.
 """
 
 import base64
@@ -237,25 +237,29 @@ def check_card(text: str) -> list[str]:
 
 def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        # What the requests of models look like, and who answers them.
+        # What the requests of repositories look like, and who answers them.
         routes = (
             ("GET", r"/api/whoami-v2", "_whoami"),
             ("POST", r"/api/repos/create", "_create"),
             ("POST", r"/api/validate-yaml", "_validate"),
-            ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)", "_info"),
-            ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "_info"),
-            ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/auth-check(?P<write>/write)?", "_access"),
-            ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", "_branch"),
-            ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/refs", "_refs"),
-            ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<under>.*))?", "_tree"),
-            ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "_paths"),
-            ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
-            ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
+            ("GET", r"/api/\w+/(?P<repo>[^/]+/[^/]+)", "_info"),
+            ("GET", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/]+)", "_info"),
+            ("GET", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/auth-check(?P<write>/write)?", "_access"),
+            ("POST", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", "_branch"),
+            ("GET", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/refs", "_refs"),
+            (
+                "GET",
+                r"/api/\w+/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<under>.*))?",
+                "_tree",
+            ),
+            ("POST", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "_paths"),
+            ("POST", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "_preupload"),
+            ("POST", r"/api/\w+/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "_commit"),
             ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "_batch"),
             ("PUT", r"/lfs/(?P<oid>\w+)(/(?P<part>\d+))?", "_put"),
             ("POST", r"/lfs/(?P<oid>\w+)/(?P<action>complete|verify)", "_after_put"),
-            ("HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
-            ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
+            ("HEAD", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
+            ("GET", r"/(datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "_resolve"),
         )
 
         def log_message(self, format: str, *args: object) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -15,8 +16,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from fake_hub import File, fake_hub
 from tiny_text_to_image import tiny_stable_diffusion_3
 from training_runs import (
+    SCRIPT,
     assert_same_weights,
     command_line,
     environment,
@@ -444,6 +447,21 @@ def test_a_stream_is_trained_on_and_resumed(tmp_path: Path) -> None:
     assert load(output_dir).config.id2label["0"] == "class 0"
     with pytest.raises(ValueError, match="--streaming was True in the run that is resumed and cannot be False now"):
         train(model, data, output_dir, resume_from_checkpoint="latest", **{**OPTIONS, "streaming": False})
+
+
+def test_a_stream_from_the_hub_is_that_of_the_files(tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
+    local = train(model, data, tmp_path / "local", **OPTIONS)
+    with fake_hub() as hub:
+        hub.create("ada/blobs")
+        files = {file.name: File(file.read_bytes(), is_lfs=True) for file in data.iterdir()}
+        hub.commit("ada/blobs", "main", "Blobs", files)
+        line = command_line(model, Path("ada/blobs"), tmp_path / "remote", dataloader_num_workers=1, **OPTIONS)
+        own = {**environment(), "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        subprocess.run([sys.executable, str(SCRIPT), *line], env=own, check=True, timeout=300)
+    assert_same_weights(local, tmp_path / "remote")
+    # Nothing was kept but what the client remembers of the repository.
+    assert not [file for file in (tmp_path / "home").rglob("*") if file.suffix in (".parquet", ".arrow")]
 
 
 def test_two_processes_stream_and_resume(tmp_path: Path) -> None:
