@@ -213,7 +213,12 @@ def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -
     """Tables and pictures of what was measured."""
     write_table(output_dir / "metrics.csv", flat_rows(metrics))
     if "quality" in metrics:
-        picture_grid(next(store.batches("samples", "images"))[:100], 10).save(output_dir / "samples.png")
+        shown: list[np.ndarray] = []
+        for images in store.batches("samples", "images"):
+            shown.extend(images[: 100 - len(shown)])
+            if len(shown) == 100:
+                break
+        picture_grid(np.stack(shown), 10).save(output_dir / "samples.png")
     if "likelihood" in metrics:
         write_table(output_dir / "likelihood.csv", metrics["likelihood"]["by_draws"])
     if "loss" in metrics:

@@ -129,9 +129,11 @@ def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, lab
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4))
-    for solver in dict.fromkeys(row["solver"] for row in rows):
+    for number, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
         points = sorted((row["nfe"], row[column]) for row in rows if row["solver"] == solver)
-        axes.plot(*zip(*points), marker="o", markersize=3, label=solver)
+        # Ten colours come round again as dashes.
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        axes.plot(*zip(*points), marker="o", markersize=3, label=solver, **style)
     axes.set(xlabel="calls of the network", ylabel=label, xscale="log", yscale="log")
     axes.legend()
     figure.savefig(file, bbox_inches="tight")
