@@ -31,7 +31,7 @@ from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.paths import make_path
 from diffusers_fm.timesteps import sample_timesteps
 from diffusers_fm.training import make_optimizer
-from diffusers_fm.training.throughput import peak_flops, peak_memory, training_flops
+from diffusers_fm.training.throughput import forward_flops, peak_flops, peak_memory, with_backward
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -124,7 +124,8 @@ def measure(name: str, compiled: bool, args: argparse.Namespace, accelerator: Ac
         model.enable_gradient_checkpointing()
     latents = torch.randn(args.train_batch_size, 4 if name == "dit-xl" else 16, SIDE, SIDE, device=device)
     conditions = make_conditions(args.train_batch_size, device)
-    flops = training_flops(model, (latents,), {"timestep": torch.zeros(len(latents)), **conditions})
+    forward = forward_flops(model, (latents,), {"timestep": torch.zeros(len(latents)), **conditions})
+    flops = with_backward(model, forward)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model = accelerator.prepare_model(model.train())
