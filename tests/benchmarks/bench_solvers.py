@@ -432,10 +432,10 @@ def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CAL
     return table
 
 
-def best_of(table: Table, index: int) -> tuple[str, float]:
-    """The solver that needs the fewest calls for a level; `MOST_CALLS` at most, as if one just reached it there."""
+def best_of(table: Table, index: int, most: int = MOST_CALLS) -> tuple[str, float]:
+    """The solver that needs the fewest calls for a level; `most` if none reaches it, as if one just did there."""
     name = min(table, key=lambda name: table[name][index])
-    return name, min(table[name][index], MOST_CALLS)
+    return name, min(table[name][index], most)
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -546,7 +546,7 @@ def main() -> None:
         others = measure_existing(problem, False, most)
         print(f"\n## {problem.name}: calls for a relative error\n")
         print_problem(ours, others, arguments.verbose)
-        best = [best_of(others, i)[1] for i in range(len(LEVELS))]
+        best = [best_of(others, i, most)[1] for i in INDICES]
         for solver in ("abm3 angle graded", CALIBRATED):
             print(f"\n{solver} relative to the best existing solver: ", end="")
             print(", ".join(number(a / b) for a, b in zip(ours[solver], best)))
