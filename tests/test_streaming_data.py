@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -41,6 +42,7 @@ from diffusers_fm.training import (
     StreamData,
     StreamPosition,
     assign_buckets,
+    first_rows,
     load_splits,
     make_loader,
     stream_splits,
@@ -202,6 +204,25 @@ def test_columns_that_are_nearly_images(kind: str, tmp_path: Path) -> None:
     else:
         split = datasets.Dataset.from_dict({"image": values[kind]}).to_iterable_dataset()
     assert sorted(rows_of(read(StreamData(split, GREY), 2, 2)[0])) == [0, 1, 2, 3]
+
+
+def test_held_out_rows_of_a_stream_are_fetched(tmp_path: Path) -> None:
+    paths = []
+    for row in range(3):
+        paths.append(f"memory://held-out/{row}.png")
+        with fsspec.open(paths[-1], "wb") as file:
+            file.write(png(PIL.Image.new("L", (8, 8), row)))
+    (tmp_path / "3.png").write_bytes(png(PIL.Image.new("L", (8, 8), 3)))
+    paths += [str(tmp_path / "3.png"), "memory://held-out/gone.png"]
+    images = [*({"bytes": None, "path": path} for path in paths), None]
+    features = datasets.Features({"image": datasets.Image()})
+    split = datasets.Dataset.from_dict({"image": images}, features=features).to_iterable_dataset()
+    rows = first_rows(split, "image", 10)
+    assert len(rows) == 6
+    batch = ImageData(rows, ImageTransform(8, 1), max_unreadable=2)[np.array([[0, row] for row in range(4)])]
+    assert rows_of([batch]) == [0, 1, 2, 3]
+    assert sorted(batch["unreadable"]) == [4, 5]
+    assert len(first_rows(split, "image", 2)) == 2
 
 
 # Whoever reads

@@ -76,7 +76,7 @@ def save_pipeline(folder: Path, side: int, channels: tuple[int, ...]) -> None:
 
 def loader_speed(pictures: Path, side: int, batch_size: int, workers: int, streaming: bool) -> float:
     """Images/s of the loader alone."""
-    transform, num_batches = ImageTransform(side, 3, random_flip=True), max(12, 1000 // batch_size)
+    transform, num_batches = ImageTransform(side, 3, random_flip=True), max(12, 400 // batch_size)
     if streaming:
         data = StreamData(stream_splits(train_data_dir=str(pictures))["train"], transform)
         position = StreamPosition.of_run(data, batch_size, 1, workers, None)
@@ -124,13 +124,15 @@ def load_script() -> Any:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="Which of them.")
     parser.add_argument("--num_steps", type=int, default=32, help="Training steps of each case.")
     args = parser.parse_args()
     script = load_script()
     logging.disable(logging.WARNING)
     print(f"{'data':16} {'read':9} {'workers':>7} {'loader images/s':>15} {'training images/s':>17} {'waiting':>8}")
     with tempfile.TemporaryDirectory() as folder:
-        for name, (side, ending, size, count, batch_size, channels) in CASES.items():
+        for name in args.cases:
+            side, ending, size, count, batch_size, channels = CASES[name]
             place = Path(folder) / name.replace(" ", "")
             write_pictures(place / "pictures", ending, size, count)
             save_pipeline(place / "pipeline", side, channels)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import fsspec
 import numpy as np
 
 from .tensor_cache import content_key
@@ -394,4 +395,17 @@ def first_rows(dataset: datasets.IterableDataset, image_column: str, count: int)
     dataset = with_features(dataset)
     check_image_column(dataset, image_column)
     dataset = undecoded(dataset, image_column)
-    return datasets.Dataset.from_list(list(dataset.take(count)), features=dataset.features)
+    rows = [{**row, image_column: _at_hand(row[image_column])} for row in dataset.take(count)]
+    return datasets.Dataset.from_list(rows, features=dataset.features)
+
+
+def _at_hand(image: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The file of an image, fetched if it is neither there nor on this machine."""
+    if image is None or image["bytes"] is not None or Path(image["path"]).is_file():
+        return image
+    try:
+        with fsspec.open(image["path"], "rb") as file:
+            return {"bytes": file.read(), "path": image["path"]}
+    except OSError:
+        # Whoever reads it finds it missing.
+        return image
