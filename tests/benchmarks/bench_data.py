@@ -125,7 +125,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="Which of them.")
-    parser.add_argument("--num_steps", type=int, default=32, help="Training steps of each case.")
+    parser.add_argument("--num_steps", type=int, default=16, help="Training steps of each case.")
     args = parser.parse_args()
     script = load_script()
     logging.disable(logging.WARNING)
