@@ -27,7 +27,7 @@ from digits_prompts import captions_by_digit, draw
 
 
 ROOT = Path(__file__).parents[2]
-SCALES = (0.0, 0.5, 1.0)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TILE = 40
 
 
