@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 .DEFAULT_GOAL := help
-.PHONY: help install style quality types floors test docs bench
+.PHONY: help install style quality types floors test docs bench paper
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST)
@@ -44,3 +44,6 @@ bench:  ## measure speed, solvers and likelihoods, judge trained digits pipeline
 	python tests/benchmarks/digits_edit.py $(MODEL)
 	python tests/benchmarks/digits_inverse.py $(MODEL)
 	python tests/benchmarks/digits_upscale.py $(UPSCALER)
+
+paper:  ## reproduce the founding paper in small and write its page: under an hour on two cores, resumable
+	python paper/in_small.py --output_dir runs/paper --page docs/paper_in_small.md

@@ -131,7 +131,7 @@ def test_package_is_typed() -> None:
 
 
 def test_every_source_file_names_its_licence() -> None:
-    folders = ("src", "tests", "training_scripts")
+    folders = ("src", "tests", "training_scripts", "paper")
     sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     without = [
         str(path.relative_to(ROOT))
@@ -181,7 +181,7 @@ def test_commands_name_files_and_options_that_exist(page: Path) -> None:
         for command in code.replace("\\\n", " ").splitlines():
             words = shlex.split(command, comments=True)
             for i, word in enumerate(words):
-                if word.startswith(("training_scripts/", "tests/", ".ci/")):
+                if word.startswith(("training_scripts/", "tests/", "paper/", ".ci/")):
                     assert (ROOT / word).exists(), f"{page.relative_to(ROOT)}: {word}"
                 if word in ("--config", "--pretrained_model_name_or_path", "--dataset_name") and "/" in words[i + 1]:
                     # Not a Hub id, nor what a run leaves in runs/.
