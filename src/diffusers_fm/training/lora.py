@@ -22,7 +22,7 @@ from .randomness import derive_seed
 ADAPTER = "default"
 
 # Every attention projection: of the image, of the text, and of the second attention (`attn2`) of Stable Diffusion 3.5.
-TRANSFORMER_LAYERS: list[str] = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
+TRANSFORMER_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 # diffusers reads adapters of a CLIP back if they are on these, or on `fc1` and `fc2`.
 TEXT_ENCODER_LAYERS = "q_proj k_proj v_proj out_proj".split()
 
@@ -335,7 +335,7 @@ def _check_blocks(model: nn.Module, blocks: Sequence[int] | None) -> None:
 
 def _transformer_layers(args: argparse.Namespace) -> list[str]:
     given = args.lora_layers
-    return TRANSFORMER_LAYERS if given is None else [name.strip() for name in given.split(",")]
+    return list(TRANSFORMER_LAYERS) if given is None else [name.strip() for name in given.split(",")]
 
 
 def _block_numbers(text: str | None) -> list[int] | None:
