@@ -70,10 +70,10 @@ class Size:
 
 SIZES = {
     "digits": Size(
-        steps=1200,
+        steps=2500,
         batch_size=128,
         learning_rate=2e-3,
-        looks=(100, 200, 400, 800, 1200),
+        looks=(100, 300, 800, 1600, 2500),
         num_early=250,
         num_samples=1000,
         num_solver_samples=200,
@@ -82,10 +82,10 @@ SIZES = {
         num_ways=32,
     ),
     "checkerboard": Size(
-        steps=1500,
+        steps=8000,
         batch_size=256,
         learning_rate=2e-3,
-        looks=(100, 200, 400, 800, 1500),
+        looks=(100, 500, 2000, 4000, 8000),
         num_early=1000,
         num_samples=4000,
         num_solver_samples=1000,

@@ -10,6 +10,7 @@ parameters, those that the recipe's README states, the losses, and the time of a
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -65,5 +66,10 @@ def dry_run(name: str) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", choices=[*RECIPES, []], default=list(RECIPES))
-    for recipe in parser.parse_args().recipes:
-        print(json.dumps(dry_run(recipe)), flush=True)
+    recipes = parser.parse_args().recipes
+    if len(recipes) == 1:
+        print(json.dumps(dry_run(recipes[0])), flush=True)
+    else:
+        # A process each: they differ in precision, which Accelerate lets a process choose once.
+        for recipe in recipes:
+            subprocess.run([sys.executable, __file__, recipe], check=True)

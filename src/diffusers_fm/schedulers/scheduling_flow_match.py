@@ -231,7 +231,8 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
             raise ValueError(f"`config` must be a configuration dictionary, got {config!r}.")
         known = inspect.signature(cls.__init__).parameters
         # What has no meaning here is kept below; the base class would warn of it each time.
-        translated = {k: v for k, v in translate_stock_config(config).items() if k in known or k == "_class_name"}
+        translated = {k: v for k, v in translate_stock_config(config).items() if k in known or k.startswith("_")}
+        translated.pop("_use_default_values", None)
         built: Any = super().from_config(translated, return_unused_kwargs=True, **kwargs)
         scheduler, unused = built
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
