@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a training script starts, and how it is asked to stop."""
 
+import atexit
+import gc
 import os
 import signal
 import time
@@ -94,6 +96,10 @@ def make_accelerator(
             f"Of the processes that were launched ({world_size}), accelerate runs {accelerator.num_processes}: on the"
             " CPU, use `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`."
         )
+    if accelerator.num_processes > 1:
+        # The wrapped model keeps the process group, in a cycle of references, until the interpreter is gone. Gloo's
+        # threads, still alive then, abort a process now and then, after all of its work is done.
+        atexit.register(gc.collect)
     return accelerator
 
 
