@@ -36,6 +36,9 @@ class ParabolaPath(ConditionalPath):
 class CirclePath(ConditionalPath):
     """Alpha and sigma alone, where the rate of sigma is infinite at t = 0, as on VP."""
 
+    def __repr__(self) -> str:
+        return "CirclePath()"
+
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return 1 - t
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainable part of a pipeline, its optimizer, and the question whether to stop."""
 
+import functools
+import math
 import os
 import re
 import signal
@@ -18,7 +20,7 @@ from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 from training_runs import assert_same_weights, load, make_dataset, read_log, save_untrained, train, weights
 
 from diffusers_fm.training import StopSignal, TrainableModel, make_optimizer
-from diffusers_fm.training.optimisation import OPTIMIZERS, state_bytes
+from diffusers_fm.training.optimisation import OPTIMIZERS, GradientClipping, state_bytes
 
 
 @pytest.fixture
@@ -87,6 +89,36 @@ def test_optimizers_learn_and_keep_as_much_as_they_say(name: str) -> None:
         tensors = [value for key, value in state.items() if isinstance(value, torch.Tensor) and "qmap" not in key]
         kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.numel() > 1)
         assert kept == state_bytes(name, parameter.shape)
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 1e3, math.inf])
+@pytest.mark.parametrize("copied_numbers", [0, 2**20])
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_clipping_is_torchs_own(
+    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, name: str, copied_numbers: int, max_norm: float
+) -> None:
+    monkeypatch.setattr("diffusers_fm.training.optimisation.COPIED_NUMBERS", copied_numbers)
+
+    def parameters() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 3, 4, 4))]
+
+    own, reference = parameters(), parameters()
+    # So large an epsilon that a step tells the length of its gradient.
+    make = functools.partial(make_optimizer, learning_rate=0.1, name=name, epsilon=10.0)
+    optimizer, other = accelerator.prepare(make([*own, torch.nn.Parameter(torch.ones(1))])), make(reference)
+    clipping = GradientClipping(accelerator, optimizer, own, max_norm)
+    # Long, short, long: a scale must not outlive its step.
+    for scale in (10.0, 0.01, 1.0):
+        for parameter, twin in zip(own, reference):
+            gradient = scale * torch.randn_like(parameter)
+            parameter.grad, twin.grad = gradient, gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_(reference, max_norm)
+        torch.testing.assert_close(clipping.before_step(), norm)
+        optimizer.step()
+        other.step()
+        for parameter, twin in zip(own, reference):
+            torch.testing.assert_close(parameter, twin, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

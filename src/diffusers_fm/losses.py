@@ -5,8 +5,13 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from .paths import ConditionalPath, refuse_without_limit
+
+
+# A weighting that measures errors in the space of a prediction type is 1 for a network that predicts it.
+SPACES = {"none": "flow_prediction", "epsilon": "epsilon", "sample": "sample", "v_prediction": "v_prediction"}
 
 
 def _in_space(space: str) -> Callable[[ConditionalPath, torch.Tensor, str, float], torch.Tensor]:
@@ -40,10 +45,7 @@ def _min_snr(path: ConditionalPath, t: torch.Tensor, prediction_type: str, snr_g
 
 
 WEIGHTINGS: dict[str, Callable[[ConditionalPath, torch.Tensor, str, float], torch.Tensor]] = {
-    "none": _in_space("flow_prediction"),
-    "epsilon": _in_space("epsilon"),
-    "sample": _in_space("sample"),
-    "v_prediction": _in_space("v_prediction"),
+    **{name: _in_space(space) for name, space in SPACES.items()},
     "likelihood": _likelihood,
     "sigma_sqrt": _sigma_sqrt,
     "cosmap": _cosmap,
@@ -98,7 +100,7 @@ def loss_weight(
     if not (snr_gamma > 0 and math.isfinite(snr_gamma)):
         raise ValueError(f"`snr_gamma` must be a number above 0, got {snr_gamma!r}.")
     weight = WEIGHTINGS[weighting](path, t, prediction_type, snr_gamma)
-    refuse_without_limit(~torch.isfinite(weight), t, f"The weight {weighting!r} of a {prediction_type!r} on {path}")
+    refuse_without_limit(~torch.isfinite(weight), t, "The weight %r of a %r on %s", weighting, prediction_type, path)
     return weight
 
 
@@ -143,5 +145,7 @@ def flow_matching_loss(
         shapes = [tuple(tensor.shape) for tensor in (model_output, data, noise)]
         raise ValueError(f"`model_output`, `data` and `noise` must have one shape, got {shapes}.")
     target = path.target(data.float(), noise.float(), t, prediction_type)
-    error = (model_output.float() - target).square().reshape(len(data), -1).mean(1)
+    error = F.mse_loss(model_output.float(), target, reduction="none").reshape(len(data), -1).mean(1)
+    if SPACES.get(weighting) == prediction_type:
+        return error
     return loss_weight(path, t, prediction_type, weighting, snr_gamma).to(error) * error

@@ -44,7 +44,7 @@ def _derivative(function: Callable[[torch.Tensor], torch.Tensor], t: torch.Tenso
     return torch.func.jvp(function, (t,), (torch.ones_like(t),))[1]
 
 
-def refuse_without_limit(without_limit: torch.Tensor, t: torch.Tensor, what: str) -> None:
+def refuse_without_limit(without_limit: torch.Tensor, t: torch.Tensor, what: str, *names: Any) -> None:
     """
     Raise a `ValueError` that names the first time at which a quantity has no limit.
 
@@ -54,9 +54,10 @@ def refuse_without_limit(without_limit: torch.Tensor, t: torch.Tensor, what: str
         t (`torch.Tensor`):
             The times, of a shape that broadcasts with it.
         what (`str`):
-            The quantity.
+            The quantity, with a `%s` or `%r` for each of `names`.
     """
     if bool(without_limit.any()):
+        what = what % names
         t, without_limit = torch.broadcast_tensors(t, without_limit)
         raise ValueError(f"{what} has no limit at t = {t[without_limit].flatten()[0].item():g}; keep t away from it.")
 
@@ -64,6 +65,11 @@ def refuse_without_limit(without_limit: torch.Tensor, t: torch.Tensor, what: str
 def _require(condition: bool, name: str, value: Any, accepted: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` must be {accepted}, got {value!r}.")
+
+
+def _require_known(prediction_type: str) -> None:
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(f"`prediction_type` must be one of {list(PREDICTION_TYPES)}, got {prediction_type!r}.")
 
 
 def _is_number(value: Any) -> bool:
@@ -256,8 +262,8 @@ class ConditionalPath:
         Raises:
             ValueError: If the prediction type is unknown, or has no limit at one of the times.
         """
-        p, q, _ = self._row(prediction_type, t)
-        refuse_without_limit(~torch.isfinite(q), t, f"The {prediction_type!r} of {self}")
+        p, q = self._row(prediction_type, t)
+        refuse_without_limit(~torch.isfinite(q), t, "The %r of %s", prediction_type, self)
         return self._combine(p, data, q, noise)
 
     def convert(
@@ -314,7 +320,7 @@ class ConditionalPath:
         """
         on_sample, on_output, undetermined = self._solve(t, source, target)
         name = repr(target) if isinstance(target, str) else "derivative"
-        refuse_without_limit(undetermined, t, f"The {name} that a {source!r} implies on {self}")
+        refuse_without_limit(undetermined, t, "The %s that a %r implies on %s", name, source, self)
         return on_sample, on_output
 
     def determines(
@@ -354,19 +360,24 @@ class ConditionalPath:
         Raises:
             ValueError: As for `convert`.
         """
+        if source == target:
+            _require_known(source)
+            return torch.ones_like(t)
         return self.coefficients(t, source, target)[1].abs()
 
     def _solve(
         self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The coefficients of a conversion, and where it has none."""
-        p1, q1, sigma_q1 = self._row(source, t)
-        p2, q2, sigma_q2 = (*target, self.sigma(t) * target[1]) if isinstance(target, tuple) else self._row(target, t)
         if source == target:
+            _require_known(source)
             return torch.zeros_like(t), torch.ones_like(t), torch.zeros_like(t, dtype=torch.bool)
+        p1, q1 = self._row(source, t)
+        p2, q2 = target if isinstance(target, tuple) else self._row(target, t)
         alpha, sigma = self.alpha(t), self.sigma(t)
         by_sigma = ~(torch.isfinite(q1) & torch.isfinite(q2))
-        q1, q2 = torch.where(by_sigma, sigma_q1, q1), torch.where(by_sigma, sigma_q2, q2)
+        q1 = torch.where(by_sigma, self._sigma_times(source, q1, t), q1)
+        q2 = torch.where(by_sigma, self._sigma_times(target, q2, t), q2)
         sigma = torch.where(by_sigma, sigma.square(), sigma)
         determinant = alpha * q1 - sigma * p1
         across = p2 * q1 - p1 * q2
@@ -376,23 +387,28 @@ class ConditionalPath:
         on_output = torch.where(multiple, q2 / q1, (alpha * q2 - sigma * p2) / determinant)
         return on_sample, on_output, ~(torch.isfinite(on_sample) & torch.isfinite(on_output))
 
-    def _row(self, prediction_type: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`p`, `q` and `sigma * q` of the prediction `p * data + q * noise`; only `q` may be infinite."""
-        zero, one = torch.zeros_like(t), torch.ones_like(t)
+    def _row(self, prediction_type: str, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`p` and `q` of the prediction `p * data + q * noise`; only `q` may be infinite."""
+        _require_known(prediction_type)
         if prediction_type == "flow_prediction":
-            return self.d_alpha(t), self.d_sigma(t), self.sigma_d_sigma(t)
-        sigma = self.sigma(t)
+            return self.d_alpha(t), self.d_sigma(t)
         if prediction_type == "epsilon":
-            return zero, one, sigma
+            return torch.zeros_like(t), torch.ones_like(t)
         if prediction_type == "sample":
-            return one, zero, zero
-        if prediction_type == "v_prediction":
-            alpha = self.alpha(t)
-            norm = torch.hypot(alpha, sigma)
-            return -sigma / norm, alpha / norm, sigma * alpha / norm
+            return torch.ones_like(t), torch.zeros_like(t)
         if prediction_type == "score":
-            return zero, -1 / sigma, -one
-        raise ValueError(f"`prediction_type` must be one of {list(PREDICTION_TYPES)}, got {prediction_type!r}.")
+            return torch.zeros_like(t), -1 / self.sigma(t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        norm = torch.hypot(alpha, sigma)
+        return -sigma / norm, alpha / norm
+
+    def _sigma_times(
+        self, prediction_type: str | tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """`sigma * q`, which is finite also where `q` is not."""
+        if prediction_type == "flow_prediction":
+            return self.sigma_d_sigma(t)
+        return -torch.ones_like(t) if prediction_type == "score" else self.sigma(t) * q
 
     @staticmethod
     def _combine(a: torch.Tensor, x: torch.Tensor, b: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -426,6 +442,14 @@ class OTPath(ConditionalPath):
 
     def d_sigma(self, t: torch.Tensor) -> torch.Tensor:
         return torch.full_like(t, 1 - self.sigma_min)
+
+    def target(
+        self, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prediction_type: str = "flow_prediction"
+    ) -> torch.Tensor:
+        if prediction_type == "flow_prediction" and self.sigma_min == 0:
+            # One velocity at all times: no coefficients to be computed, nor to be sent to a device.
+            return (noise - data).to(data.dtype)
+        return super().target(data, noise, t, prediction_type)
 
     def time_at(self, ratio: torch.Tensor) -> torch.Tensor:
         t = (ratio * (1 + self.sigma_min) - self.sigma_min) / (1 - self.sigma_min + ratio * self.sigma_min)

@@ -65,7 +65,7 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"`shift` must be a number above 0, got {shift!r}.")
-    return shift * t / (1 + (shift - 1) * t)
+    return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
 def sample_timesteps(

@@ -3,6 +3,8 @@
 
 import os
 import signal
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ def _leave_signals_to_the_run(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(data: Dataset, sampler: Sampler[np.ndarray] | None = None, num_workers: int = 0) -> DataLoader:
+def make_loader(
+    data: Dataset, sampler: Sampler[np.ndarray] | None = None, num_workers: int = 0
+) -> Iterable[dict[str, Any]]:
     """
     A loader of whole batches.
 
@@ -31,8 +35,11 @@ def make_loader(data: Dataset, sampler: Sampler[np.ndarray] | None = None, num_w
             Processes that decode images.
 
     Returns:
-        `DataLoader`: of dictionaries, as [`ImageData`] gives them.
+        `Iterable[dict[str, Any]]`: batches, as [`ImageData`] gives them.
     """
+    if num_workers == 0 and sampler is not None and not torch.cuda.is_available():
+        # Without workers, and with no memory to pin, a `DataLoader` adds nothing but its time.
+        return map(data.__getitem__, sampler)
     return DataLoader(
         data,
         batch_size=None,

@@ -33,6 +33,9 @@ OPTIMIZERS = {
 # Below this a learning rate is one that was meant for AdamW.
 PRODIGY_LEARNING_RATE = 0.1
 
+# On the CPU the norms of many small gradients take longer than one of a copy of them all, up to about this size.
+COPIED_NUMBERS = 2**20
+
 
 class TrainableModel(nn.Module):
     """
@@ -224,30 +227,58 @@ def is_plain(accelerator: Accelerator) -> bool:
     return accelerator.scaler is None and accelerator.distributed_type in plain
 
 
-def clip_gradients(accelerator: Accelerator, parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+class GradientClipping:
     """
-    Clip the gradient of all parameters together, over all processes.
+    Clips the gradient of all parameters together, over all processes, to a norm.
 
     Args:
         accelerator (`Accelerator`):
             What prepared the model.
+        optimizer (`AcceleratedOptimizer`):
+            A fused one is told to divide the gradients on its way through them.
         parameters (`list[nn.Parameter]`):
             What is trained.
         max_norm (`float`):
             The norm to clip to; infinity for none.
-
-    Returns:
-        `torch.Tensor` of shape `()`: the norm before clipping, on the device, the same in every process.
     """
-    if is_plain(accelerator):
-        norms = torch._foreach_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        # On the CPU nothing is waited for, and to look costs less than to multiply all gradients by 1.
-        if norm.device.type != "cpu" or not norm.numpy() <= max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        optimizer: AcceleratedOptimizer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+    ) -> None:
+        self._accelerator, self._parameters, self._max_norm = accelerator, parameters, max_norm
+        self._is_plain = is_plain(accelerator)
+        self._on_cpu = accelerator.device.type == "cpu"
+        self._copies = self._on_cpu and sum(parameter.numel() for parameter in parameters) < COPIED_NUMBERS
+        self._optimizer = optimizer.optimizer
+        self._divides = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+
+    def before_step(self) -> torch.Tensor:
+        """
+        Called when the gradient is complete.
+
+        Returns:
+            `torch.Tensor` of shape `()`: the norm before clipping, on the device, the same in every process.
+        """
+        if not self._is_plain:
+            norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_norm)
+            if isinstance(norm, DTensor):
+                return norm.full_tensor()
+            # DeepSpeed clips by itself, and tells the norm as a number or, before its first step, not at all.
+            return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
+        gradients = [grad for parameter in self._parameters if (grad := parameter.grad) is not None]
+        if self._copies:
+            norm = torch.linalg.vector_norm(torch._utils._flatten_dense_tensors(gradients))
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        # On the CPU nothing is waited for, and to look costs less than to divide all gradients by 1.
+        is_short = self._on_cpu and norm.numpy() <= self._max_norm
+        if self._divides:
+            # As torch.amp.GradScaler tells it.
+            self._optimizer.grad_scale = None if is_short else (norm / self._max_norm).clamp(min=1.0)
+        elif not is_short:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
         return norm
-    norm = accelerator.clip_grad_norm_(parameters, max_norm)
-    if isinstance(norm, DTensor):
-        return norm.full_tensor()
-    # DeepSpeed clips by itself, and tells the norm as a number or, before its first step, not at all.
-    return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))

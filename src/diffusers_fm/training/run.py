@@ -26,7 +26,7 @@ from .loader import make_loader
 from .logs import RunLog
 from .meters import RunMeters
 from .objective import draw_noise
-from .optimisation import clip_gradients, is_plain, make_optimizer, schedule_free_weights
+from .optimisation import GradientClipping, is_plain, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
 from .randomness import BatchSlice, seed_layers
 from .samplers import BucketSampler, StreamSampler
@@ -202,6 +202,8 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._is_plain = is_plain(accelerator)
+        self._clipping = GradientClipping(accelerator, self._optimizer, self._parameters, args.max_grad_norm)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._meters.throughput.watch_model(self.model, self._weights.bare)
         accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
@@ -382,12 +384,16 @@ class TrainingRun:
                 Their losses.
         """
         self._meters.losses.add(t, losses)
-        self.accelerator.backward(losses.mean())
+        loss = losses.mean()
+        if self._is_plain and self.args.gradient_accumulation_steps == 1:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
         self._meters.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
-            optimizer = self._optimizer.optimizer if is_plain(self.accelerator) else self._optimizer
-            if self._meters.before_step(self._optimizer, norm):
+            is_finite = self._meters.before_step(self._optimizer, self._clipping.before_step())
+            optimizer = self._optimizer.optimizer if self._is_plain else self._optimizer
+            if is_finite:
                 optimizer.step()
             optimizer.zero_grad()
 

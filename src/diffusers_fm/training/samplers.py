@@ -10,6 +10,25 @@ from torch.utils.data import Sampler
 from .randomness import derive_seed, epoch_order
 
 
+def _visits(start: int, size: int, seed: int, num_rows: int, orders: dict[int, np.ndarray]) -> np.ndarray:
+    """
+    A part of the endless stream of epochs: epoch and row of each sample, `(size, 2)`. `orders` keeps the orders of the
+    epochs that it touches.
+    """
+    needed = range(start // num_rows, (start + size - 1) // num_rows + 1)
+    for epoch in [old for old in orders if old not in needed]:
+        del orders[epoch]
+    keys = np.empty((size, 2), dtype=np.int64)
+    for epoch in needed:
+        if epoch not in orders:
+            orders[epoch] = epoch_order(seed, epoch, num_rows)
+        first = epoch * num_rows - start
+        part = slice(max(0, first), min(size, first + num_rows))
+        keys[part, 0] = epoch
+        keys[part, 1] = orders[epoch][part.start - first : part.stop - first]
+    return keys
+
+
 class StreamSampler(Sampler[np.ndarray]):
     """
     One process's share of an endless stream of samples: epoch after epoch, each in its own order, without gaps.
@@ -59,14 +78,7 @@ class StreamSampler(Sampler[np.ndarray]):
         orders: dict[int, np.ndarray] = {}
         for number in range(self.num_batches):
             start = self.samples_seen + (number * self.num_processes + self.process) * self.batch_size
-            positions = np.arange(start, start + self.batch_size)
-            epochs, places = positions // self.num_rows, positions % self.num_rows
-            orders = {
-                epoch: orders[epoch] if epoch in orders else epoch_order(self.seed, epoch, self.num_rows)
-                for epoch in np.unique(epochs).tolist()
-            }
-            rows = np.array([orders[epoch][place] for epoch, place in zip(epochs.tolist(), places)])
-            yield np.stack([epochs, rows], axis=1)
+            yield _visits(start, self.batch_size, self.seed, self.num_rows, orders)
 
 
 class BucketSampler(Sampler[np.ndarray]):
@@ -154,14 +166,7 @@ class BucketSampler(Sampler[np.ndarray]):
 
     def _keys(self, bucket: int, turn: int, orders: dict[int, np.ndarray]) -> np.ndarray:
         """Epoch and row of each sample of a bucket's batch; `orders` are those of the bucket's latest epochs."""
-        rows = self.bucket_rows[bucket]
-        positions = np.arange(turn * self.batch_size, (turn + 1) * self.batch_size)
-        epochs, places = positions // len(rows), positions % len(rows)
-        needed = np.unique(epochs).tolist()
-        for epoch in [old for old in orders if old not in needed]:
-            del orders[epoch]
-        for epoch in needed:
-            if epoch not in orders:
-                orders[epoch] = epoch_order(derive_seed(self.seed, "bucket", bucket), epoch, len(rows))
-        chosen = np.array([rows[orders[epoch][place]] for epoch, place in zip(epochs.tolist(), places)])
-        return np.stack([epochs, chosen], axis=1)
+        rows, seed = self.bucket_rows[bucket], derive_seed(self.seed, "bucket", bucket)
+        keys = _visits(turn * self.batch_size, self.batch_size, seed, len(rows), orders)
+        keys[:, 1] = rows[keys[:, 1]]
+        return keys
