@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two real processes by `accelerate launch`, in whole weights and in shards, do what one process does."""
 
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import datasets
@@ -36,10 +38,33 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
+# Registered before anything else is, so that it is the last thing that a process does.
+TELL_OF_THREADS = """
+import atexit, os, sys
+from pathlib import Path
+
+tasks = Path("/proc/self/task")
+
+def tell():
+    print("\\nThreads at exit:", *((task / "comm").read_text().strip() for task in tasks.iterdir()), file=sys.stderr)
+
+if "RANK" in os.environ and tasks.is_dir():
+    atexit.register(tell)
+"""
+
+
 def run_two(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
     command = launch(line, num_processes=2, file=file, config=config)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "sitecustomize.py").write_text(TELL_OF_THREADS)
+        variables = environment()
+        variables["PYTHONPATH"] += os.pathsep + folder
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
+    # Those of a process group that outlive the interpreter abort the process now and then.
+    threads = [line for line in done.stderr.splitlines() if line.startswith("Threads at exit:")]
+    assert len(threads) == (2 if Path("/proc/self/task").is_dir() else 0)
+    assert not any("gloo" in line for line in threads), threads
 
 
 def pipeline_files(output_dir: Path) -> set[str]:

@@ -18,6 +18,7 @@ from accelerate.utils import (
     gather_object,
     is_tensorboard_available,
 )
+from torch.distributed.device_mesh import DeviceMesh
 
 from .sharding import fsdp_plugin, shard_on_cpu
 
@@ -97,10 +98,19 @@ def make_accelerator(
             " CPU, use `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`."
         )
     if accelerator.num_processes > 1:
-        # The wrapped model keeps the process group, in a cycle of references, until the interpreter is gone. Gloo's
-        # threads, still alive then, abort a process now and then, after all of its work is done.
-        atexit.register(gc.collect)
+        atexit.register(_let_go_of_process_groups)
     return accelerator
+
+
+def _let_go_of_process_groups() -> None:
+    """
+    The wrapped model keeps the process group, in a cycle of references, and FSDP's meshes, which torch caches, keep it
+    as well. Gloo's threads would be alive when the interpreter is not, which aborts a process now and then, after all
+    of its work is done.
+    """
+    for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
+        getattr(mesh, "_pg_registry", {}).clear()
+    gc.collect()
 
 
 def failures(accelerator: Accelerator, error: BaseException | None) -> list[str]:
