@@ -4,6 +4,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -135,3 +136,28 @@ def test_noise_is_paired_over_processes_as_in_one_batch(tmp_path: Path) -> None:
     apart = train(folder, data, tmp_path / "apart", train_batch_size=4, **halves)
     losses = [[loss for _, loss in read_log(run, "loss")] for run in (one, apart)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
+# A model in a cycle, as runs have it, and works whose tensors their threads are the last to hold.
+LET_GO = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from diffusers_fm.training.launch import _let_go_of_process_groups
+
+store = dist.HashStore()
+for number in range(40):
+    dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=0, world_size=1)
+    groups = [dist.group.WORLD]
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model.itself = [model]
+    for _ in range(8):
+        dist.all_reduce(torch.ones(3), async_op=True)
+    dist.destroy_process_group()
+    del model
+    _let_go_of_process_groups(groups)
+"""
+
+
+def test_process_groups_are_let_go_without_waiting_for_their_threads_for_ever() -> None:
+    subprocess.run([sys.executable, "-c", LET_GO], env=environment(), check=True, capture_output=True, timeout=120)

@@ -98,19 +98,29 @@ def make_accelerator(
             " CPU, use `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`."
         )
     if accelerator.num_processes > 1:
-        atexit.register(_let_go_of_process_groups)
+        atexit.register(_let_go_of_process_groups, [dist.group.WORLD] if dist.is_initialized() else [])
     return accelerator
 
 
-def _let_go_of_process_groups() -> None:
+def _let_go_of_process_groups(groups: list[dist.ProcessGroup]) -> None:
     """
-    The wrapped model keeps the process group, in a cycle of references, and FSDP's meshes, which torch caches, keep it
-    as well. Gloo's threads would be alive when the interpreter is not, which aborts a process now and then, after all
-    of its work is done.
+    End the threads of process groups, which must not outlive the interpreter: a thread that gives up the last of its
+    tensors then aborts the process, after all of its work is done.
+
+    The wrapped model keeps its group, in a cycle of references, and FSDP's meshes, which torch caches, keep theirs.
+    The list must be the last to do so: a group that goes with the C++ part of a model waits for its threads without
+    letting go of the interpreter, for which one of them may be waiting.
+
+    Args:
+        groups (`list[dist.ProcessGroup]`):
+            Those that models may have. Emptied.
     """
     for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
-        getattr(mesh, "_pg_registry", {}).clear()
+        registry = getattr(mesh, "_pg_registry", {})
+        groups.extend(registry.values())
+        registry.clear()
     gc.collect()
+    groups.clear()
 
 
 def failures(accelerator: Accelerator, error: BaseException | None) -> list[str]:
