@@ -360,9 +360,6 @@ class ConditionalPath:
         Raises:
             ValueError: As for `convert`.
         """
-        if source == target:
-            _require_known(source)
-            return torch.ones_like(t)
         return self.coefficients(t, source, target)[1].abs()
 
     def _solve(

@@ -202,7 +202,7 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._is_plain = is_plain(accelerator)
+        self._stepped = self._optimizer.optimizer if is_plain(accelerator) else self._optimizer
         self._clipping = GradientClipping(accelerator, self._optimizer, self._parameters, args.max_grad_norm)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._meters.throughput.watch_model(self.model, self._weights.bare)
@@ -384,18 +384,12 @@ class TrainingRun:
                 Their losses.
         """
         self._meters.losses.add(t, losses)
-        loss = losses.mean()
-        if self._is_plain and self.args.gradient_accumulation_steps == 1:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss)
+        self.accelerator.backward(losses.mean())
         self._meters.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            is_finite = self._meters.before_step(self._optimizer, self._clipping.before_step())
-            optimizer = self._optimizer.optimizer if self._is_plain else self._optimizer
-            if is_finite:
-                optimizer.step()
-            optimizer.zero_grad()
+            if self._meters.before_step(self._optimizer, self._clipping.before_step()):
+                self._stepped.step()
+            self._stepped.zero_grad()
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
