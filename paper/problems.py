@@ -11,8 +11,9 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.nn import functional
 
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.evaluation import FeatureExtractor, classifier_features, frechet_distance
-from diffusers_fm.training import ImageData, ImageTransform
 
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ from typing import Any
 
 from training_runs import ROOT, load_script
 
-from diffusers_fm.training import parse_arguments
+from diffusers_fm.training.arguments import parse_arguments
 
 
 script = load_script(ROOT / "training_scripts" / "train_text_to_image_sd3.py")

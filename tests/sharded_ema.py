@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from diffusers_fm.training import EMA, ConstantDecay, PowerFunction
+from diffusers_fm.training.ema import EMA, ConstantDecay, PowerFunction
 
 
 def main(folder: Path) -> None:

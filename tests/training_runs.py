@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.training import parse_arguments
+from diffusers_fm.training.arguments import parse_arguments
 
 
 # Tiny models gain nothing from more, and runs of several processes have one each, too.

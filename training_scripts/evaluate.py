@@ -31,6 +31,10 @@ from typing import Any
 import numpy as np
 
 from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.randomness import epoch_order
+from diffusers_fm.data.sources import choose_split, held_out_split_name, load_splits
+from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.evaluation import (
     FeatureExtractor,
     ResultStore,
@@ -55,21 +59,11 @@ from diffusers_fm.evaluation import (
     write_metrics,
     write_table,
 )
-from diffusers_fm.training import (
-    ImageData,
-    ImageTransform,
-    TrainableModel,
-    choose_split,
-    data_and_labels,
-    epoch_order,
-    held_out_loss,
-    held_out_split_name,
-    load_splits,
-    make_accelerator,
-    parse_arguments,
-    saved_arguments,
-)
+from diffusers_fm.training.arguments import parse_arguments, saved_arguments
 from diffusers_fm.training.checkpoints import checksum
+from diffusers_fm.training.distributed import make_accelerator
+from diffusers_fm.training.optimizers import TrainableModel
+from diffusers_fm.training.validation import data_and_labels, held_out_loss
 
 
 logger = logging.getLogger("diffusers_fm.evaluate")

@@ -46,36 +46,30 @@ from typing import Any
 import torch
 
 from diffusers_fm import FlowMatchPipeline, init_pipeline
+from diffusers_fm.data.latents import cache_latents, latents_of_batch
+from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training import (
-    TrainableModel,
-    TrainingRun,
+from diffusers_fm.training.arguments import (
     add_average_arguments,
     add_data_arguments,
     add_latent_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
-    add_plan_arguments,
     add_run_arguments,
     add_validation_arguments,
-    cache_latents,
     check_latent_arguments,
     check_shared_arguments,
-    choose_label_dropout,
-    choose_resolution,
-    choose_shift,
-    data_and_labels,
-    draw_times,
-    flow_matching_plan,
-    held_out_loss,
-    is_main_process,
-    latents_of_batch,
-    load_images,
-    model_card,
     parse_arguments,
-    sample_grid,
     script_parser,
 )
+from diffusers_fm.training.cards import model_card
+from diffusers_fm.training.objective import draw_times
+from diffusers_fm.training.optimizers import TrainableModel
+from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.planning import add_plan_arguments, is_main_process
+from diffusers_fm.training.plans import flow_matching_plan
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -40,52 +40,56 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusers_fm import init_pipeline
+from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training import (
+from diffusers_fm.text_to_image.cards import lora_card
+from diffusers_fm.text_to_image.lora import (
     FIXED_LORA_ARGUMENTS,
-    PromptEncoder,
-    TextToImageModel,
-    TrainedPrompts,
-    TrainingRun,
     adapted_text_encoders,
     add_adapters,
-    add_average_arguments,
-    add_data_arguments,
     add_lora_arguments,
-    add_objective_arguments,
-    add_optimisation_arguments,
-    add_plan_arguments,
-    add_run_arguments,
-    add_text_to_image_arguments,
-    add_validation_arguments,
     check_adaptable,
     check_engine,
     check_lora_arguments,
-    check_shared_arguments,
-    check_text_to_image_arguments,
+    parameter_groups,
+    save_lora,
+)
+from diffusers_fm.text_to_image.options import (
     choose_encoder_dropout,
     choose_scheduler,
     choose_sizes,
-    draw_times,
-    drop_captions,
-    freeze,
-    held_out_loss,
     image_tokens,
-    is_main_process,
-    latents_of_batch,
+    shift_of,
+    tell_of_long_captions,
+)
+from diffusers_fm.text_to_image.plans import text_to_image_plan
+from diffusers_fm.text_to_image.prompts import PromptEncoder, TrainedPrompts
+from diffusers_fm.text_to_image.setup import (
+    TextToImageModel,
+    freeze,
     load_captioned_data,
-    lora_card,
-    parameter_groups,
-    parse_arguments,
     prepare_latents,
     prepare_prompts,
     prompt_grid,
-    save_lora,
-    script_parser,
-    shift_of,
-    tell_of_long_captions,
-    text_to_image_plan,
 )
+from diffusers_fm.training.arguments import (
+    add_average_arguments,
+    add_data_arguments,
+    add_objective_arguments,
+    add_optimisation_arguments,
+    add_run_arguments,
+    add_text_to_image_arguments,
+    add_validation_arguments,
+    check_shared_arguments,
+    check_text_to_image_arguments,
+    parse_arguments,
+    script_parser,
+)
+from diffusers_fm.training.objective import draw_times
+from diffusers_fm.training.planning import add_plan_arguments, is_main_process
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.validation import held_out_loss
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -43,43 +43,46 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusers_fm import init_pipeline
+from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training import (
-    PromptEncoder,
+from diffusers_fm.text_to_image.cards import text_to_image_card
+from diffusers_fm.text_to_image.options import (
+    choose_encoder_dropout,
+    choose_scheduler,
+    choose_sizes,
+    image_tokens,
+    shift_of,
+    tell_of_long_captions,
+)
+from diffusers_fm.text_to_image.plans import text_to_image_plan
+from diffusers_fm.text_to_image.prompts import PromptEncoder
+from diffusers_fm.text_to_image.setup import (
     TextToImageModel,
-    TrainingRun,
+    as_saved,
+    freeze,
+    load_captioned_data,
+    prepare_latents,
+    prepare_prompts,
+    prompt_grid,
+)
+from diffusers_fm.training.arguments import (
     add_average_arguments,
     add_data_arguments,
     add_objective_arguments,
     add_optimisation_arguments,
-    add_plan_arguments,
     add_run_arguments,
     add_text_to_image_arguments,
     add_validation_arguments,
-    as_saved,
     check_shared_arguments,
     check_text_to_image_arguments,
-    choose_encoder_dropout,
-    choose_scheduler,
-    choose_sizes,
-    draw_times,
-    drop_captions,
-    freeze,
-    held_out_loss,
-    image_tokens,
-    is_main_process,
-    latents_of_batch,
-    load_captioned_data,
     parse_arguments,
-    prepare_latents,
-    prepare_prompts,
-    prompt_grid,
     script_parser,
-    shift_of,
-    tell_of_long_captions,
-    text_to_image_card,
-    text_to_image_plan,
 )
+from diffusers_fm.training.objective import draw_times
+from diffusers_fm.training.planning import add_plan_arguments, is_main_process
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.validation import held_out_loss
 
 
 def build_parser() -> argparse.ArgumentParser:

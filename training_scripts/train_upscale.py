@@ -39,14 +39,13 @@ from typing import Any
 import torch
 
 from diffusers_fm import FlowMatchUpscalePipeline, init_pipeline
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.latents import normalize
+from diffusers_fm.data.loading import load_images
+from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
-from diffusers_fm.training import (
-    ImageData,
-    PairedImageData,
-    StreamData,
-    TrainableModel,
-    TrainingRun,
+from diffusers_fm.training.arguments import (
     add_average_arguments,
     add_data_arguments,
     add_objective_arguments,
@@ -54,19 +53,16 @@ from diffusers_fm.training import (
     add_run_arguments,
     add_validation_arguments,
     check_shared_arguments,
-    choose_label_dropout,
-    choose_resolution,
-    choose_shift,
-    draw_times,
-    held_out_loss,
-    load_images,
-    low_resolution,
-    model_card,
-    normalize,
     parse_arguments,
     script_parser,
-    upscaling_report,
 )
+from diffusers_fm.training.cards import model_card
+from diffusers_fm.training.objective import draw_times
+from diffusers_fm.training.optimizers import TrainableModel
+from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
+from diffusers_fm.training.validation import held_out_loss
 
 
 def build_parser() -> argparse.ArgumentParser:

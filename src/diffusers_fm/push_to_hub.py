@@ -11,7 +11,8 @@ import logging
 import sys
 from pathlib import Path
 
-from .training import Publisher, add_hub_arguments
+from .training.arguments import add_hub_arguments
+from .training.publishing import Publisher
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,17 +24,13 @@ import PIL.Image
 from diffusers import UNet2DModel
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
-from diffusers_fm.training import (
-    ImageData,
-    ImageTransform,
-    LaneBatches,
-    StreamData,
-    StreamPosition,
-    StreamSampler,
-    load_splits,
-    make_loader,
-    stream_splits,
-)
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.loader import make_loader
+from diffusers_fm.data.order import StreamSampler
+from diffusers_fm.data.sources import load_splits, stream_splits
+from diffusers_fm.data.stream_batches import LaneBatches, StreamPosition
+from diffusers_fm.data.streams import StreamData
+from diffusers_fm.data.transforms import ImageTransform
 
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ from torch import nn
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.paths import make_path
 from diffusers_fm.timesteps import sample_timesteps
-from diffusers_fm.training import make_optimizer
+from diffusers_fm.training.optimizers import make_optimizer
 from diffusers_fm.training.throughput import forward_flops, peak_flops, peak_memory, with_backward
 
 

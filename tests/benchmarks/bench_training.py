@@ -37,7 +37,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_fm.training import TrainingRun, parse_arguments
+from diffusers_fm.training.arguments import parse_arguments
+from diffusers_fm.training.run import TrainingRun
 
 
 ROOT = Path(__file__).parents[2]

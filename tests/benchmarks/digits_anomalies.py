@@ -18,7 +18,7 @@ from digits_judge import DIGITS
 from sklearn.metrics import roc_auc_score
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.anomaly import noise_test
+from diffusers_fm.applications.anomaly import noise_test
 
 
 def damaged(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:

@@ -20,7 +20,13 @@ from digits_judge import load_split, train_classifier
 from sklearn.svm import SVC
 
 from diffusers_fm import FlowMatchInversePipeline
-from diffusers_fm.operators import BlurOperator, CompressedOperator, DownsampleOperator, LinearOperator, MaskOperator
+from diffusers_fm.applications.operators import (
+    BlurOperator,
+    CompressedOperator,
+    DownsampleOperator,
+    LinearOperator,
+    MaskOperator,
+)
 
 
 # Standard deviation of the digits around their mean, for pixels in [-1, 1].

@@ -19,7 +19,7 @@ import torch
 from digits_judge import load_split, train_classifier
 
 from diffusers_fm import FlowMatchUpscalePipeline
-from diffusers_fm.image_quality import psnr, ssim
+from diffusers_fm.applications.image_quality import psnr, ssim
 from diffusers_fm.pipelines.resampling import downscale, resize_bicubic
 
 

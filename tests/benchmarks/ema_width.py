@@ -29,18 +29,14 @@ from digits_judge import DIGITS, load_split, train_classifier
 from safetensors.torch import load_file
 
 from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.sources import choose_split, load_splits
+from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.evaluation import frechet_distance
 from diffusers_fm.evaluation.report import pyplot
-from diffusers_fm.training import (
-    ImageData,
-    ImageTransform,
-    TrainableModel,
-    choose_split,
-    data_and_labels,
-    held_out_loss,
-    load_splits,
-)
+from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.posthoc_ema import find_snapshots, posthoc_ema
+from diffusers_fm.training.validation import data_and_labels, held_out_loss
 
 
 TRACKED = (0.05, 0.1)

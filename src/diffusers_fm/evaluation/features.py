@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from ..training import ImageData, StreamSampler, make_generator, make_loader, normalize
+from ..data.images import ImageData
+from ..data.latents import normalize
+from ..data.loader import make_loader
+from ..data.order import StreamSampler
+from ..data.randomness import make_generator
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

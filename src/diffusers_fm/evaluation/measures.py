@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..training import ImageData, make_generator
+from ..data.images import ImageData
+from ..data.randomness import make_generator
 from .distances import frechet_distance, inception_score, kernel_distance, nearest, precision_and_recall
 from .features import FeatureExtractor
 from .sampling import SOLVER_CHOICES, Sampler, SolverChoice, straightness, to_bytes, trajectories

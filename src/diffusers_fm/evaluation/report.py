@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from ..training import make_grid
+from ..training.validation import make_grid
 
 
 METRICS_FILE = "metrics.json"

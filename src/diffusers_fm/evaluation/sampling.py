@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.randomness import make_generator
 from ..pipelines import FlowMatchPipeline
-from ..training import make_generator, quiet_copy
+from ..training.validation import quiet_copy
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,13 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..coordinates import Coordinates
+from ..hub.cards import model_card
+from ..hub.push import PushMixin
+from ..hub.reasons import hub_reason
 from ..likelihood import transport
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..sharing import PushMixin, hub_reason, model_card
 from ..solvers import Solution
 from .cards import pipeline_content
 from .components import check_components, check_one_network, has_weights

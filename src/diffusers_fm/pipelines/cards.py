@@ -3,8 +3,8 @@
 
 from typing import TYPE_CHECKING
 
+from ..hub.cards import CardContent
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..sharing import CardContent
 from ..solvers import TABLEAUX
 
 

@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..editing import Predict, flow_edit
+from ..applications.editing import Predict, flow_edit
 from ..likelihood import transport
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import OUTPUT_TYPES, flow_end

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..editing import Predict
+from ..applications.editing import Predict
 from ..models.autoencoding import decode_latents
 from .base import FlowMatchPipelineOutput, NetworkField
 from .edits import EditOptions, FlowMatchInversionOutput, check_batch, edit, invert, to_images

@@ -10,9 +10,9 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 
-from ..inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
+from ..applications.inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
+from ..applications.operators import LinearOperator, MaskOperator, check_operator
 from ..models.autoencoding import decode_latents, encode_latents
-from ..operators import LinearOperator, MaskOperator, check_operator
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import Callback, FlowMatchPipelineOutput, NetworkField
 from .pipeline_flow_match import FlowMatchPipeline

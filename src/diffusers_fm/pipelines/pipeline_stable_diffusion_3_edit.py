@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
-from ..editing import Predict
+from ..applications.editing import Predict
 from ..models.autoencoding import decode_latents, encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import FlowMatchPipelineOutput

@@ -13,22 +13,12 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 
+from ..hub.cards import CardContent, model_card
+from ..hub.push import PushMixin
 from ..paths import ConditionalPath, lift, make_path
-from ..sharing import CardContent, PushMixin, model_card
-from .grids import (
-    check_lengths,
-    check_times,
-    integer_timesteps,
-    interpolate,
-    spaced_ratios,
-    to_list,
-)
+from .grids import check_lengths, check_times, integer_timesteps, interpolate, spaced_ratios, to_list
 from .multistep import read_calibration
-from .sampling_plan import (
-    SamplingPlan,
-    Stage,
-    runge_kutta_tableau,
-)
+from .sampling_plan import SamplingPlan, Stage, runge_kutta_tableau
 from .settings import check_number, check_settings
 from .stock_configs import stock_flow_config, translate_stock_config
 

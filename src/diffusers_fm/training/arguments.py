@@ -14,7 +14,7 @@ from ..couplings import COUPLINGS
 from ..losses import WEIGHTINGS
 from ..timesteps import DENSITIES
 from .ema import MAX_SIGMA_REL
-from .optimisation import OPTIMIZERS, check_optimizer
+from .optimizers import OPTIMIZERS, check_optimizer
 
 
 logger = logging.getLogger(__name__)

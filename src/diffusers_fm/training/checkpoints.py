@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from .files import PARTIAL, sync_to_disk
-from .launch import failures
+from ..files import PARTIAL, sync_to_disk
+from .distributed import failures
 
 
 logger = logging.getLogger(__name__)

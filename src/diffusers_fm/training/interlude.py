@@ -12,10 +12,10 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from ..files import replace_contents
 from .arguments import saved_arguments
 from .checkpoints import CheckpointKeeper
-from .files import replace_contents
-from .launch import StopSignal, failures
+from .distributed import StopSignal, failures
 from .logs import RunLog
 from .meters import RunMeters
 from .publishing import Publisher

@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 
-from .files import replace_text
+from ..files import replace_text
 
 
 logger = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
+from ..data.stream_batches import StreamPosition
+from ..data.unreadable import UnreadableImages
 from .guard import GradientGuard
 from .logs import LossMeter
-from .stream_batches import StreamPosition
 from .throughput import make_throughput
-from .unreadable import UnreadableImages
 
 
 class RunMeters:

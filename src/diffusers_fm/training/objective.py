@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from ..couplings import minibatch_ot
+from ..data.randomness import BatchSlice
 from ..paths import ConditionalPath
 from ..timesteps import sample_timesteps, shift_time
-from .randomness import BatchSlice
 
 
 def draw_times(args: argparse.Namespace, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:

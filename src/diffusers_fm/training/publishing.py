@@ -17,8 +17,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ..sharing import Evaluation, hub_reason, portable_files, with_evaluation
-from ..sharing.portable import components
+from ..hub.cards import Evaluation, with_evaluation
+from ..hub.portable import components, portable_files
+from ..hub.reasons import hub_reason
 from .arguments import saved_arguments
 
 

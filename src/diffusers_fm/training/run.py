@@ -16,23 +16,23 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from ..data.images import ImageData
+from ..data.loader import make_loader
+from ..data.order import BucketSampler, StreamSampler
+from ..data.randomness import BatchSlice, seed_layers
+from ..data.stream_batches import LaneBatches, StreamPosition, tell_of_divided_shards
+from ..data.streams import StreamData
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
-from .data import ImageData
+from .distributed import make_accelerator
 from .ema import make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
-from .launch import make_accelerator
-from .loader import make_loader
 from .logs import RunLog
 from .meters import RunMeters
 from .objective import draw_noise
-from .optimisation import GradientClipping, is_plain, make_optimizer, schedule_free_weights
+from .optimizers import GradientClipping, is_plain, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
-from .randomness import BatchSlice, seed_layers
-from .samplers import BucketSampler, StreamSampler
 from .sharding import SHARDING, ShownWeights
-from .stream_batches import LaneBatches, StreamPosition, tell_of_divided_shards
-from .streaming import StreamData
 
 
 logger = logging.getLogger(__name__)

@@ -8,14 +8,14 @@ import numpy as np
 import PIL.Image
 import torch
 
-from ..image_quality import psnr, ssim
+from ..applications.image_quality import psnr, ssim
+from ..data.images import ImageData
+from ..data.randomness import make_generator
+from ..data.transforms import ImageTransform, image_size
+from ..data.unreadable import UnreadableImageError
 from ..pipelines import FlowMatchUpscalePipeline
 from ..pipelines.resampling import downscale, resize_bicubic
-from .data import ImageData
-from .evaluation import EVALUATION_SEED, make_grid, quiet_copy
-from .image_transforms import ImageTransform, image_size
-from .randomness import make_generator
-from .unreadable import UnreadableImageError
+from .validation import EVALUATION_SEED, make_grid, quiet_copy
 
 
 SAMPLES_IN_A_ROW = 2

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Uses of a velocity field: inverse problems, editing, anomaly detection and image quality, on torch alone."""

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents of a batch, encoded on the way or kept on disk."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import offload_models
+from tqdm.auto import tqdm
+
+from ..models import encode_moments, latents_of_moments
+from .cache import TensorCache, content_key, model_fingerprint
+from .images import ImageData
+from .randomness import BatchSlice
+from .unreadable import UnreadableImageError
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """
+    Bytes to the range of models.
+
+    Args:
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            uint8.
+
+    Returns:
+        `torch.Tensor` of the same shape: float32 in [-1, 1].
+    """
+    return images.float() / 127.5 - 1
+
+
+def latents_of_batch(
+    pipeline: DiffusionPipeline,
+    batch: dict[str, Any],
+    device: torch.device,
+    part: BatchSlice | None = None,
+    offload: bool = False,
+) -> torch.Tensor:
+    """
+    The data of a batch, as the flow sees it: latents drawn from the posterior that the autoencoder or a cache of its
+    answers gives, or pixels where there is no autoencoder.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            With the component `vae`, which may be `None`.
+        batch (`dict[str, Any]`):
+            With `images` or `moments`.
+        device (`torch.device`):
+            Where they are wanted.
+        part ([`BatchSlice`], *optional*):
+            Whose random numbers are taken; without it the mode of the posterior is.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether the autoencoder is on the device only while it runs.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32, pixels in [-1, 1].
+    """
+    vae: Any = pipeline.vae
+    if "moments" in batch:
+        moments = batch["moments"].to(device, non_blocking=True)
+    else:
+        images = normalize(batch["images"].to(device, non_blocking=True))
+        if vae is None:
+            return images
+        with torch.no_grad(), offload_models(vae, device=device, offload=offload):
+            moments = encode_moments(vae, images)
+    generators = None if part is None else part.sample_generators("posterior", device)
+    return latents_of_moments(vae, moments, generators, sample=part is not None)
+
+
+def open_cache(accelerator: Accelerator, folder: Path, description: dict[str, str]) -> TensorCache:
+    """
+    A cache that all processes read; the main process makes it.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        folder (`Path`):
+            Where it is, seen by all processes.
+        description (`dict[str, str]`):
+            What it holds, see [`TensorCache`].
+
+    Returns:
+        [`TensorCache`]: the cache.
+
+    Raises:
+        ValueError: if the folder holds something else or is damaged.
+    """
+    with accelerator.main_process_first():
+        return TensorCache(folder, description)
+
+
+def cache_latents(
+    accelerator: Accelerator,
+    data: ImageData,
+    vae: ModelMixin,
+    folder: Path,
+    batch_size: int,
+) -> TensorCache:
+    """
+    Keep what the autoencoder says of all images, and let the data set read that in place of images.
+
+    What is kept are the moments of the posterior, so that each visit still draws its own latents. A record is found by
+    the bytes of the image's file and what is done to the image, the whole cache by the autoencoder. Mirrored images
+    have records of their own. Every process calls it and does its share; what is there already is not done again.
+
+    Args:
+        accelerator (`Accelerator`):
+            Of the run.
+        data ([`ImageData`]):
+            The images, cropped at the centre. Its `read_moments` is set.
+        vae (`ModelMixin`):
+            The autoencoder; it is on the accelerator's device while it runs.
+        folder (`Path`):
+            Of the cache.
+        batch_size (`int`):
+            Images at once.
+
+    Returns:
+        [`TensorCache`]: the cache.
+
+    Raises:
+        ValueError: if images are cropped anywhere, more images cannot be read than the data admits, or the cache does
+            not match.
+    """
+    if not data.transform.center_crop:
+        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
+    description = {"what": "latents", "autoencoder": model_fingerprint(vae), "dtype": str(vae.dtype)}
+    cache = open_cache(accelerator, folder, description)
+    shares = range(accelerator.process_index, len(data), accelerator.num_processes)
+    bar = tqdm(shares, desc="Hashing images", disable=not accelerator.is_local_main_process)
+    own = [(index, _try(data, index, data.file_key)) for index in bar]
+    file_keys = [key or "" for _, key in sorted(gather_object(own))]
+    _share_unreadable(data)
+    mirrors = (False, True) if data.transform.random_flip else (False,)
+    keys = [
+        [content_key(file_key, data.transform.channels, *data.size(index), mirror) for mirror in mirrors]
+        for index, file_key in enumerate(file_keys)
+    ]
+
+    # The same image twice is encoded once. Images of one size follow each other, to be encoded together.
+    missing = {
+        key: (data.size(index), index, mirror)
+        for index, of_image in enumerate(keys)
+        for key, mirror in zip(of_image, mirrors)
+        if key not in cache and index not in data.unreadable
+    }
+    work = sorted((size, index, mirror, key) for key, (size, index, mirror) in missing.items())
+    # Everybody has seen what is missing before anybody writes some of it.
+    accelerator.wait_for_everyone()
+    work = work[accelerator.process_index :: accelerator.num_processes]
+    if missing:
+        bar = tqdm(total=len(work), desc="Caching latents", disable=not accelerator.is_local_main_process)
+        with bar, cache.writer() as writer, offload_models(vae, device=accelerator.device):
+            while work:
+                batch = [item for item in work[:batch_size] if item[0] == work[0][0]]
+                work = work[len(batch) :]
+                bar.update(len(batch))
+                tried = [
+                    _try(data, index, lambda index: data.pixels(np.array([[0, index]]))) for _, index, _, _ in batch
+                ]
+                read = [(image, item) for image, item in zip(tried, batch) if image is not None]
+                if not read:
+                    continue
+                images = torch.cat([image.flip(-1) if item[2] else image for image, item in read])
+                with torch.no_grad():
+                    moments = encode_moments(vae, normalize(images).to(accelerator.device)).cpu()
+                writer.add([item[3] for _, item in read], [[each] for each in moments])
+        accelerator.wait_for_everyone()
+        cache.refresh()
+        _share_unreadable(data)
+    logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
+    data.read_moments = CachedMoments(cache, keys)
+    return cache
+
+
+def _try(data: ImageData, index: int, read: Callable[[int], T]) -> T | None:
+    """Something of an image, or `None` where it cannot be read, which the data then knows."""
+    try:
+        return read(index)
+    except UnreadableImageError as error:
+        data.note_unreadable(error)
+        return None
+
+
+def _share_unreadable(data: ImageData) -> None:
+    """Every process learns of what any of them could not read: no process asks the cache for that."""
+    for index, (row, reason) in gather_object(sorted(data.unreadable.items())):
+        data.note_unreadable(UnreadableImageError.of(index, row, reason))
+
+
+class CachedMoments:
+    """
+    Reads the moments of images.
+
+    Args:
+        cache ([`TensorCache`]):
+            Where they are.
+        keys (`list[list[str]]`):
+            For each image, its key and that of its mirror image.
+    """
+
+    def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
+        self._cache = cache
+        self._keys = np.array(keys)
+
+    def __call__(self, index: int, mirrored: bool) -> torch.Tensor:
+        """The moments of an image, as [`~diffusers_fm.models.encode_moments`] gives them."""
+        return self._cache.read(str(self._keys[index, int(mirrored)]))[0]

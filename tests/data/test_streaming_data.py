@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams: every row once an epoch whoever reads it, and after an interruption exactly where training was in them."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from fake_hub import File, fake_hub
+from tiny_text_to_image import tiny_stable_diffusion_3
+from training_runs import (
+    SCRIPT,
+    assert_same_weights,
+    command_line,
+    environment,
+    launch,
+    load,
+    load_script,
+    make_dataset,
+    png,
+    read_log,
+    run_script,
+    save_untrained,
+    train,
+)
+
+from diffusers_fm.data.buckets import assign_buckets
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.loader import make_loader
+from diffusers_fm.data.sources import first_rows, load_splits, stream_splits
+from diffusers_fm.data.stream_batches import LaneBatches, StreamPosition
+from diffusers_fm.data.streams import StreamData, StreamedRow
+from diffusers_fm.data.transforms import ImageTransform
+
+
+NUM_ROWS = 30
+KINDS = ("parquet", "webdataset", "classes", "captions", "disk")
+GREY = ImageTransform(8, 1)
+FEATURES = datasets.Features(
+    {"image": datasets.Image(), "label": datasets.Value("int64"), "text": datasets.Value("string")}
+)
+
+
+def save(folder: Path, kind: str, num_shards: int = 3, num_rows: int = NUM_ROWS) -> dict[str, Any]:
+    """Grey squares, as bright as the row's number, labelled and captioned by it; returns how to load and read them."""
+    folder.mkdir(parents=True)
+    files = [png(PIL.Image.new("L", (8, 8), row)) for row in range(num_rows)]
+    images = [{"bytes": file, "path": None} for file in files]
+    columns = {"image": images, "label": [row % 2 for row in range(num_rows)], "text": list(map(str, range(num_rows)))}
+    rows = datasets.Dataset.from_dict(columns, features=FEATURES)
+    shards = [rows.shard(num_shards, shard) for shard in range(num_shards)]
+    if kind == "parquet":
+        for number, shard in enumerate(shards):
+            shard.to_parquet(folder / f"train-{number:05d}-of-{num_shards:05d}.parquet")
+    elif kind == "disk":
+        rows.save_to_disk(str(folder))
+    elif kind == "webdataset":
+        for number, shard in enumerate(shards):
+            with tarfile.open(folder / f"train-{number}.tar", "w") as tar:
+                for row in map(int, shard["text"]):
+                    meta = json.dumps({"caption": str(row)}).encode()
+                    for ending, content in (("png", files[row]), ("cls", str(row % 2).encode()), ("json", meta)):
+                        info = tarfile.TarInfo(f"{row:03d}.{ending}")
+                        info.size = len(content)
+                        tar.addfile(info, io.BytesIO(content))
+        names = {"image_column": "png", "label_column": "cls", "caption_column": "json.caption"}
+        return {"dataset_name": str(folder), "columns": names}
+    else:
+        for row, file in enumerate(files):
+            place = folder / ("ab"[row % 2] if kind == "classes" else "")
+            place.mkdir(exist_ok=True)
+            (place / f"{row}.png").write_bytes(file)
+        if kind == "captions":
+            lines = [json.dumps({"file_name": f"{row}.png", "text": str(row)}) for row in range(num_rows)]
+            (folder / "metadata.jsonl").write_text("\n".join(lines))
+        names = {"label_column": "label"} if kind == "classes" else {"caption_column": "text"}
+        return {"train_data_dir": str(folder), "columns": names}
+    return {"dataset_name": str(folder), "columns": {"label_column": "label", "caption_column": "text"}}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {kind: save(folder / kind, kind) for kind in KINDS}
+
+
+def stream(source: dict[str, Any], transform: ImageTransform = GREY, **options: Any) -> StreamData:
+    place = {name: value for name, value in source.items() if name != "columns"}
+    split = stream_splits(**place)["train"]
+    return StreamData(split, transform, **{"num_classes": 2, "buffer_size": 8, **source["columns"], **options})
+
+
+def read(
+    data: StreamData,
+    num_batches: int,
+    batch_size: int = 3,
+    num_processes: int = 1,
+    num_workers: int = 0,
+    saved: dict[str, Any] | None = None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Batches of all processes in the order of the steps, and where they leave the stream, as a checkpoint has it."""
+    by_process, known = [], {} if saved is None else saved["lanes"]
+    positions: dict[str, Any] = {"lanes": dict(known)}
+    for process in range(num_processes):
+        position = StreamPosition.of_run(data, batch_size, num_processes, num_workers, saved)
+        loader = make_loader(
+            LaneBatches(data, position, batch_size, num_batches, num_processes, process), num_workers=num_workers
+        )
+        by_process.append(list(position.watch(iter(loader), num_processes)))
+        left = json.loads(json.dumps(position.gather(num_processes=1)))
+        own = {lane: place for lane, place in left["lanes"].items() if known.get(lane) != place}
+        positions = {**left, "lanes": {**positions["lanes"], **own}}
+    return [batch for batches in zip(*by_process) for batch in batches], positions
+
+
+def rows_of(batches: list[dict[str, Any]]) -> list[int]:
+    return [row for batch in batches for row in batch["images"][:, 0, 0, 0].tolist()]
+
+
+def assert_same_batches(some: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip(some, others):
+        assert one.keys() == other.keys()
+        assert torch.equal(one["images"], other["images"])
+        assert one.get("captions") == other.get("captions")
+
+
+# Every kind of data set
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_has_the_rows_of_the_data_set(kind: str, sources: dict, tmp_path: Path) -> None:
+    source = sources[kind]
+    data = stream(source)
+    batches, _ = read(data, NUM_ROWS // 3)
+    place = {name: value for name, value in source.items() if name != "columns"}
+    whole = ImageData(load_splits(**place, cache_dir=str(tmp_path))["train"], GREY, num_classes=2, **source["columns"])
+    expected = whole[np.stack([np.zeros(NUM_ROWS, int), np.arange(NUM_ROWS)], axis=1)]
+    order = rows_of(batches)
+    assert sorted(order) == list(range(NUM_ROWS))
+    # Not the order of the files.
+    assert order != rows_of([expected])
+    back = {row: place for place, row in enumerate(rows_of([expected]))}
+    places = [back[row] for row in order]
+    for name in expected:
+        found = [value for batch in batches for value in batch[name]]
+        for value, place in zip(found, places, strict=True):
+            assert np.array_equal(value, expected[name][place]), name
+    assert "streamed from" in data.description
+
+
+def test_crops_and_mirrorings_depend_on_the_visit_alone(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_ROWS, 8, 12), dtype=np.uint8)
+    images = [{"bytes": png(PIL.Image.fromarray(image)), "path": None} for image in pixels]
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images}, features=features)
+    transform = ImageTransform(8, 1, random_flip=True)
+    by_readers = []
+    for readers in (1, 4):
+        data = StreamData(rows.to_iterable_dataset(num_shards=4), transform, seed=5, buffer_size=8)
+        batches, _ = read(data, 3 * NUM_ROWS // readers, 1, readers)
+        found: dict[bytes, int] = Counter(image.numpy().tobytes() for batch in batches for image in batch["images"])
+        by_readers.append(found)
+    # The epochs are not over at the same time for all; but a visit looks alike whoever makes it.
+    assert sum((by_readers[0] & by_readers[1]).values()) > 2.5 * NUM_ROWS
+    # Five places and two sides: three visits of a row are seldom alike.
+    assert len(by_readers[0]) > 2 * NUM_ROWS
+
+
+@pytest.mark.parametrize("kind", ["bytes", "struct", "path", "json"])
+def test_columns_that_are_nearly_images(kind: str, tmp_path: Path) -> None:
+    files = [png(PIL.Image.new("L", (8, 8), row)) for row in range(4)]
+    for row, file in enumerate(files):
+        (tmp_path / f"{row}.png").write_bytes(file)
+    paths = [str(tmp_path / f"{row}.png") for row in range(4)]
+    values: dict[str, list] = {
+        "bytes": files,
+        "struct": [{"bytes": file, "path": None} for file in files],
+        "path": paths,
+    }
+    if kind == "json":
+        # Such files do not say beforehand what they hold.
+        (tmp_path / "data").mkdir()
+        lines = [json.dumps({"image": path}) for path in paths]
+        (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+        split = stream_splits(str(tmp_path / "data"))["train"]
+    else:
+        split = datasets.Dataset.from_dict({"image": values[kind]}).to_iterable_dataset()
+    assert sorted(rows_of(read(StreamData(split, GREY), 2, 2)[0])) == [0, 1, 2, 3]
+
+
+def test_held_out_rows_of_a_stream_are_fetched(tmp_path: Path) -> None:
+    paths = []
+    for row in range(3):
+        paths.append(f"memory://held-out/{row}.png")
+        with fsspec.open(paths[-1], "wb") as file:
+            file.write(png(PIL.Image.new("L", (8, 8), row)))
+    (tmp_path / "3.png").write_bytes(png(PIL.Image.new("L", (8, 8), 3)))
+    paths += [str(tmp_path / "3.png"), "memory://held-out/gone.png"]
+    images = [*({"bytes": None, "path": path} for path in paths), None]
+    features = datasets.Features({"image": datasets.Image()})
+    split = datasets.Dataset.from_dict({"image": images}, features=features).to_iterable_dataset()
+    rows = first_rows(split, "image", 10)
+    assert len(rows) == 6
+    batch = ImageData(rows, ImageTransform(8, 1), max_unreadable=2)[np.array([[0, row] for row in range(4)])]
+    assert rows_of([batch]) == [0, 1, 2, 3]
+    assert sorted(batch["unreadable"]) == [4, 5]
+    assert len(first_rows(split, "image", 2)) == 2
+
+
+# Whoever reads
+
+
+@pytest.mark.parametrize(("num_processes", "num_workers"), [(1, 0), (1, 2), (4, 0)])
+@pytest.mark.parametrize("kind", ["parquet", "captions"])
+def test_every_row_once_an_epoch(kind: str, num_processes: int, num_workers: int, sources: dict) -> None:
+    # Three shards, and one; more readers than shards, too.
+    data = stream(sources[kind], seed=1)
+    position = StreamPosition.of_run(data, 1, num_processes, num_workers, None)
+    by_epoch: dict[int, list[int]] = {}
+    for process in range(num_processes):
+        num_batches = 4 * NUM_ROWS // num_processes
+        batches = LaneBatches(data, position, 1, num_batches, num_processes, process)
+        for batch in make_loader(batches, num_workers=num_workers):
+            by_epoch.setdefault(batch["position"]["epoch"], []).extend(rows_of([batch]))
+    for epoch in range(2):
+        assert sorted(by_epoch[epoch]) == list(range(NUM_ROWS)), epoch
+    assert by_epoch[0] != by_epoch[1]
+    for rows in by_epoch.values():
+        assert max(Counter(rows).values()) == 1
+
+
+def test_another_seed_is_another_order(sources: dict) -> None:
+    orders = [rows_of(read(stream(sources["parquet"], seed=seed), 10)[0]) for seed in (0, 0, 1)]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+def test_rows_are_shuffled_among_those_of_the_buffer(tmp_path: Path) -> None:
+    source = save(tmp_path / "data", "parquet", num_shards=1, num_rows=200)
+    whole = rows_of(read(stream(source, buffer_size=400), 200, 1)[0])
+    assert sorted(whole) == list(range(200))
+    # A shuffled rank and the place are hardly correlated: 0.07 is a standard deviation.
+    assert abs(np.corrcoef(whole, range(200))[0, 1]) < 0.3
+    half = rows_of(read(stream(source, buffer_size=100), 200, 1)[0])
+    assert [sorted(half[start : start + 50]) for start in (0, 50, 100, 150)] == [
+        list(range(start, start + 50)) for start in (0, 50, 100, 150)
+    ]
+    assert rows_of(read(stream(source, buffer_size=1), 200, 1)[0]) == list(range(200))
+
+
+# After an interruption
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_processes", "num_workers"),
+    [*((kind, 1, 0) for kind in KINDS), ("parquet", 2, 1), ("webdataset", 1, 2)],
+)
+def test_a_stream_goes_on_where_training_was(kind: str, num_processes: int, num_workers: int, sources: dict) -> None:
+    data = stream(sources[kind], ImageTransform(8, 1, random_flip=True))
+    readers = {"num_processes": num_processes, "num_workers": num_workers}
+    whole, end = read(data, 24, **readers)
+    for stop in (1, 7, 16) if num_workers == 0 else (7,):
+        first, saved = read(data, stop, **readers)
+        assert_same_batches(first, whole[: stop * num_processes])
+        rest, left = read(data, 24 - stop, **readers, saved=saved)
+        assert_same_batches(rest, whole[stop * num_processes :])
+        assert left == end
+
+
+def test_the_position_is_that_of_the_batches_taken(sources: dict) -> None:
+    data = stream(sources["parquet"])
+    position = StreamPosition.of_run(data, 3, 1, 2, None)
+    loader = make_loader(LaneBatches(data, position, 3, 30), num_workers=2)
+    taken = []
+    # The workers are ahead of what is taken here.
+    for batch in position.watch(iter(loader), 1):
+        taken.append(batch)
+        if len(taken) == 5:
+            break
+    rest, _ = read(data, 6, num_workers=2, saved=position.gather(num_processes=1))
+    assert_same_batches(taken + rest, read(data, 11, num_workers=2)[0])
+
+
+def test_other_readers_go_on_if_they_divide_the_lanes(sources: dict) -> None:
+    data = stream(sources["parquet"])
+    _, saved = read(data, 7, 1, num_processes=2, num_workers=2)
+    expected, _ = read(data, 18, 1, 2, 2, saved)
+    for num_processes, num_workers in ((1, 0), (1, 2), (4, 0)):
+        rest, _ = read(data, 36 // num_processes, 1, num_processes, num_workers, saved)
+        assert_same_batches(rest, expected)
+    with pytest.raises(ValueError, match=r"reads its stream in 4 lanes: .* must divide that, got 3 x 0\."):
+        StreamPosition.of_run(data, 1, 3, 0, saved)
+    with pytest.raises(ValueError, match="had buffer_size 8 and has 9 now"):
+        StreamPosition.of_run(stream(sources["parquet"], buffer_size=9), 1, 2, 2, saved)
+    with pytest.raises(ValueError, match="had num_shards 3 and has 1 now"):
+        StreamPosition.of_run(stream(sources["classes"]), 1, 2, 2, saved)
+
+
+# Images of several sizes
+
+BUCKETS = ((16, 4), (8, 8), (4, 16))
+
+
+def shapes(num_rows: int = NUM_ROWS, num_shards: int = 3, **damaged: bytes) -> datasets.IterableDataset:
+    """Squares, upright and lying pictures at random, as bright as the row's number."""
+    rng = np.random.default_rng(0)
+    sizes = rng.choice([[8, 8], [5, 20], [24, 6]], num_rows, p=[0.6, 0.3, 0.1]).tolist()
+    files = [png(PIL.Image.new("L", tuple(size), row)) for row, size in enumerate(sizes)]
+    images = [{"bytes": damaged.get(f"row_{row}", file), "path": None} for row, file in enumerate(files)]
+    features = datasets.Features({"image": datasets.Image()})
+    return datasets.Dataset.from_dict({"image": images}, features=features).to_iterable_dataset(num_shards=num_shards)
+
+
+@pytest.mark.parametrize("buffer_size", [6, 40])
+def test_batches_of_a_stream_in_buckets_have_one_size_each(buffer_size: int) -> None:
+    data = StreamData(shapes(), ImageTransform(8, 1, buckets=BUCKETS), buffer_size=buffer_size)
+    batches, end = read(data, 4 * NUM_ROWS // 4, 4)
+    rows = rows_of(batches)
+    for epoch in range(3):
+        # At the end of an epoch less than a batch waits for the next.
+        seen = Counter(rows[: (epoch + 1) * NUM_ROWS])
+        assert sum(abs(seen[row] - epoch - 1) for row in range(NUM_ROWS)) <= 2 * 3
+    found = {tuple(batch["images"].shape[2:]) for batch in batches}
+    assert found <= set(BUCKETS)
+    if buffer_size == 40:
+        assert found == set(BUCKETS)
+        # In larger blocks fewer rows are brought to another size than that of their shape.
+        sizes = {}
+        for shard in range(3):
+            for row, values in data.read(shard):
+                sizes[10 * shard + row] = data.image_size(StreamedRow(0, shard, row, values, 0))
+        fitting = [
+            BUCKETS[assign_buckets(np.array([sizes[row]]), BUCKETS)[0]] == tuple(batch["images"].shape[2:])
+            for batch in batches
+            for row in rows_of([batch])
+        ]
+        assert np.mean(fitting) > 0.6
+    for stop in (1, 5, 9, 20):
+        first, saved = read(data, stop, 4)
+        assert_same_batches(first, batches[:stop])
+        rest, left = read(data, len(batches) - stop, 4, saved=saved)
+        assert_same_batches(rest, batches[stop:])
+        assert left == end
+    with pytest.raises(ValueError, match="had batch_size 4 and has 5 now"):
+        StreamPosition.of_run(data, 5, 1, 0, end)
+
+
+def test_a_stream_in_buckets_in_several_processes() -> None:
+    data = StreamData(shapes(), ImageTransform(8, 1, buckets=BUCKETS), buffer_size=8)
+    whole, end = read(data, 12, 2, num_processes=2, num_workers=1)
+    first, saved = read(data, 5, 2, num_processes=2, num_workers=1)
+    rest, left = read(data, 7, 2, num_processes=2, num_workers=1, saved=saved)
+    assert_same_batches(first + rest, whole)
+    assert left == end
+
+
+def test_unreadable_images_in_buckets_are_replaced_within_their_batch() -> None:
+    damaged = {"row_4": b"no image", "row_17": png(PIL.Image.new("L", (24, 6), 17))[:50]}
+    data = StreamData(shapes(**damaged), ImageTransform(8, 1, buckets=BUCKETS), max_unreadable=100, buffer_size=40)
+    batches, _ = read(data, 14, 4)
+    assert {len(batch["images"]) for batch in batches} == {4}
+    assert set(rows_of(batches)) == set(range(NUM_ROWS)) - {4, 17}
+    assert {name for batch in batches for name in batch.get("unreadable", ())} == {"4 of shard 0", "7 of shard 1"}
+
+
+# What is wrong with rows
+
+
+def test_unreadable_images_are_passed_over_and_limited() -> None:
+    files: list[Any] = [png(PIL.Image.new("L", (8, 8), row)) for row in range(NUM_ROWS)]
+    files[4], files[17], files[20] = b"no image", files[17][:50], None
+    images = [None if file is None else {"bytes": file, "path": None} for file in files]
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": images}, features=features).to_iterable_dataset(num_shards=3)
+    data = StreamData(rows, GREY, max_unreadable=3, buffer_size=8)
+    whole, _ = read(data, 9)
+    assert sorted(rows_of(whole)) == [row for row in range(NUM_ROWS) if row not in (4, 17, 20)]
+    told = [batch["unreadable"] for batch in whole if "unreadable" in batch]
+    assert sorted(name for batch in told for name in batch) == ["0 of shard 2", "4 of shard 0", "7 of shard 1"]
+    for stop in range(1, 9):
+        first, saved = read(data, stop)
+        assert_same_batches(first + read(data, 9 - stop, saved=saved)[0], whole)
+    with pytest.raises(ValueError, match=r"The image in row . of shard . of the data set cannot be read"):
+        read(StreamData(rows, GREY, max_unreadable=2, buffer_size=8), 9)
+
+
+def test_rows_that_lack_something_are_named() -> None:
+    image = {"bytes": png(PIL.Image.new("L", (8, 8))), "path": None}
+
+    def one(label: int | None, text: str | None) -> datasets.IterableDataset:
+        columns = {"image": [image], "label": [label], "text": [text]}
+        return datasets.Dataset.from_dict(columns, features=FEATURES).to_iterable_dataset()
+
+    for label, message in ((None, "has no label in the column 'label'"), (3, "out of range: the model's classes are")):
+        with pytest.raises(ValueError, match=f"ow 0 of shard 0 .*{message}"):
+            read(StreamData(one(label, "a"), GREY, label_column="label", num_classes=3), 1, 1)
+    with pytest.raises(ValueError, match="Row 0 has no caption"):
+        list(StreamData(one(0, None), GREY, caption_column="text").captions.distinct())
+    with pytest.raises(ValueError, match="Row 0 of shard 0 has no caption"):
+        read(StreamData(one(0, None), GREY, caption_column="text"), 1, 1)
+    with pytest.raises(ValueError, match=r"no image column 'img'; the columns are \['image', 'label', 'text'\]"):
+        StreamData(one(0, "a"), GREY, "img")
+    with pytest.raises(ValueError, match="no label column 'class'"):
+        StreamData(one(0, "a"), GREY, label_column="class", num_classes=3)
+    with pytest.raises(ValueError, match="no caption column 'caption'"):
+        StreamData(one(0, "a"), GREY, caption_column="caption")
+    for features in (FEATURES, None):
+        empty = datasets.IterableDataset.from_generator(lambda: iter(()), features=features)
+        with pytest.raises(ValueError, match="The data set is empty"):
+            StreamData(empty, GREY)
+
+
+def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
+    source = save(tmp_path / "data", "webdataset")
+    shard = tmp_path / "data" / "train-1.tar"
+    shard.write_bytes(shard.read_bytes()[:3000])
+    with pytest.raises(
+        ValueError, match="Shard 1 of the data set cannot be read from row 0 on: unexpected end of data"
+    ):
+        read(stream(source), 10)
+
+
+# Through the scripts
+
+OPTIONS = {
+    "streaming": True,
+    "shuffle_buffer_size": 8,
+    "random_flip": True,
+    "max_train_steps": 7,
+    "train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "checkpointing_steps": 3,
+}
+
+
+def test_a_stream_is_trained_on_and_resumed(tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
+    whole = train(model, data, tmp_path / "whole", dataloader_num_workers=2, **OPTIONS)
+    output_dir = train(model, data, tmp_path / "run", dataloader_num_workers=2, **{**OPTIONS, "max_train_steps": 3})
+    manifest = json.loads((output_dir / "checkpoint-3" / "checkpoint.json").read_text())
+    assert manifest["stream"]["num_batches"] == 6
+    assert len(manifest["stream"]["lanes"]) == 2
+    for workers in (1, 2):
+        # With one worker, to the step that the checkpoint is made at; with two again, to the end.
+        options = {**OPTIONS, "max_train_steps": 6 if workers == 1 else 7, "dataloader_num_workers": workers}
+        train(model, data, output_dir, resume_from_checkpoint="latest", **options)
+    assert_same_weights(whole, output_dir)
+    for names in (("loss", "epoch"), ("validation_loss",)):
+        assert read_log(output_dir, *names)[-1] == read_log(whole, *names)[-1]
+    assert load(output_dir).config.id2label["0"] == "class 0"
+    with pytest.raises(ValueError, match="--streaming was True in the run that is resumed and cannot be False now"):
+        train(model, data, output_dir, resume_from_checkpoint="latest", **{**OPTIONS, "streaming": False})
+
+
+def test_a_stream_from_the_hub_is_that_of_the_files(tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
+    local = train(model, data, tmp_path / "local", **OPTIONS)
+    with fake_hub() as hub:
+        hub.create("ada/blobs")
+        files = {file.name: File(file.read_bytes(), is_lfs=True) for file in data.iterdir()}
+        hub.commit("ada/blobs", "main", "Blobs", files)
+        line = command_line(model, Path("ada/blobs"), tmp_path / "remote", dataloader_num_workers=1, **OPTIONS)
+        own = {**environment(), "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        subprocess.run([sys.executable, str(SCRIPT), *line], env=own, check=True, timeout=300)
+    assert_same_weights(local, tmp_path / "remote")
+    # Nothing was kept but what the client remembers of the repository.
+    assert not [file for file in (tmp_path / "home").rglob("*") if file.suffix in (".parquet", ".arrow")]
+
+
+def test_two_processes_stream_and_resume(tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "untrained", "unet"), save(tmp_path / "data", "webdataset", num_shards=4)
+    options = {**OPTIONS, "image_column": "png", "dataloader_num_workers": 2, "gradient_accumulation_steps": 1}
+    for name, resumed in (("whole", None), ("run", tmp_path / "whole" / "checkpoint-3")):
+        place = (model, Path(data["dataset_name"]), tmp_path / name)
+        line = command_line(*place, resume_from_checkpoint=resumed, **options)
+        subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=500)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+    assert read_log(tmp_path / "run", "loss") == read_log(tmp_path / "whole", "loss")[3:]
+    manifest = json.loads((tmp_path / "whole" / "checkpoint-6" / "checkpoint.json").read_text())
+    assert sorted(manifest["stream"]["lanes"]) == ["0", "1", "2", "3"]
+    assert manifest["stream"]["num_batches"] == 12
+
+
+@pytest.mark.parametrize("kind", ["parquet", "webdataset", "captions"])
+def test_text_to_image_on_every_kind_of_data(kind: str, sources: dict, tmp_path: Path) -> None:
+    script = load_script(Path(__file__).parents[2] / "training_scripts" / "train_text_to_image_sd3.py")
+    tiny_stable_diffusion_3(t5=False).save_pretrained(tmp_path / "model")
+    source = {name: value for name, value in sources[kind].items() if name != "columns"}
+    names = {name: value for name, value in sources[kind]["columns"].items() if name != "label_column"}
+    losses = []
+    for streaming, buckets in ((False, False), (True, False), (True, True)):
+        values = {
+            "dataset_name": None,
+            "resolution": 16,
+            "max_train_steps": 2,
+            "train_batch_size": 4,
+            **source,
+            **names,
+        }
+        values |= {
+            "streaming": streaming,
+            "use_aspect_ratio_buckets": buckets,
+            "cache_dir": tmp_path / "cache",
+            "max_sequence_length": 16,
+        }
+        output_dir = tmp_path / f"{streaming} {buckets}"
+        run_script(script, command_line(tmp_path / "model", Path("."), output_dir, **values))
+        losses.append(read_log(output_dir, "loss"))
+    assert all(np.isfinite(loss) for run in losses for _, loss in run)
+    # The same noise and times on other images.
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_train_samples": 5}, "--max_train_samples 5 does not go with --streaming"),
+        ({"max_train_steps": None}, "not known how many samples the stream has: give --max_train_steps"),
+        ({"cache_latents": True, "center_crop": True}, "--cache_latents does not go with --streaming"),
+        ({"shuffle_buffer_size": 0}, "--shuffle_buffer_size must be at least 1, got 0"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused(options: dict, message: str, tmp_path: Path) -> None:
+    model, data = save_untrained(tmp_path / "untrained", "unet"), make_dataset(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        train(model, data, tmp_path / "run", **{**OPTIONS, **options})
+    assert not list((tmp_path / "run").glob("checkpoint-*")) and os.path.isdir(model)

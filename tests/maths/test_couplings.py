@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Minibatch optimal transport: a permutation, the best one, and within a class alone."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import assert_same_weights, make_dataset, read_log, save_untrained, train
+
+from diffusers_fm.couplings import minibatch_ot
+from diffusers_fm.training.arguments import add_objective_arguments
+
+
+def cost(data: torch.Tensor, noise: torch.Tensor) -> float:
+    return (data - noise).square().flatten(1).sum(1).mean().item()
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 1, 2, 2)])
+def test_no_permutation_is_better(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        data, noise = torch.randn(2, *shape, generator=generator)
+        permutation = minibatch_ot(data, noise)
+        assert sorted(permutation.tolist()) == list(range(7))
+        rows = [x.reshape(7, -1) for x in (data, noise)]
+        best = min(cost(rows[0], rows[1][list(order)]) for order in itertools.permutations(range(7)))
+        assert cost(rows[0], rows[1][permutation]) == pytest.approx(best, rel=1e-6)
+        # On any path the cost is that of `a data` and `b noise`, and the pairing the same.
+        assert torch.equal(minibatch_ot(0.3 * data, 7 * noise), permutation)
+
+
+def test_noise_is_exchanged_within_a_label_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    data, noise = torch.randn(2, 30, 2, generator=generator)
+    labels = torch.arange(30) % 4
+    permutation = minibatch_ot(data, noise, labels)
+    assert sorted(permutation.tolist()) == list(range(30))
+    assert torch.equal(labels[permutation], labels)
+    for label in range(4):
+        members = labels == label
+        alone = minibatch_ot(data[members], noise[members])
+        assert torch.equal(noise[permutation][members], noise[members][alone])
+
+
+def test_noise_is_independent_of_the_label_only_if_labels_are_seen() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums, num_batches = torch.zeros(2, 2), 200
+    for _ in range(num_batches):
+        labels = torch.arange(64) % 2
+        data = torch.randn(64, 1, generator=generator) + 4.0 * labels[:, None] - 2
+        noise = torch.randn(64, 1, generator=generator)
+        for row, seen in enumerate((None, labels)):
+            paired = noise[minibatch_ot(data, noise, seen)][:, 0]
+            sums[row] += torch.stack([paired[labels == label].mean() for label in (0, 1)])
+    blind, seeing = sums / num_batches
+    # Each class takes the nearer half of the noise, whose mean is sqrt(2/pi); two classes 4 apart hardly mix.
+    torch.testing.assert_close(blind, torch.tensor([-1.0, 1.0]) * math.sqrt(2 / math.pi), rtol=0, atol=0.05)
+    # Standard error of a mean of 200 x 32 normal numbers: 0.0125.
+    assert seeing.abs().max() < 4 * 0.0125
+
+
+def test_unequal_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"one shape, got \(3, 2\) and \(2, 2\)"):
+        minibatch_ot(torch.zeros(3, 2), torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"one label for each of 3 samples, got the shape \(2,\)"):
+        minibatch_ot(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(2))
+
+
+def test_a_script_with_captions_refuses_it(capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    add_objective_arguments(parser)
+    assert parser.parse_args(["--coupling", "independent"]).coupling == "independent"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--coupling", "minibatch_ot"])
+    assert "'minibatch_ot' is not 'independent', the only coupling here" in capsys.readouterr().err
+
+
+def test_training_with_it(tmp_path: Path) -> None:
+    data, pipeline = make_dataset(tmp_path / "data"), save_untrained(tmp_path / "untrained", "unet")
+    runs = {
+        name: train(pipeline, data, tmp_path / name, **options, checkpointing_steps=2)
+        for name, options in {
+            "independent": {},
+            "minibatch_ot": {"coupling": "minibatch_ot"},
+            "resumed": {"coupling": "minibatch_ot", "max_train_steps": 2, "lr_scheduler": "constant"},
+        }.items()
+    }
+    train(
+        pipeline,
+        data,
+        runs["resumed"],
+        coupling="minibatch_ot",
+        lr_scheduler="constant",
+        resume_from_checkpoint="latest",
+        checkpointing_steps=2,
+    )
+    assert_same_weights(runs["minibatch_ot"], runs["resumed"])
+    with pytest.raises(AssertionError):
+        assert_same_weights(runs["minibatch_ot"], runs["independent"])
+    assert len(read_log(runs["minibatch_ot"], "time_share/coupling")) == 4
+    assert read_log(runs["independent"], "time_share/coupling") == []
