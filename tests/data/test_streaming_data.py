@@ -4,9 +4,11 @@
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
+import zipfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -394,6 +396,43 @@ def test_unreadable_images_are_passed_over_and_limited() -> None:
         assert_same_batches(first + read(data, 9 - stop, saved=saved)[0], whole)
     with pytest.raises(ValueError, match=r"The image in row . of shard . of the data set cannot be read"):
         read(StreamData(rows, GREY, max_unreadable=2, buffer_size=8), 9)
+
+
+def broken_images(folder: Path) -> dict[type[Exception], dict[str, Any]]:
+    """Images by what their decoder raises, which is no OSError and no ValueError."""
+    (folder / "no.zip").write_bytes(b"no archive")
+    # Turned; the horizontal resolution is a text.
+    entries = struct.pack("<HHIHxxHHII", 274, 3, 1, 6, 282, 2, 3, 38) + bytes(4) + b"72\0"
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (8, 8)).save(buffer, "JPEG", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries)
+    return {
+        TypeError: {"bytes": buffer.getvalue(), "path": None},
+        zipfile.BadZipFile: {"bytes": None, "path": f"zip://0.png::{folder / 'no.zip'}"},
+    }
+
+
+@pytest.mark.parametrize("error", [TypeError, zipfile.BadZipFile])
+@pytest.mark.parametrize("buckets", [(), ((8, 8),)], ids=["square", "buckets"])
+def test_whatever_a_decoder_raises_the_row_is_passed_over(
+    error: type[Exception], buckets: tuple[tuple[int, int], ...], tmp_path: Path
+) -> None:
+    images: list[Any] = [{"bytes": png(PIL.Image.new("L", (8, 8), row)), "path": None} for row in range(6)]
+    images[2] = broken_images(tmp_path)[error]
+    with pytest.raises(error, match=r"\w"):
+        datasets.Image().decode_example(images[2])
+    rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+    transform = ImageTransform(8, 1, buckets=buckets)
+    for memory_budget in (0, 2**20):
+        data = ImageData(rows, transform, max_unreadable=1, memory_budget=memory_budget)
+        batch = data[np.array([[0, row] for row in range(6)])]
+        assert set(batch["unreadable"]) == {2}
+        assert [row for row in rows_of([batch]) if row in (0, 1, 3, 4, 5)] == rows_of([batch])
+    stream = StreamData(rows.to_iterable_dataset(), transform, max_unreadable=1, buffer_size=12)
+    batches, _ = read(stream, 2, 3)
+    assert set(rows_of(batches)) <= {0, 1, 3, 4, 5}
+    assert [list(batch["unreadable"]) for batch in batches if "unreadable" in batch] == [["2 of shard 0"]]
+    with pytest.raises(ValueError, match="The image in row 2 of shard 0 of the data set cannot be read: .*[a-z]"):
+        read(StreamData(rows.to_iterable_dataset(), transform), 2, 3)
 
 
 def test_rows_that_lack_something_are_named() -> None:

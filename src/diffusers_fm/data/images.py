@@ -16,7 +16,7 @@ from .captions import CaptionColumn
 from .randomness import derive_seed, make_generator
 from .sources import image_rows, read_labels
 from .transforms import ImageTransform, image_size, to_pixels
-from .unreadable import IMAGE_ERRORS, UnreadableImageError
+from .unreadable import UnreadableImageError, reading
 
 
 # Decoded images are kept in memory, in every process, if all of them together take no more than this.
@@ -297,11 +297,8 @@ class ImageData(Dataset):
 
     def _read(self, index: int, read: Callable[[int], Any]) -> Any:
         """Something of an image; where that fails, the error names its row."""
-        try:
+        with reading(int(self._rows[index]), index):
             return read(index)
-        except IMAGE_ERRORS as error:
-            row = int(self._rows[index])
-            raise UnreadableImageError.of(index, row, str(error)) from error
 
     def _read_or_note(self, index: int, read: Callable[[int], Any]) -> Any:
         """The same, or `None` where that fails, which is noted."""

@@ -12,7 +12,7 @@ import torch
 
 from .randomness import derive_seed, epoch_order, make_generator
 from .streams import StreamData, StreamedRow
-from .unreadable import IMAGE_ERRORS, UnreadableImageError
+from .unreadable import UnreadableImageError, reading
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,13 @@ class Lane:
     def _decode(self, row: StreamedRow, size: tuple[int, int], unreadable: dict[str, str]) -> np.ndarray | None:
         """The pixels of a row, or `None` where they cannot be read, which is noted."""
         try:
-            return self._data.decode(row, size)
-        except IMAGE_ERRORS as error:
-            unreadable[row.name] = str(error)
+            with reading(row.name):
+                return self._data.decode(row, size)
+        except UnreadableImageError as error:
+            unreadable[row.name] = error.reason
             self._unreadable += 1
             if self._unreadable > self._data.max_unreadable:
-                raise UnreadableImageError.of(-1, row.name, str(error)) from error
+                raise
             return None
 
     def _batch(

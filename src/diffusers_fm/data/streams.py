@@ -24,7 +24,7 @@ from .sources import (
     with_features,
 )
 from .transforms import ImageTransform, image_size, to_pixels
-from .unreadable import IMAGE_ERRORS
+from .unreadable import UnreadableImageError, reading
 
 
 # A data set of more shards is read in so many groups of shards: finding one's files takes a time that grows with them.
@@ -211,12 +211,13 @@ class StreamData:
         value = row.values[self._image_column] or {"bytes": None, "path": None}
         file = value["path"] if value["bytes"] is None else value["bytes"]
         try:
-            if isinstance(file, str) and not Path(file).is_file():
-                # Out of this machine, or in an archive.
-                width, height = datasets.Image().decode_example(value).size
-                return height, width
-            return image_size(file)
-        except (*IMAGE_ERRORS, AttributeError):
+            with reading(row.name):
+                if isinstance(file, str) and not Path(file).is_file():
+                    # Out of this machine, or in an archive.
+                    width, height = datasets.Image().decode_example(value).size
+                    return height, width
+                return image_size(file)
+        except UnreadableImageError:
             return self.transform.resolution, self.transform.resolution
 
     def decode(self, row: StreamedRow, size: tuple[int, int]) -> np.ndarray:
@@ -233,7 +234,7 @@ class StreamData:
             `np.ndarray` of shape `(channels, height, width)`: uint8.
 
         Raises:
-            Exception: one of `IMAGE_ERRORS`, if it cannot be read.
+            Exception: if it cannot be read.
         """
         value = row.values[self._image_column]
         if value is None:

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images that cannot be read: told once each, counted over all processes, and too many of them the end of the run."""
+"""Rows that cannot be read: named once each, counted over all processes, and limited in number."""
 
 import logging
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import PIL.Image
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
 logger = logging.getLogger(__name__)
 
-# What reading an image may raise.
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError)
-
 
 class UnreadableImageError(ValueError):
     """
-    An image cannot be read.
+    Error of a row whose image, label or caption cannot be read. A DataLoader's worker passes on the message alone.
 
     Args:
         message (`str`):
-            The sentence. A loader's worker makes the error anew from it alone.
+            The sentence.
         index (`int`, *optional*, defaults to -1):
             Number of the sample.
         row (`int` or `str`, *optional*, defaults to -1):
@@ -41,9 +38,19 @@ class UnreadableImageError(ValueError):
         return cls(f"The image in row {row} of the data set cannot be read: {reason}.", index, row, reason)
 
 
+@contextmanager
+def reading(row: int | str, index: int = -1) -> Iterator[None]:
+    """Turn any exception of reading a row (its image, EXIF, label or caption) into [`UnreadableImageError`]."""
+    try:
+        yield
+    except Exception as error:
+        # Decoders raise what they like: struct.error, TypeError, ZeroDivisionError, ImportError, ...
+        raise UnreadableImageError.of(index, row, str(error).rstrip(".") or type(error).__name__) from error
+
+
 class UnreadableImages:
     """
-    Rows of a run whose images cannot be read.
+    Rows of a run that cannot be read.
 
     Args:
         limit (`int`):
@@ -57,19 +64,7 @@ class UnreadableImages:
         self._limit = limit
 
     def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """
-        Batches, with what could not be read for them taken out and noted.
-
-        Args:
-            batches (`Iterator[dict[str, Any]]`):
-                As [`ImageData`] gives them.
-
-        Yields:
-            `dict[str, Any]`: the same without `unreadable`.
-
-        Raises:
-            ValueError: if there are too many; the rows are named.
-        """
+        """Take the `unreadable` rows out of batches, log and count them; a `ValueError` names them if too many."""
         for batch in batches:
             for row, reason in batch.pop("unreadable", {}).items():
                 if row not in self.rows:
@@ -79,7 +74,7 @@ class UnreadableImages:
             yield batch
 
     def gather(self, accelerator: Accelerator) -> int:
-        """How many there are, over all processes. Every process calls it."""
+        """Count them over all processes. Every process calls it."""
         if accelerator.num_processes > 1:
             self.rows |= set(gather_object(sorted(self.rows)))
         self._check()
