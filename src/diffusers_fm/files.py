@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are whole or not there: written aside, forced to disk, and moved into place."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 # What is being written, or was when a run was killed, has a name that begins so.
@@ -40,7 +42,8 @@ def replace_text(file: Path, text: str) -> None:
         text (`str`):
             All of its contents.
     """
-    aside = file.with_name(f"{PARTIAL}{file.name}")
+    # Several processes may write the same file.
+    aside = file.with_name(f"{PARTIAL}{os.getpid()}-{file.name}")
     try:
         aside.write_text(text, encoding="utf-8")
         sync_to_disk(aside)
@@ -86,3 +89,27 @@ def replace_contents(folder: Path, write: Callable[[Path], None]) -> None:
     sync_to_disk(folder)
     aside.rmdir()
     shutil.rmtree(former, ignore_errors=True)
+
+
+def bind_folder(folder: Path, file_name: str, fingerprint: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """
+    Bind a folder to what its contents depend on: the first call writes that down, later ones compare.
+
+    Args:
+        folder (`Path`):
+            The folder; made if it is not there.
+        file_name (`str`):
+            Name of the file in it that holds the fingerprint.
+        fingerprint (`dict[str, Any]`):
+            Everything that the contents depend on, in JSON types.
+
+    Returns:
+        `dict[str, tuple[Any, Any]]`: the entries that differ, as found and as given; empty if the folder fits.
+    """
+    file, given = folder / file_name, json.loads(json.dumps(fingerprint))
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps(given, indent=2) + "\n")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    names = [name for name in {**given, **found} if given.get(name) != found.get(name)]
+    return {name: (found.get(name), given.get(name)) for name in names}

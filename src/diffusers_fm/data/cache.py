@@ -15,6 +15,8 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from ..files import bind_folder
+
 
 MANIFEST = "cache.json"
 
@@ -87,8 +89,13 @@ class TensorCache:
 
     def __init__(self, folder: Path, description: dict[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check_description(description)
+        other = bind_folder(folder, MANIFEST, description)
+        if other:
+            differences = ", ".join(f"{name} {found} and not {wanted}" for name, (found, wanted) in other.items())
+            raise ValueError(
+                f"The cache in {str(folder)!r} does not match this run: it was made with {differences}. Choose"
+                " another --precomputed_dir, or remove the folder to compute it anew."
+            )
         self._records: dict[str, tuple[str, int, int, list[tuple[str, list[int]]]]] = {}
         self._maps: dict[str, np.memmap] = {}
         self.refresh()
@@ -149,21 +156,6 @@ class TensorCache:
     def writer(self) -> "CacheWriter":
         """What adds records, a context manager."""
         return CacheWriter(self.folder)
-
-    def _check_description(self, description: dict[str, Any]) -> None:
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            aside = self.folder / f".{uuid.uuid4().hex}.json"
-            aside.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            aside.replace(manifest)
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-        other = [name for name in {**description, **found} if description.get(name) != found.get(name)]
-        if other:
-            differences = ", ".join(f"{name} {found.get(name)} and not {description.get(name)}" for name in other)
-            raise ValueError(
-                f"The cache in {str(self.folder)!r} does not match this run: it was made with {differences}. Choose"
-                " another --precomputed_dir, or remove the folder to compute it anew."
-            )
 
     def _refuse_damaged(self, name: str) -> None:
         raise ValueError(

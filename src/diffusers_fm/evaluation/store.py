@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of long work on numbered items, in files: shared by the processes of a run, and kept when it ends early."""
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+from ..files import bind_folder
 
 
 _FINGERPRINT = "fingerprint.json"
@@ -42,23 +43,14 @@ class ResultStore:
 
     def __init__(self, folder: Path, accelerator: Accelerator, fingerprint: dict[str, Any]) -> None:
         self.folder, self._accelerator = folder, accelerator
-        file = folder / _FINGERPRINT
-        fingerprint = json.loads(json.dumps(fingerprint))
-        if file.is_file():
-            held = json.loads(file.read_text(encoding="utf-8"))
-            changed = [name for name in {**held, **fingerprint} if held.get(name) != fingerprint.get(name)]
-            if changed:
-                told = ", ".join(f"{name} was {held.get(name)} and is {fingerprint.get(name)}" for name in changed)
-                raise ValueError(
-                    f"The folder {str(folder)!r} holds results of another evaluation ({told}): choose another"
-                    " --output_dir, or remove it."
-                )
-        # Everyone has looked before anyone writes.
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not file.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(file, lambda partial: partial.write_text(json.dumps(fingerprint, indent=2), encoding="utf-8"))
-        accelerator.wait_for_everyone()
+        with accelerator.main_process_first():
+            changed = bind_folder(folder, _FINGERPRINT, fingerprint)
+        if changed:
+            told = ", ".join(f"{name} was {held} and is {wanted}" for name, (held, wanted) in changed.items())
+            raise ValueError(
+                f"The folder {str(folder)!r} holds results of another evaluation ({told}): choose another"
+                " --output_dir, or remove it."
+            )
 
     def compute(self, name: str, count: int, batch_size: int, work: Work) -> None:
         """
