@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusers_fm.evaluation import straightness
-from diffusers_fm.likelihood import bits_per_dim, log_likelihood, transport
+from diffusers_fm.likelihood import bits_per_dim, log_likelihood
 from diffusers_fm.solvers import Solution
+from diffusers_fm.transport import transport
 
 
 Figures = dict[str, Any]

@@ -91,6 +91,10 @@ class Coordinates:
         norm = torch.hypot(alpha, sigma)
         return -sigma / (norm * self.sigma_data), alpha / norm
 
+    def coefficients(self, t: torch.Tensor, prediction_type: str) -> Row:
+        """Weights of `x_t` and of the network's answer in `dX/du` at `t`."""
+        return self.path.coefficients(t, prediction_type, self.derivative(t))
+
     def node(self, ratio: torch.Tensor) -> torch.Tensor:
         """`u` at a straight time, elementwise."""
         if self.name == "native":
@@ -116,3 +120,7 @@ class Coordinates:
         if self.name == "native":
             return torch.ones_like(alpha)
         return alpha + sigma if self.name == "ot" else torch.hypot(self.sigma_data * alpha, sigma)
+
+    def scale_at(self, t: torch.Tensor) -> torch.Tensor:
+        """The scale of `x` at a time of the path, elementwise."""
+        return self.scale(self.path.alpha(t), self.path.sigma(t))

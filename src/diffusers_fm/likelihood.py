@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact and stochastic likelihoods of a flow, and the flow itself from data to noise and back.
+"""Exact and stochastic likelihoods of a flow.
 
 Along the flow from data (t = 0) to noise (t = 1) the log-density changes by the divergence of the velocity
 (Chen et al., arXiv 1806.07366; Lipman et al., arXiv 2210.02747, appendix C):
@@ -20,7 +20,8 @@ import torch
 from .coordinates import Coordinates
 from .divergence import MODES, PROBES, choose_mode, draw_probes, exact_trace, hutchinson_trace
 from .paths import ConditionalPath, lift
-from .solvers import ButcherTableau, Solution, find_method, graded_grid, odeint, quadrature_weights
+from .solvers import ButcherTableau, find_method, odeint, quadrature_weights
+from .transport import Flow, check_batch, model_dtype, state_dtype
 
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -196,12 +197,12 @@ def log_likelihood(
     ]:
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, not {value}.")
-    _check_batch(data, args)
+    check_batch(data, args)
     if not start < end:
         raise ValueError(f"`start` must lie before `end`, but they are {start} and {end}.")
-    flow = _Flow(predict, Coordinates(path, coordinates), prediction_type, _model_dtype(data))
+    flow = Flow(predict, Coordinates(path, coordinates), prediction_type, model_dtype(data))
     span = flow.time(start), flow.time(end)
-    state = data.to(_state_dtype(data)) / flow.scale(start)
+    state = data.to(state_dtype(data)) / flow.scale(start)
 
     num_products = data[0].numel() if divergence == "exact" else num_probes
     if mode is None:
@@ -307,159 +308,16 @@ def bits_per_dim(
     )
 
 
-@torch.no_grad()
-def transport(
-    predict: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    path: ConditionalPath,
-    *,
-    start: float = 0.0,
-    end: float = 1.0,
-    prediction_type: str = "flow_prediction",
-    coordinates: str = "ot",
-    method: str | ButcherTableau = "abm3",
-    num_steps: int | None = 64,
-    grading: float | None = None,
-    rtol: float | None = None,
-    atol: float | None = None,
-    step_control: str | None = None,
-    args: Sequence[torch.Tensor] = (),
-) -> Solution:
-    """
-    Carries points along the flow: data to noise (`start=0, end=1`), noise to data (`start=1, end=0`), or in between.
-
-    Args:
-        predict (`Callable`):
-            The network, as for [`log_likelihood`].
-        x (`torch.Tensor` of shape `(batch_size, ...)`):
-            Points of the path at `start`.
-        path (`ConditionalPath`):
-            The path on which the network was trained.
-        start (`float`, *optional*, defaults to 0.0):
-            The time of `x`, in [0, 1].
-        end (`float`, *optional*, defaults to 1.0):
-            The time to go to, in [0, 1].
-        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
-            What the network predicts, one of `PREDICTION_TYPES`.
-        coordinates (`str`, *optional*, defaults to `"ot"`):
-            `"ot"`, `"angle"` or `"native"`, as for [`log_likelihood`].
-        method (`str` or `ButcherTableau`, *optional*, defaults to `"abm3"`):
-            A method of [`~solvers.odeint`].
-        num_steps (`int`, *optional*, defaults to 64):
-            The number of steps; `None` for adaptive ones.
-        grading (`float`, *optional*, defaults to 1.5):
-            Fixed steps: how much finer the grid is towards the data.
-        rtol (`float`, *optional*, defaults to `1e-5`):
-            Adaptive steps: relative tolerance.
-        atol (`float`, *optional*, defaults to `1e-5`):
-            Adaptive steps: absolute tolerance.
-        step_control (`str`, *optional*, defaults to `"batch"`):
-            Adaptive steps: `"batch"` or `"per_sample"`.
-        args (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
-            Tensors with one row per sample that the network is given too.
-
-    Returns:
-        [`~solvers.Solution`]: The points at `end`, in float64 where the device has it, and the work they took.
-
-    Raises:
-        ValueError: If an argument is not among the accepted ones, or does not go with the others.
-    """
-    if num_steps is None and grading is not None:
-        raise ValueError("`grading` belongs to fixed steps, but `num_steps` is None.")
-    _check_batch(x, args)
-    flow = _Flow(predict, Coordinates(path, coordinates), prediction_type, _model_dtype(x))
-    u0, u1 = flow.time(start), flow.time(end)
-    grid = None if num_steps is None else flow.grid(u0, u1, num_steps, grading)
-    state = x.to(_state_dtype(x)) / flow.scale(start)
-    options = {"rtol": rtol, "atol": atol, "step_control": step_control}
-    solution = odeint(flow.velocity, state, u0, u1, method=method, grid=grid, args=args, **options)
-    return Solution(
-        solution.x * flow.scale(end), solution.nfe, solution.evaluations, solution.accepted, solution.rejected
-    )
-
-
 def _check_choice(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise ValueError(f"`{name}` must be one of {list(accepted)}, not {value!r}.")
-
-
-def _check_batch(x: torch.Tensor, args: Sequence[torch.Tensor]) -> None:
-    if x.ndim < 2 or len(x) == 0 or not x.is_floating_point():
-        raise ValueError(f"A batch of floating-point samples is needed, not shape {tuple(x.shape)} of {x.dtype}.")
-    if any(len(arg) != len(x) for arg in args):
-        raise ValueError(f"Each of `args` must have {len(x)} rows, as the samples have, not {[len(a) for a in args]}.")
-
-
-def _model_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _state_dtype(x: torch.Tensor) -> torch.dtype:
-    # The state is cheap beside the network, and rounding adds up along a trajectory; Apple's devices lack float64.
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
-@dataclass(frozen=True)
-class _Flow:
-    """The flow of a network in chosen coordinates: `y = x_t / scale(t)` in the time `u`."""
-
-    predict: Callable[..., torch.Tensor]
-    coordinates: Coordinates
-    prediction_type: str
-    dtype: torch.dtype
-
-    def time(self, t: float) -> float:
-        """The time `u` of these coordinates at `t`."""
-        if not 0.0 <= t <= 1.0:
-            raise ValueError(f"Times must lie in [0, 1], not at {t}.")
-        return self.coordinates.node_at(torch.tensor(t, dtype=torch.float64)).item()
-
-    def scale(self, t: float) -> float:
-        return self._scale(torch.tensor(t, dtype=torch.float64)).item()
-
-    def grid(self, u0: float, u1: float, num_steps: int, grading: float | None) -> list[float]:
-        return graded_grid(u0, u1, num_steps, 1.5 if grading is None else grading)
-
-    def point(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The path's time and scale at `u`, and the `a, b` of `dy/du = a * y + b * model_output`."""
-        # On the CPU in float64, as coefficients are everywhere.
-        t = self.coordinates.time(u.to(device="cpu", dtype=torch.float64))
-        target = self.coordinates.derivative(t)
-        on_sample, on_output = self.coordinates.path.coefficients(t, self.prediction_type, target)
-        scale = self._scale(t)
-        return t, scale, on_sample * scale, on_output
-
-    def velocity(self, u: torch.Tensor, y: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-        """`dy/du`, as a field for a solver."""
-        t, scale, on_state, on_output = self.point(u)
-        output = self.model(t, args)(self.input(y, scale))
-        return lift(on_state, y) * y + lift(on_output, y) * output
-
-    def input(self, y: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """The points of the path, in the precision of the network."""
-        return (lift(scale, y) * y).to(self.dtype)
-
-    def model(self, t: torch.Tensor, args: Sequence[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The network at the times `t` as a function of the points alone."""
-
-        def function(x: torch.Tensor) -> torch.Tensor:
-            output = self.predict(x, t.to(device=x.device, dtype=x.dtype), *args)
-            if output.shape != x.shape:
-                raise ValueError(f"`predict` returned {tuple(output.shape)} for points of {tuple(x.shape)}.")
-            return output
-
-        return function
-
-    def _scale(self, t: torch.Tensor) -> torch.Tensor:
-        path = self.coordinates.path
-        return self.coordinates.scale(path.alpha(t), path.sigma(t))
 
 
 @dataclass(frozen=True)
 class _Rates:
     """The velocity and its divergence at a point, from one evaluation of the network."""
 
-    flow: _Flow
+    flow: Flow
     divergence: str
     mode: str
     tangents: int

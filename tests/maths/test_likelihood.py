@@ -10,8 +10,9 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from helpers import GaussianMixture, cross_mixture, draw_mixture, flow_of_gaussian, gaussian, ring_mixture
 
 from diffusers_fm.divergence import choose_mode, draw_probes, exact_trace, hutchinson_trace
-from diffusers_fm.likelihood import Likelihood, bits_per_dim, log_likelihood, transport
+from diffusers_fm.likelihood import Likelihood, bits_per_dim, log_likelihood
 from diffusers_fm.paths import ConditionalPath, OTPath, VEPath, VPPath, make_path
+from diffusers_fm.transport import transport
 
 
 PATH_NAMES = ["ot", "vp", "ve", "cosine"]

@@ -64,9 +64,9 @@ def flow_edit(
     _check(path, ratios, num_averages, num_free_steps)
     times = path.time_at(torch.tensor(ratios, dtype=torch.float64))
     coordinates = Coordinates(path, "ot")
-    scales = coordinates.scale(path.alpha(times), path.sigma(times))
+    scales = coordinates.scale_at(times)
     # The last time is where the data is: no velocity is asked for there.
-    on_sample, on_output = path.coefficients(times[:-1], prediction_type, coordinates.derivative(times[:-1]))
+    on_sample, on_output = coordinates.coefficients(times[:-1], prediction_type)
 
     def velocity(predict: Predict, point: torch.Tensor, i: int) -> torch.Tensor:
         x_t = point * lift(scales[i], point)

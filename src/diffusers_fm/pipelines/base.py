@@ -36,11 +36,11 @@ from ..coordinates import Coordinates
 from ..hub.cards import model_card
 from ..hub.push import PushMixin
 from ..hub.reasons import hub_reason
-from ..likelihood import transport
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import Solution
+from ..transport import transport
 from .cards import pipeline_content
 from .components import check_components, check_one_network, has_weights
 
@@ -720,7 +720,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             guidance_scale (`float`, *optional*, defaults to 1.0):
                 Scale of classifier-free guidance, 1 is off.
             options:
-                Arguments of [`~likelihood.transport`]: `method`, `num_steps`, `rtol`, `step_control`, ...
+                Arguments of [`~transport.transport`]: `method`, `num_steps`, `rtol`, `step_control`, ...
 
         Returns:
             [`~solvers.Solution`]: The points at `end`, and the calls of the network for each sample.

@@ -11,8 +11,8 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..applications.editing import Predict, flow_edit
-from ..likelihood import transport
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..transport import transport
 from .base import OUTPUT_TYPES, flow_end
 from .transport import Images
 

@@ -25,7 +25,7 @@ class FlowTransportMixin:
     Methods of [`FlowMatchPipeline`] that follow the flow in either direction.
 
     All of them integrate in coordinates in which every path is the same, on a grid that is finer towards the data,
-    with [`~likelihood.transport`] and [`~likelihood.log_likelihood`].
+    with [`~transport.transport`] and [`~likelihood.log_likelihood`].
     """
 
     if TYPE_CHECKING:

@@ -207,8 +207,8 @@ class SamplingPlan:
         u = coordinates.node(starts)
         steps = coordinates.node(ends) - u
         t = coordinates.time(u[:, None] + steps[:, None] * u.new_tensor(tableau.c))
-        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
-        on_sample, on_output = self._coefficients(t, coordinates.derivative(t))
+        scale = coordinates.scale_at(t)
+        on_sample, on_output = coordinates.coefficients(t, self.prediction_type)
         end_alpha, end_sigma = end_point(self.path, ends)
         # Stage j leads to stage j + 1, the last one to the end of the step.
         arrival = torch.cat([scale[:, 1:], coordinates.scale(end_alpha, end_sigma)[:, None]], dim=1)
@@ -268,13 +268,13 @@ class SamplingPlan:
         in the angle it would differ by a factor from a point of the path only, and the steps begin at t = 1.
         """
         t = coordinates.time(coordinates.node(ratios[:-1]))
-        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
+        scale = coordinates.scale_at(t)
         arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
         weights = [tuple(factor * part for part in parts) for factor, parts in zip(arrival.tolist(), increments)]
         keep = torch.ones_like(scale)
         if fitted_keep is not None:
             one = torch.ones((), dtype=torch.float64)
-            scale = torch.cat([coordinates.scale(self.path.alpha(one), self.path.sigma(one))[None], scale[1:]])
+            scale = torch.cat([coordinates.scale_at(one)[None], scale[1:]])
             keep = keep.new_tensor(fitted_keep)
         return self._single_stages(ratios, t, coordinates.derivative(t), keep * (arrival / scale), weights)
 
@@ -324,13 +324,13 @@ class SamplingPlan:
         u = coordinates.node(ratios)
         h = -u.diff()
         t = coordinates.time(u[:-1])
-        scale = coordinates.scale(self.path.alpha(t), self.path.sigma(t))
+        scale = coordinates.scale_at(t)
         level = self.path.sigma(t) / scale
         arrival = coordinates.scale(*end_point(self.path, ratios[1:]))
         form, size = self.diffusion
         w = size * level ** {"sigma": 1, "sigma_squared": 2, "constant": 0}[form]
         w = torch.cat([w[:-1], w.new_zeros(1)])
-        slope_sample, slope_output = self._coefficients(t, coordinates.derivative(t))
+        slope_sample, slope_output = coordinates.coefficients(t, self.prediction_type)
         noise_sample, noise_output = self._coefficients(t, "epsilon")
         # The score in these coordinates is minus the noise estimate over its level.
         drift = torch.where(w > 0, h * w / (2 * level), torch.zeros_like(w))
