@@ -3,7 +3,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from diffusers_fm.evaluation import straightness
+from diffusers_fm.files import replace_text
 from diffusers_fm.likelihood import bits_per_dim, log_likelihood
 from diffusers_fm.solvers import Solution
 from diffusers_fm.transport import transport
@@ -155,9 +155,7 @@ class Piece:
         figures["cpu_seconds"] = time.process_time() - start
         if arrays:
             np.savez_compressed(self.stem.with_suffix(".npz"), **arrays)
-        partial = self.stem.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.stem.with_suffix(".json"))
+        replace_text(self.stem.with_suffix(".json"), json.dumps(figures, indent=1) + "\n")
 
 
 @cache

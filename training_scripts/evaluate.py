@@ -59,8 +59,8 @@ from diffusers_fm.evaluation import (
     write_metrics,
     write_table,
 )
+from diffusers_fm.files import checksum
 from diffusers_fm.training.arguments import parse_arguments, saved_arguments
-from diffusers_fm.training.checkpoints import checksum
 from diffusers_fm.training.distributed import make_accelerator
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss

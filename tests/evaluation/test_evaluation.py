@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -181,6 +182,7 @@ def fake_accelerator(process_index: int = 0, num_processes: int = 1) -> SimpleNa
         num_processes=num_processes,
         is_main_process=process_index == 0,
         wait_for_everyone=lambda: None,
+        main_process_first=nullcontext,
     )
 
 
@@ -199,7 +201,10 @@ def test_results_are_kept_shared_and_in_order(tmp_path: Path) -> None:
     ResultStore(tmp_path / "one", fake_accelerator(), {"seed": 0}).compute("some", 11, 3, work)
     # What was done is not done again.
     assert calls == [0, 3, 6, 6, 9]
+    # What a killed process was writing is no result.
+    (tmp_path / "one" / "some" / ".partial-1-000002.npz").write_bytes(b"half")
     assert (store.read("some", "squares") == np.arange(11) ** 2).all()
+    (tmp_path / "one" / "some" / ".partial-1-000002.npz").unlink()
 
     # Two processes, one after the other, leave the same files.
     for process in (0, 1):

@@ -16,6 +16,7 @@ from ..data.latents import normalize
 from ..data.loader import make_loader
 from ..data.order import StreamSampler
 from ..data.randomness import make_generator
+from ..files import written_aside
 
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -209,7 +210,6 @@ def classifier_features(file: Path, data: ImageData, num_classes: int, device: t
         network.load_state_dict(load_file(file))
     else:
         network = train_classifier(data, num_classes)
-        partial = file.with_name(f".partial-{file.name}")
-        save_file(network.state_dict(), partial)
-        partial.replace(file)
+        with written_aside(file) as aside:
+            save_file(network.state_dict(), aside)
     return FeatureExtractor("classifier", network.to(device).eval(), device)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from ..files import replace_text
 from ..training.validation import make_grid
 
 
@@ -30,7 +31,7 @@ def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> Path:
         `Path`: the file.
     """
     file = folder / METRICS_FILE
-    file.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps(metrics, indent=2) + "\n")
     return file
 
 

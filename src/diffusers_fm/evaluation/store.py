@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of long work on numbered items, in files: shared by the processes of a run, and kept when it ends early."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from ..files import bind_folder
+from ..files import bind_folder, written_aside
 
 
 _FINGERPRINT = "fingerprint.json"
@@ -75,7 +74,8 @@ class ResultStore:
             file = folder / f"{number:06d}.npz"
             if not file.is_file():
                 results = work(items)
-                _write_whole(file, lambda partial, results=results: np.savez(partial, **results))
+                with written_aside(file) as aside:
+                    np.savez(aside, **results)
         accelerator.wait_for_everyone()
 
     def batches(self, name: str, array: str) -> Iterator[np.ndarray]:
@@ -91,16 +91,10 @@ class ResultStore:
         Yields:
             `np.ndarray`: one row for each item of a batch.
         """
-        for file in sorted((self.folder / name).glob("*.npz")):
+        for file in sorted((self.folder / name).glob("[0-9]*.npz")):
             with np.load(file) as results:
                 yield results[array]
 
     def read(self, name: str, array: str) -> np.ndarray:
         """All rows of [`batches`] in one array."""
         return np.concatenate(list(self.batches(name, array)))
-
-
-def _write_whole(file: Path, write: Callable[[Path], object]) -> None:
-    partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    write(partial)
-    partial.replace(file)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from ..files import PARTIAL, sync_to_disk
+from ..files import PARTIAL, checksum, sync_to_disk
 from .distributed import failures
 
 
@@ -39,24 +38,6 @@ def _checkpoint_steps(output_dir: Path) -> list[int]:
         return []
     matches = (_NAME.fullmatch(path.name) for path in output_dir.iterdir() if path.is_dir())
     return sorted(int(match[1]) for match in matches if match)
-
-
-def checksum(file: Path) -> str:
-    """
-    The 128-bit XXH3 hash of a file, which is read in pieces at about the speed of memory.
-
-    Args:
-        file (`Path`):
-            The file.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
-    state = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**22):
-            state.update(piece)
-    return state.hexdigest()
 
 
 def damage(checkpoint: Path, thorough: bool = True) -> str | None:

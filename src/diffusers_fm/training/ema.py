@@ -5,7 +5,6 @@ import argparse
 import functools
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +20,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..files import PARTIAL, written_aside
+
 
 logger = logging.getLogger(__name__)
 
 SNAPSHOT_FOLDER = "ema_snapshots"
-_PARTIAL = ".partial-"
 
 # Snapshots to a run, if --ema_snapshot_steps says nothing. The profile of another width is then met to 0.3 % between
 # the tracked widths and up to 0.15.
@@ -277,10 +277,9 @@ class EMA:
             if accelerator.is_main_process and isinstance(profile, PowerFunction):
                 folder.mkdir(exist_ok=True)
                 file = folder / f"step-{self.num_updates}.{profile.name}.safetensors"
-                partial = folder / f"{_PARTIAL}{file.name}"
                 metadata = {"update": str(self.num_updates), "sigma_rel": repr(profile.sigma_rel)}
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
-                os.replace(partial, file)
+                with written_aside(file) as aside:
+                    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
 def remove_later_snapshots(output_dir: Path, num_updates: int) -> None:
@@ -294,7 +293,7 @@ def remove_later_snapshots(output_dir: Path, num_updates: int) -> None:
             Updates done.
     """
     for file in (output_dir / SNAPSHOT_FOLDER).glob("*.safetensors"):
-        if file.name.startswith(_PARTIAL) or int(file.name.split(".")[0].removeprefix("step-")) > num_updates:
+        if file.name.startswith(PARTIAL) or int(file.name.split(".")[0].removeprefix("step-")) > num_updates:
             file.unlink()
 
 

@@ -12,7 +12,6 @@ writes the weights of each width beside those of the trained pipeline, as a vari
 
 import argparse
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .ema import _PARTIAL, SNAPSHOT_FOLDER, power_exponent, width_name
+from ..files import replace_text, written_aside
+from .ema import SNAPSHOT_FOLDER, power_exponent, width_name
 
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -253,16 +253,15 @@ def _write_component(files: list[Path], weights: dict[str, torch.Tensor], prefix
                 weight = weights[prefix + key] if prefix + key in weights else saved
                 tensors[key] = weight.to(saved.dtype).contiguous()
         target = file.with_name(file.name.replace(WEIGHTS, f"{WEIGHTS}.{variant}", 1))
-        partial = target.with_name(f"{_PARTIAL}{target.name}")
-        save_file(tensors, partial, metadata={"format": "pt"})
-        os.replace(partial, target)
+        with written_aside(target) as aside:
+            save_file(tensors, aside, metadata={"format": "pt"})
         written.append(target)
         weight_map.update(dict.fromkeys(tensors, target.name))
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:
         index = files[0].with_name(f"{WEIGHTS}.safetensors.index.{variant}.json")
         contents = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-        index.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        replace_text(index, json.dumps(contents, indent=2) + "\n")
         written.append(index)
     return written
 

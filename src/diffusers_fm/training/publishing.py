@@ -17,6 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+from ..files import replace_text
 from ..hub.cards import Evaluation, with_evaluation
 from ..hub.portable import components, portable_files
 from ..hub.reasons import hub_reason
@@ -48,7 +49,7 @@ def save_arguments(args: argparse.Namespace, output_dir: Path) -> None:
             Folder of the run.
     """
     text = json.dumps(saved_arguments(args), indent=2)
-    (output_dir / "training_args.json").write_text(text + "\n", encoding="utf-8")
+    replace_text(output_dir / "training_args.json", text + "\n")
 
 
 class Publisher:
