@@ -62,12 +62,12 @@ from diffusers_fm.training.arguments import (
     parse_arguments,
     script_parser,
 )
-from diffusers_fm.training.cards import model_card
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
 from diffusers_fm.training.planning import add_plan_arguments, is_main_process
 from diffusers_fm.training.plans import flow_matching_plan
+from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
 

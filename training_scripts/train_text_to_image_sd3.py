@@ -45,6 +45,7 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers_fm import init_pipeline
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.data.latents import latents_of_batch
+from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.options import (
@@ -187,6 +188,7 @@ def main(args: argparse.Namespace) -> None:
         saved.save_pretrained(folder)
         card = text_to_image_card(saved, args, run.repo_id, run.global_batch_size, figures, folder)
         card.save(folder / "README.md")
+        clean_settings(folder)
 
     run.start(
         validate,

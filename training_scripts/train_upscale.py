@@ -56,10 +56,10 @@ from diffusers_fm.training.arguments import (
     parse_arguments,
     script_parser,
 )
-from diffusers_fm.training.cards import model_card
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
 from diffusers_fm.training.validation import held_out_loss

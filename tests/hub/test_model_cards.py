@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 from fake_hub import check_card
 from huggingface_hub import ModelCard
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from tiny_pipelines import KINDS, tiny_pipeline
 from tiny_text_to_image import tiny_stable_diffusion_3
 
-from diffusers_fm import PATHS, FlowMatchScheduler, with_stock_scheduler
+from diffusers_fm import PATHS, FlowMatchPipeline, FlowMatchScheduler, with_stock_scheduler
 from diffusers_fm.hub.cards import Evaluation, with_evaluation
-from diffusers_fm.hub.portable import portable_files, without_local_paths
+from diffusers_fm.hub.portable import clean_settings, portable_card, portable_files, without_local_paths
 from diffusers_fm.text_to_image.cards import lora_card, text_to_image_card
-from diffusers_fm.training.cards import model_card
+from diffusers_fm.training.publishing import model_card
 
 
 FIGURES = {"validation_loss": 0.25, "validation_loss_by_time": [0.5, None, *[0.125] * 8]}
@@ -71,6 +75,9 @@ def test_the_card_of_a_run(tmp_path: Path, kind: str) -> None:
     assert "| steps | 2,000 of 64 samples |" in text
     assert "| 0.0 to 0.1 | 0.5000 |\n| 0.1 to 0.2 |  |\n| 0.2 to 0.3 | 0.1250 |" in text
     assert "| `euler` (as saved) | ot, trailing | 20 | 20 |" in text
+    # The sentence that says what the columns mean stands right above the table.
+    sentence = "NFE is the number of calls of the network, the cost of sampling."
+    assert f"{sentence}\n\n| solver | settings | steps | NFE |" in text
     assert "@inproceedings{lipman2023flow" in text
     assert str(tmp_path) not in text
 
@@ -128,6 +135,26 @@ def test_the_card_of_lora_weights_is_as_diffusers_writes_it(tmp_path: Path) -> N
     assert 'from_pretrained("stabilityai/sd3")\npipeline.load_lora_weights("someone/lora")' in card.text
 
 
+def test_the_example_of_a_text_to_image_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = tiny_stable_diffusion_3(scheduler=FlowMatchScheduler(shift=3.0, timestep_spacing="linspace"))
+    pipeline.save_pretrained("base")
+    args = arguments(tmp_path, pretrained_model_name_or_path="base", num_inference_steps=2)
+    pipeline.transformer.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"]))
+    layers = get_peft_model_state_dict(pipeline.transformer)
+    pipeline.save_lora_weights("lora", transformer_lora_layers=layers)
+    images = []
+    for card in (text_to_image_card(pipeline, args, "base", 4, {}), lora_card(pipeline, args, "lora", 4, {})):
+        (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+        names: dict = {}
+        torch.manual_seed(0)
+        exec(compile(code, "README.md", "exec"), names)
+        images.append(np.asarray(names["image"]))
+    assert images[0].shape == (16, 16, 3)
+    # The second example loads the adapters, too.
+    assert np.abs(images[0].astype(int) - images[1]).max() > 0
+
+
 def test_an_evaluation_goes_into_the_card(tmp_path: Path) -> None:
     card = model_card(tiny_pipeline("unet"), arguments(tmp_path), "someone/model", 64, FIGURES)
     (tmp_path / "evaluation").mkdir()
@@ -169,6 +196,8 @@ def test_an_evaluation_goes_into_the_card(tmp_path: Path) -> None:
         ("/home/me/data/digits", "digits"),
         ("C:\\Users\\me\\digits", "digits"),
         ("~/digits", "digits"),
+        ("~someone/digits", "digits"),
+        ("file:///home/me/digits", "digits"),
         ("data/digits", "data/digits"),
         ("/", "/"),
         ("someone/digits", "someone/digits"),
@@ -181,3 +210,70 @@ def test_an_evaluation_goes_into_the_card(tmp_path: Path) -> None:
 )
 def test_settings_lose_the_paths_of_the_machine(value: Any, expected: Any) -> None:
     assert without_local_paths(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("loaded", "expected"),
+    [
+        ("/home/me/runs/unet", "me/unet"),
+        ("runs/unet", "me/unet"),
+        ("/home/me/customer/base", "path/to/base"),
+        ("C:\\\\customer\\\\base", "path/to/base"),
+        ("~/customer/base", "path/to/base"),
+        ("stabilityai/sd3", "stabilityai/sd3"),
+    ],
+)
+@pytest.mark.parametrize("call", ['from_pretrained("{}")', "load_lora_weights('{}')", 'from_pretrained("{}", a="b")'])
+def test_an_uploaded_card_loads_the_repository_and_no_folder(call: str, loaded: str, expected: str) -> None:
+    text = portable_card(f"before {call.format(loaded)} after", "me/unet", {"/home/me/runs/unet", "runs/unet"})
+    assert text == f"before {call.format(expected)} after"
+
+
+def test_an_uploaded_card_of_lora_weights_names_no_folder_of_the_base_model(tmp_path: Path) -> None:
+    args = arguments(tmp_path, pretrained_model_name_or_path=str(tmp_path / "customer" / "base"))
+    card = str(lora_card(tiny_stable_diffusion_3(), args, str(tmp_path / "lora"), 4, {}))
+    text = portable_card(card, "someone/lora", {str(tmp_path / "lora")})
+    assert 'from_pretrained("path/to/base")\npipeline.load_lora_weights("someone/lora")' in text
+    assert "LoRA weights for `base`" in text
+    assert str(tmp_path) not in text and "customer" not in text
+
+
+def test_a_folder_in_the_form_of_an_id_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Someone else may own the id: a reader would load that."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/base").mkdir(parents=True)
+    args = arguments(tmp_path, pretrained_model_name_or_path="runs/base")
+    card = lora_card(tiny_stable_diffusion_3(), args, "someone/lora", 4, {})
+    assert "base_model" not in data_of(card)
+    assert "huggingface.co/runs" not in card.text
+    assert 'from_pretrained("path/to/base")' in portable_card(card.text, "someone/lora", set())
+
+
+def test_saved_settings_hold_no_paths_of_the_machine(tmp_path: Path) -> None:
+    """Those of every component that was loaded from a folder; other files of the folder are not touched."""
+    tiny_pipeline("dit-vae").save_pretrained(tmp_path / "first")
+    pipeline = FlowMatchPipeline.from_pretrained(tmp_path / "first")
+    assert str(tmp_path) in json.dumps(dict(pipeline.vae.config))
+    mine = tmp_path / "second" / "my_config.json"
+    mine.parent.mkdir()
+    mine.write_text(json.dumps({"data": str(tmp_path)}))
+    pipeline.save_pretrained(tmp_path / "second")
+    # diffusers' own classes do not clean up; training does it after them.
+    tiny_stable_diffusion_3().save_pretrained(tmp_path / "stock")
+    stock = StableDiffusion3Pipeline.from_pretrained(tmp_path / "stock")
+    stock.save_pretrained(tmp_path / "second" / "stock")
+    assert str(tmp_path) in (tmp_path / "second" / "stock" / "transformer" / "config.json").read_text()
+    clean_settings(tmp_path / "second" / "stock")
+    for file in set((tmp_path / "second").rglob("*.json")) - {mine}:
+        assert str(tmp_path) not in file.read_text(), file
+    assert json.loads(mine.read_text()) == {"data": str(tmp_path)}
+    assert FlowMatchPipeline.from_pretrained(tmp_path / "second").vae.config.latent_channels == 4
+
+
+def test_a_data_set_of_an_evaluation_is_named_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(json.dumps({"dataset_name": "/home/me/digits", "metrics": {"FID": 1.0}}))
+    evaluation = Evaluation.read(tmp_path)
+    assert evaluation is not None
+    card = with_evaluation(model_card(tiny_pipeline("unet"), arguments(tmp_path), "someone/model", 64, {}), evaluation)
+    assert "Measured on digits." in card.text
+    assert "/home/me" not in str(card)

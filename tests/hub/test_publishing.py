@@ -179,6 +179,25 @@ def test_a_dry_run_lists_what_an_upload_sends(
     assert b'from_pretrained("our/blobs")' in hub.files("our/blobs")["README.md"]
 
 
+def test_a_folder_that_was_moved_and_others_wrote_goes_out_without_paths(
+    hub: FakeHub, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    output_dir = run(push_to_hub=False, hub_token=None)
+    folder = output_dir.rename(tmp_path / "moved")
+    for name, settings in {
+        "unet/adapter_config.json": {"base_model_name_or_path": str(tmp_path / "customer" / "base")},
+        "scheduler/scheduler_config.json": {"_name_or_path": str(tmp_path / "base")},
+        "metrics.json": {"dataset_name": str(tmp_path / "data"), "metrics": {"FID": 1.0}},
+    }.items():
+        (folder / name).write_text(json.dumps(settings))
+    assert str(output_dir) in (folder / "README.md").read_text()
+    assert push([str(folder), "--hub_model_id", "our/blobs", "--hub_token", TOKEN]) == 0
+    sent = hub.files("our/blobs")
+    assert b'from_pretrained("our/blobs")' in sent["README.md"]
+    assert json.loads(sent["unet/adapter_config.json"]) == {"base_model_name_or_path": "base"}
+    assert {name for name, content in sent.items() if str(tmp_path).encode() in content} == set()
+
+
 # What else lies in a folder
 
 

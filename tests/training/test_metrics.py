@@ -4,6 +4,7 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -13,11 +14,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.transforms import ImageTransform
+from diffusers_fm.training.distributed import check_tracker
 from diffusers_fm.training.logs import LossMeter, RunLog, tracker_options
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, make_grid, sample_grid
 
@@ -161,3 +164,20 @@ def test_sampled_grids_have_a_row_for_each_class_and_leave_the_pipeline_alone() 
     assert len(pipeline.scheduler.timesteps) == 7
     assert pipeline.unet.training
     assert sample_grid(tiny_pipeline("unet"), 3, 1).size == (2 + 3 * 50, 2 + 50)
+
+
+@pytest.mark.parametrize("name", sorted(LOGGER_TYPE_TO_CLASS))
+def test_a_tracker_that_is_not_installed_is_refused(name: str) -> None:
+    """Accelerate would leave it out without a word."""
+    installed = name in get_available_trackers()
+    package = name.replace("_", "-")
+    refusal = f"--report_to {name} needs a package that is not installed: `pip install {package}`"
+    with nullcontext() if installed else pytest.raises(ValueError, match=refusal):
+        check_tracker(name)
+
+
+def test_a_tracker_that_nobody_knows_is_refused() -> None:
+    for name in (None, "none", "all", "tensorboard"):
+        check_tracker(name)
+    with pytest.raises(ValueError, match="--report_to must be one of none, all, aim, .*, got 'tensorbord'"):
+        check_tracker("tensorbord")

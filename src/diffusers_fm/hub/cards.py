@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards: metadata that the Hub validates, and what a reader of the model wants to know, from plain data."""
+"""Model cards from plain data: metadata that the Hub validates, and a text for the model's reader."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..paths import ConditionalPath, CosinePath, DiscreteVPPath, OTPath, VEPath, VPPath
-from .portable import without_local_paths
+from .portable import is_local, without_local_paths
 
 
 CITATION = """@inproceedings{lipman2023flow,
@@ -24,8 +24,10 @@ CITATION = """@inproceedings{lipman2023flow,
   archivePrefix = {arXiv}
 }"""
 
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
 METRICS_FILES = ("metrics.json", "evaluation/metrics.json")
-# Numbers of an evaluation that say how it was done, not what was found.
+# Settings among the numbers of an evaluation.
 NO_FIGURES = ("seed", "images", "num_inference_steps")
 
 # alpha(t) and sigma(t) in LaTeX, which the Hub renders.
@@ -44,15 +46,7 @@ EQUATIONS: dict[type[ConditionalPath], Callable[[Any], tuple[str, str]]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """
-    A picture in the repository.
-
-    Args:
-        file (`str`):
-            Its path there.
-        prompt (`str`, *optional*):
-            The prompt that it was made from; pictures with one go to the Hub's gallery.
-    """
+    """A picture by its path in the repository; one with the prompt that it shows goes to the Hub's gallery."""
 
     file: str
     prompt: str | None = None
@@ -66,12 +60,8 @@ class Evaluation:
     Args:
         metrics (`Mapping[str, float]`):
             Figures by name, such as `{"FID": 3.2}`.
-        dataset_name (`str`):
-            What they were measured on.
-        dataset (`str`, *optional*):
-            Its id on the Hub.
-        split (`str`, *optional*):
-            Its split.
+        dataset_name (`str`), dataset (`str`, *optional*), split (`str`, *optional*):
+            Name of the data, its Hub id and its split.
         solvers (`Sequence[Mapping[str, Any]]`, *optional*):
             Rows of a table of solvers.
     """
@@ -85,18 +75,8 @@ class Evaluation:
     @classmethod
     def read(cls, folder: Path) -> "Evaluation | None":
         """
-        The figures in a folder.
-
-        Args:
-            folder (`Path`):
-                Of a pipeline.
-
-        Returns:
-            [`Evaluation`] or `None`: what is in its `metrics.json` or `evaluation/metrics.json`, unless that is older
-            than the pipeline: one object with the arguments of this class as keys, or what `evaluate.py` writes.
-
-        Raises:
-            ValueError: if the file holds something else.
+        Read `metrics.json` or `evaluation/metrics.json` of a pipeline's folder, unless it is older than the pipeline:
+        one object with the arguments of this class as keys, or the file that `evaluate.py` writes.
         """
         index = folder / "model_index.json"
         built = index.stat().st_mtime if index.is_file() else 0
@@ -104,13 +84,14 @@ class Evaluation:
         file = next((file for file in files if file.is_file() and file.stat().st_mtime >= built), None)
         if file is None:
             return None
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = without_local_paths(json.loads(file.read_text(encoding="utf-8")))
         if not isinstance(found, dict) or "dataset_name" not in found:
             raise ValueError(f"{str(file)!r} must hold an object with `dataset_name` and figures, got {found!r:.100}.")
         if "metrics" in found:
             return cls(**{entry.name: found[entry.name] for entry in dataclasses.fields(cls) if entry.name in found})
-        solvers = found.get("solvers") or {}
-        return cls(_figures(found), found["dataset_name"], solvers=[_short(row) for row in solvers.get("fixed", ())])
+        rows = (found.get("solvers") or {}).get("fixed", ())
+        short = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+        return cls(_figures(found), found["dataset_name"], solvers=short)
 
 
 def _figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -124,50 +105,28 @@ def _figures(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return figures
 
 
-def _short(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in row.items()}
-
-
 @dataclass(frozen=True)
 class CardContent:
     """
-    What a card says. Everything but the first four may be left out.
+    Content of a card.
 
     Args:
-        repo_id (`str`):
-            Where the model is; the title of the card is its last part.
-        summary (`str`):
-            What the model is, in a sentence.
-        snippet (`str`):
-            Python that loads and samples it.
-        scheduler (`Mapping[str, Any]`):
-            The scheduler's configuration.
-        path (`ConditionalPath`, *optional*):
-            Its path.
-        pipeline_tag (`str`, *optional*):
-            The task, by the Hub's name.
-        tags (`Sequence[str]`, *optional*):
-            Tags beside `diffusers-fm` and `flow-matching`.
-        license (`str`, *optional*):
-            The Hub's identifier of a licence, such as `apache-2.0`.
-        datasets (`Sequence[str]`, *optional*):
-            Ids on the Hub of what was trained on.
-        base_model (`str`, *optional*):
-            Id on the Hub of what was fine-tuned.
-        instance_prompt (`str`, *optional*):
-            The prompt that brings out what a LoRA has learned.
-        pictures (`Sequence[Picture]`, *optional*):
-            Samples.
-        facts (`Mapping[str, str]`, *optional*):
-            Rows of a table: network, size of the images, data, length of the training.
-        solvers (`Sequence[Mapping[str, Any]]`, *optional*):
-            Rows of the table of solvers, by column.
+        repo_id (`str`), summary (`str`), snippet (`str`):
+            Hub id or folder, a sentence on the model, and Python that loads and samples it.
+        scheduler (`Mapping[str, Any]`), path (`ConditionalPath`, *optional*):
+            The scheduler's configuration and its path.
+        pipeline_tag (`str`, *optional*), tags (`Sequence[str]`, *optional*), license (`str`, *optional*):
+            The task and the licence by the Hub's names, and further tags than `diffusers-fm` and `flow-matching`.
+        datasets (`Sequence[str]`, *optional*), base_model (`str`, *optional*):
+            Hub ids of the data and of the model that was fine-tuned.
+        instance_prompt (`str`, *optional*), pictures (`Sequence[Picture]`, *optional*):
+            The prompt that brings out a LoRA, and samples.
+        facts (`Mapping[str, str]`, *optional*), solvers (`Sequence[Mapping[str, Any]]`, *optional*):
+            Rows of the table of the model, such as its network and data, and of the table of solvers, by column.
         losses_by_time (`Sequence[float | None]`, *optional*):
             Held-out losses of equal parts of [0, 1], from data to noise.
-        evaluation ([`Evaluation`], *optional*):
-            Measured figures.
-        arguments (`Mapping[str, Any]`, *optional*):
-            Arguments of the training script.
+        evaluation ([`Evaluation`], *optional*), arguments (`Mapping[str, Any]`, *optional*):
+            Measured figures, and arguments of the training script.
     """
 
     repo_id: str
@@ -190,45 +149,46 @@ class CardContent:
 
 
 def model_card(content: CardContent) -> ModelCard:
-    """
-    The card of a model.
-
-    Args:
-        content ([`CardContent`]):
-            What it says.
-
-    Returns:
-        `ModelCard`: the card; `save` writes it.
-    """
-    sections = [f"# {content.repo_id.rpartition('/')[2]}", content.summary, _pictures(content), _trigger(content)]
-    sections += [
-        "## Use",
-        f"```python\n{content.snippet.strip()}\n```",
-        _table(content.solvers),
-        _facts(content.facts),
-    ]
-    sections += [_path(content), _losses(content.losses_by_time), _evaluation(content.evaluation)]
+    """Render a card; its `save` writes it."""
+    plain = [f"![Samples]({picture.file})" for picture in content.pictures if picture.prompt is None]
+    gallery = ["<Gallery />"] if len(plain) < len(content.pictures) else []
+    sections = [f"# {content.repo_id.rpartition('/')[2]}", content.summary, *gallery, *plain]
+    if content.instance_prompt is not None:
+        sections += [f"## Trigger words\n\nUse `{content.instance_prompt}` to bring out what it has learned."]
+    sections += [f"## Use\n\n```python\n{content.snippet.strip()}\n```"]
+    if content.solvers:
+        sections += [
+            "Solvers to choose from, by `FlowMatchScheduler.from_config(pipeline.scheduler.config, solver=...)`. NFE"
+            f" is the number of calls of the network, the cost of sampling.\n\n{_table(content.solvers)}"
+        ]
+    if content.facts:
+        rows = "\n".join(f"| {name} | {value} |" for name, value in content.facts.items())
+        sections += [f"## Model\n\n| | |\n|---|---|\n{rows}"]
+    if content.path is not None:
+        sections += [_path(content.path, content.scheduler)]
+    if any(loss is not None for loss in content.losses_by_time):
+        bins = len(content.losses_by_time)
+        table = [
+            {"t": f"{i / bins:.1f} to {(i + 1) / bins:.1f}", "loss": "" if loss is None else f"{loss:.4f}"}
+            for i, loss in enumerate(content.losses_by_time)
+        ]
+        sections += [f"## Held-out loss by time\n\n0 = data, 1 = noise.\n\n{_table(table)}"]
+    if content.evaluation is not None:
+        sections += [_evaluation(content.evaluation)]
     if content.arguments:
-        arguments = json.dumps(without_local_paths(dict(content.arguments)), indent=2)
-        sections += ["## Training arguments", _folded("All arguments", arguments)]
-    sections += ["## Citation", f"```bibtex\n{CITATION}\n```"]
-    text = "\n\n".join(section for section in sections if section)
+        sections += [f"## Training arguments\n\n{_folded('All arguments', content.arguments)}"]
+    sections += [f"## Citation\n\n```bibtex\n{CITATION}\n```"]
+    text = "\n\n".join(sections)
     return ModelCard(f"---\n{_metadata(content).to_yaml()}\n---\n\n{text}\n")
 
 
+def hub_id(name: str | None) -> str | None:
+    """A name that is an id on the Hub, `None` for a folder: its name means nothing there and is refused in a card."""
+    return name if name is not None and HUB_ID.fullmatch(name) and not is_local(name) else None
+
+
 def with_evaluation(card: ModelCard, evaluation: Evaluation) -> ModelCard:
-    """
-    A card with measured figures, in place of those that it had.
-
-    Args:
-        card (`ModelCard`):
-            The card.
-        evaluation ([`Evaluation`]):
-            The figures.
-
-    Returns:
-        `ModelCard`: another card.
-    """
+    """Another card, with measured figures in place of those that it had."""
     data = ModelCardData(**card.data.to_dict())
     results = _results(evaluation, data.pipeline_tag)
     title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
@@ -240,119 +200,65 @@ def with_evaluation(card: ModelCard, evaluation: Evaluation) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def _results(evaluation: Evaluation, pipeline_tag: str | None) -> list[EvalResult]:
+def _results(evaluation: Evaluation, task: str | None) -> list[EvalResult]:
+    task, name = task or "unconditional-image-generation", evaluation.dataset_name
+    more = {"dataset_split": evaluation.split}
     return [
         EvalResult(
-            task_type=pipeline_tag or "unconditional-image-generation",
-            dataset_type=evaluation.dataset or evaluation.dataset_name,
-            dataset_name=evaluation.dataset_name,
-            dataset_split=evaluation.split,
-            metric_type=name.lower().replace(" ", "_"),
-            metric_name=name,
-            metric_value=value,
+            task, evaluation.dataset or name, name, metric.lower().replace(" ", "_"), value, metric_name=metric, **more
         )
-        for name, value in evaluation.metrics.items()
+        for metric, value in evaluation.metrics.items()
     ]
 
 
 def _metadata(content: CardContent) -> ModelCardData:
     results = [] if content.evaluation is None else _results(content.evaluation, content.pipeline_tag)
-    widget = [{"text": p.prompt, "output": {"url": p.file}} for p in content.pictures if p.prompt is not None]
-    optional = {
-        "license": content.license,
-        "datasets": list(content.datasets) or None,
-        "base_model": content.base_model,
-        "instance_prompt": content.instance_prompt,
-        "widget": widget or None,
-        "metrics": [result.metric_type for result in results] or None,
-    }
+    shown = [{"text": p.prompt, "output": {"url": p.file}} for p in content.pictures if p.prompt is not None]
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=content.pipeline_tag,
         tags=["diffusers-fm", "flow-matching", *content.tags],
+        license=content.license,
+        datasets=list(content.datasets) or None,
+        base_model=content.base_model,
+        metrics=[result.metric_type for result in results] or None,
         model_name=content.repo_id.rpartition("/")[2] if results else None,
         eval_results=results or None,
-        **{key: value for key, value in optional.items() if value is not None},
-    )
-
-
-def _pictures(content: CardContent) -> str:
-    plain = [f"![Samples]({picture.file})" for picture in content.pictures if picture.prompt is None]
-    gallery = ["<Gallery />"] if len(plain) < len(content.pictures) else []
-    return "\n\n".join(gallery + plain)
-
-
-def _trigger(content: CardContent) -> str:
-    if content.instance_prompt is None:
-        return ""
-    return f"## Trigger words\n\nUse `{content.instance_prompt}` to bring out what it has learned."
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    if not facts:
-        return ""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"## Model\n\n| | |\n|---|---|\n{rows}"
-
-
-def _solvers(rows: Sequence[Mapping[str, Any]]) -> str:
-    if not rows:
-        return ""
-    return (
-        "Solvers to choose from, by `FlowMatchScheduler.from_config(pipeline.scheduler.config, solver=...)`. NFE is"
-        f" the number of calls of the network, what sampling costs.\n\n{_table(rows)}"
+        instance_prompt=content.instance_prompt,
+        widget=shown or None,
     )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows by column; a cell that a row lacks is empty."""
-    if not rows:
-        return ""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def _path(content: CardContent) -> str:
+def _path(path: ConditionalPath, scheduler: Mapping[str, Any]) -> str:
     """The path as a formula, and the configuration that carries it."""
-    if content.path is None:
-        return ""
-    equations = EQUATIONS.get(type(content.path))
-    shape = ""
+    equations, shape = EQUATIONS.get(type(path)), ""
     if equations is not None:
-        alpha, sigma = equations(content.path)
+        alpha, sigma = equations(path)
         shape = f",\\qquad \\alpha(t) = {alpha},\\quad \\sigma(t) = {sigma}"
     formula = f"$$ x_t = \\alpha(t)\\,\\text{{data}} + \\sigma(t)\\,\\text{{noise}}{shape} $$"
     if equations is None:
-        formula += f"\n\nof the path `{type(content.path).__name__}`, {dataclasses.asdict(content.path)}"
-    config = {key: value for key, value in content.scheduler.items() if not key.startswith("_")}
+        formula += f"\n\nof the path `{type(path).__name__}`, {dataclasses.asdict(path)}"
+    config = {key: value for key, value in scheduler.items() if not key.startswith("_")}
     return (
-        "## Path\n\n"
-        f"{formula}\n\nat the time t in [0, 1], 0 = data and 1 = noise. The network answers"
-        f" `{config.get('prediction_type', 'flow_prediction')}`.\n\n"
-        + _folded("scheduler_config.json", json.dumps(without_local_paths(config), indent=2))
+        f"## Path\n\n{formula}\n\nat the time t in [0, 1], 0 = data and 1 = noise. The network answers"
+        f" `{config.get('prediction_type', 'flow_prediction')}`.\n\n{_folded('scheduler_config.json', config)}"
     )
 
 
-def _losses(by_time: Sequence[float | None]) -> str:
-    if not any(loss is not None for loss in by_time):
-        return ""
-    bins = len(by_time)
-    rows = [
-        {"t": f"{i / bins:.1f} to {(i + 1) / bins:.1f}", "loss": "" if loss is None else f"{loss:.4f}"}
-        for i, loss in enumerate(by_time)
-    ]
-    return f"## Held-out loss by time\n\n0 = data, 1 = noise.\n\n{_table(rows)}"
-
-
-def _evaluation(evaluation: Evaluation | None) -> str:
-    if evaluation is None:
-        return ""
+def _evaluation(evaluation: Evaluation) -> str:
     rows = [{"metric": name, "value": f"{value:.6g}"} for name, value in evaluation.metrics.items()]
     split = f", split `{evaluation.split}`" if evaluation.split else ""
     solvers = f"\n\n{_table(evaluation.solvers)}" if evaluation.solvers else ""
     return f"## Evaluation\n\nMeasured on {evaluation.dataset_name}{split}.\n\n{_table(rows)}{solvers}"
 
 
-def _folded(title: str, text: str) -> str:
+def _folded(title: str, settings: Mapping[str, Any]) -> str:
+    text = json.dumps(without_local_paths(dict(settings)), indent=2)
     return f"<details>\n<summary>{title}</summary>\n\n```json\n{text}\n```\n\n</details>"

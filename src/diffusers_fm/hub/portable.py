@@ -1,47 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What may leave this machine: an explicit list of files, without the paths of the machine in them."""
+"""Files that may leave this machine, without its paths in them."""
 
 import json
+import re
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
-# A pipeline's own files, and what a run or an evaluation writes beside it. What is not here stays: optimizer states,
-# data, pickles, code.
+# The files of a pipeline, and those that a run or an evaluation adds. All others stay: optimizer states, data,
+# pickles, code.
 ROOT_FILES = (
-    "README.md",
-    "model_index.json",
-    "scheduler_config.json",
-    "config.json",
-    "*.safetensors",
-    "*.safetensors.index*.json",
-    "grid.png",
-    "image_*.png",
-    "training_args.json",
-    "log.jsonl",
-    "metrics.json",
+    *("README.md", "model_index.json", "scheduler_config.json", "config.json", "training_args.json", "metrics.json"),
+    *("*.safetensors", "*.safetensors.index*.json", "log.jsonl", "grid.png", "image_*.png"),
 )
-# Of an evaluation, figures and their plots; not pictures of the data beside samples.
-EVALUATION_FILES = ("metrics.json", "*.csv", "*_by_calls.png", "loss_by_time.png", "ways.png")
+# Figures and their plots; not pictures of the data.
+EVALUATION_FILES = ("metrics.json", "*.csv", "*_by_calls.png", "loss_by_time.png", "trajectories.png")
 # Configurations and weights of a component; of tokenizers and image processors their tables too.
 COMPONENT_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model", "*.jinja")
 # Files of settings, in which a string may be a path.
 SETTINGS = ("model_index.json", "*config.json", "training_args.json", "metrics.json")
 
+LOADED = re.compile(r"""((?:from_pretrained|load_lora_weights)\(["'])([^"'\n]+)(["'])""")
+
 
 def portable_files(folder: Path) -> dict[str, Path | bytes]:
     """
-    What of a folder may be uploaded: the components that its `model_index.json` names, the files of a run that are in
-    `ROOT_FILES`, and the figures in its folder `evaluation`.
-
-    Args:
-        folder (`Path`):
-            A pipeline folder, one of LoRA weights, or one of a single model or scheduler.
-
-    Returns:
-        `dict[str, Path | bytes]`: by path in the repository, sorted: the file, or its contents where those are
-        changed, see [`without_local_paths`].
+    Files of a folder that may be uploaded: the components that its `model_index.json` names, the files of a run, and
+    the figures in its folder `evaluation`. By path in the repository, with their contents where those lose a path.
     """
     found = {path.name: path for path in folder.iterdir() if _matches(path, ROOT_FILES)}
     parts = dict.fromkeys(components(folder), COMPONENT_FILES) | {"evaluation": EVALUATION_FILES}
@@ -49,20 +36,20 @@ def portable_files(folder: Path) -> dict[str, Path | bytes]:
         if (folder / part).is_dir():
             inside = (path for path in (folder / part).iterdir() if _matches(path, patterns))
             found |= {f"{part}/{path.name}": path for path in inside}
-    return {name: _cleaned(found[name]) for name in sorted(found)}
+    return {name: _cleaned(found[name]) or found[name] for name in sorted(found)}
+
+
+def clean_settings(folder: Path) -> None:
+    """Take the paths of this machine out of the configurations that were saved to a folder."""
+    inside = (path for name in components(folder) for path in (folder / name).glob("*config.json"))
+    for path in (folder / "model_index.json", folder / "scheduler_config.json", *inside):
+        content = _cleaned(path)
+        if content is not None:
+            path.write_bytes(content)
 
 
 def components(folder: Path) -> list[str]:
-    """
-    The names of a pipeline's components, those that it leaves empty not counted.
-
-    Args:
-        folder (`Path`):
-            A pipeline folder.
-
-    Returns:
-        `list[str]`: the names, none if the folder holds no pipeline.
-    """
+    """Names of the components of a pipeline folder, without empty ones; none where there is no pipeline."""
     index = folder / "model_index.json"
     if not index.is_file():
         return []
@@ -70,34 +57,39 @@ def components(folder: Path) -> list[str]:
     return [name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0] is not None]
 
 
+def portable_card(text: str, repo_id: str, own: Collection[str]) -> str:
+    """The text of a card whose example loads the repository in place of `own` names, and no folder of this machine."""
+
+    def portable(found: re.Match[str]) -> str:
+        call, name, end = found.groups()
+        name = repo_id if name in own else f"path/to/{last_part(name)}" if is_local(name) else name
+        return f"{call}{name}{end}"
+
+    return LOADED.sub(portable, text)
+
+
 def without_local_paths(value: Any) -> Any:
-    """
-    Settings without the paths of this machine. An absolute path becomes its last part, and what a component was loaded
-    from is left out if that is a path.
-
-    Args:
-        value (`Any`):
-            JSON's types.
-
-    Returns:
-        `Any`: the same, changed where need be.
-    """
+    """Settings (JSON types) with the last part of absolute paths, and without the folder that was loaded from."""
     if isinstance(value, dict):
-        kept = {k: v for k, v in value.items() if not (k.endswith("name_or_path") and k[0] == "_" and _is_local(v))}
+        kept = {k: v for k, v in value.items() if not (re.match("_.*name_or_path$", k) and is_local(v))}
         return {k: without_local_paths(v) for k, v in kept.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [without_local_paths(entry) for entry in value]
-    if not isinstance(value, str) or not _is_absolute(value):
-        return value
-    return PureWindowsPath(value).name or PurePosixPath(value).name
+    return last_part(value) if isinstance(value, str) and _is_absolute(value) else value
 
 
-def _is_local(value: Any) -> bool:
-    return isinstance(value, str) and (_is_absolute(value) or Path(value).exists())
+def last_part(path: str) -> str:
+    """Last part of a path of any system, or the path itself where it has none."""
+    return PureWindowsPath(path).name or PurePosixPath(path).name or path
+
+
+def is_local(name: Any) -> bool:
+    """Whether a model or a data set is named by a path of this machine."""
+    return isinstance(name, str) and (_is_absolute(name) or Path(name).exists())
 
 
 def _is_absolute(text: str) -> bool:
-    if text.startswith(("~/", "file:")):
+    if re.match(r"~[^/\\]*[/\\]|file:", text):
         return True
     windows = PureWindowsPath(text)
     return len(windows.parts) > 1 and (text.startswith("/") or windows.is_absolute())
@@ -107,9 +99,10 @@ def _matches(path: Path, patterns: tuple[str, ...]) -> bool:
     return path.is_file() and path.name[0] != "." and any(fnmatchcase(path.name, pattern) for pattern in patterns)
 
 
-def _cleaned(path: Path) -> Path | bytes:
+def _cleaned(path: Path) -> bytes | None:
+    """Contents of a file of settings without local paths, `None` if that changes nothing."""
     if not _matches(path, SETTINGS):
-        return path
+        return None
     settings = json.loads(path.read_text(encoding="utf-8"))
     cleaned = without_local_paths(settings)
-    return path if cleaned == settings else (json.dumps(cleaned, indent=2) + "\n").encode()
+    return None if cleaned == settings else (json.dumps(cleaned, indent=2) + "\n").encode()

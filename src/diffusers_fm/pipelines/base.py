@@ -33,9 +33,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..coordinates import Coordinates
-from ..hub.cards import model_card
-from ..hub.push import PushMixin
-from ..hub.reasons import hub_reason
+from ..hub.cards import CardContent, model_card
+from ..hub.push import PushMixin, hub_reason
 from ..models.autoencoding import decode_latents, spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
@@ -207,32 +206,36 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             name = str(pretrained_model_name_or_path)
             raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def card_content(self, repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0) -> CardContent:
         """
-        Saves the pipeline to a folder, see [`~diffusers.DiffusionPipeline.save_pretrained`].
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                The folder; it is created if need be.
-            args (*optional*):
-                What [`~diffusers.DiffusionPipeline.save_pretrained`] takes, in its order.
-            kwargs (*optional*):
-                The same by name, such as `variant`, `max_shard_size` and `push_to_hub`.
-        """
-        super().save_pretrained(os.fspath(save_directory), *args, **kwargs)
-
-    def build_model_card(self, repo_id: str) -> ModelCard:
-        """
-        The card that `push_to_hub` writes where the repository has none.
+        Content of a model card.
 
         Args:
             repo_id (`str`):
-                The repository.
+                Hub id, or folder, of the pipeline.
+            num_inference_steps (`int`, *optional*, defaults to 50):
+                Steps of the example.
+            guidance_scale (`float`, *optional*, defaults to 1.0):
+                Guidance of the example; 1 is off.
 
         Returns:
-            `ModelCard`: the card.
+            [`~hub.CardContent`]: the content; `dataclasses.replace` adds to it.
         """
-        return model_card(pipeline_content(self, repo_id))
+        return pipeline_content(
+            self.denoiser,
+            self.scheduler,
+            self.sample_shape,
+            self.num_classes,
+            repo_id,
+            num_inference_steps,
+            guidance_scale,
+            latent=self.vae is not None,
+            scale_factor=self.config.get("scale_factor"),
+        )
+
+    def build_model_card(self, repo_id: str) -> ModelCard:
+        """The card that `push_to_hub` writes where the repository has none."""
+        return model_card(self.card_content(repo_id))
 
     @property
     def denoiser(self) -> ModelMixin:

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model card says of a pipeline, read from the pipeline itself."""
+"""Card content of a pipeline, read from its components."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+
+from torch import nn
 
 from ..hub.cards import CardContent
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import TABLEAUX
 
 
-if TYPE_CHECKING:
-    from .base import FlowMatchPipelineBase
+IMPORT = "import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler and the pipeline"
 
-# What the table of solvers has beside the pipeline's own: solver, what to set beside it, its calls of the network for
-# one of the pipeline's own. The first is the one that `docs/choosing_a_solver.md` recommends.
+# Further solvers of the card's table: settings to add, and calls of the network for one of the pipeline's own. The
+# first is the one that `docs/choosing_a_solver.md` recommends.
 OTHER_SOLVERS = (
     ("abm3", '`sampling_path="angle"`, `timestep_spacing="graded"`', 0.4),
     ("midpoint", "", 0.4),
@@ -21,36 +22,27 @@ OTHER_SOLVERS = (
 
 
 def pipeline_content(
-    pipeline: "FlowMatchPipelineBase", repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0
+    network: nn.Module,
+    scheduler: FlowMatchScheduler,
+    sample_shape: Sequence[int],
+    num_classes: int,
+    repo_id: str,
+    num_inference_steps: int,
+    guidance_scale: float,
+    latent: bool = False,
+    scale_factor: int | None = None,
 ) -> CardContent:
-    """
-    The content of a card of a pipeline.
-
-    Args:
-        pipeline (`FlowMatchPipelineBase`):
-            The pipeline.
-        repo_id (`str`):
-            Where it is.
-        num_inference_steps (`int`, *optional*, defaults to 50):
-            Steps of the samples.
-        guidance_scale (`float`, *optional*, defaults to 1.0):
-            Their guidance; 1 is off.
-
-    Returns:
-        [`CardContent`]: what the pipeline says of itself; `dataclasses.replace` adds to it.
-    """
-    classes, scheduler = pipeline.num_classes, pipeline.scheduler
-    channels, height, width = pipeline.sample_shape
-    network = pipeline.denoiser
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    factor = pipeline.config.get("scale_factor")
-    kind = f"{'A class-conditional' if classes else 'An unconditional'} image generator"
-    if factor is not None:
-        kind = f"An image upscaler, {factor} times to each side,"
-        words = ['PIL.Image.open("low_resolution.png")', *(["class_labels=[0]"] if classes else [])]
+    """Content of the card of a pipeline that generates images, or enlarges them by `scale_factor`."""
+    if scale_factor is None:
+        kind, imports = (
+            f"{'A class-conditional' if num_classes else 'An unconditional'} image generator",
+            "import torch",
+        )
+        shown = ", ".join(map(str, range(min(num_classes, 4))))
+        words = [f"class_labels=[{shown}]" if num_classes else "batch_size=4"]
     else:
-        words = [f"class_labels=[{', '.join(map(str, range(min(classes, 4))))}]" if classes else "batch_size=4"]
-    imports = "import torch" if factor is None else "import PIL.Image\nimport torch"
+        kind, imports = f"An image upscaler, {scale_factor} times to each side,", "import PIL.Image\nimport torch"
+        words = ['PIL.Image.open("low_resolution.png")', *(["class_labels=[0]"] if num_classes else [])]
     words += [f"num_inference_steps={num_inference_steps}"]
     words += [f"guidance_scale={guidance_scale:g}"] if guidance_scale != 1.0 else []
     return CardContent(
@@ -59,7 +51,7 @@ def pipeline_content(
         snippet=f"""
 {imports}
 
-import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler and the pipeline
+{IMPORT}
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}")
@@ -69,39 +61,31 @@ images[0].save("sample.png")
 """,
         scheduler=scheduler.config,
         path=scheduler.path,
-        pipeline_tag="unconditional-image-generation" if factor is None else "image-to-image",
-        tags=("class-conditional",) if classes else (),
+        pipeline_tag="unconditional-image-generation" if scale_factor is None else "image-to-image",
+        tags=("class-conditional",) if num_classes else (),
         facts={
-            "network": f"`{type(network).__name__}`, {parameters / 1e6:.2f} M parameters",
-            "sample": f"{channels} x {height} x {width}" + ("" if pipeline.vae is None else " latents"),
-            **({"classes": str(classes)} if classes else {}),
+            "network": describe_network(network),
+            "sample": " x ".join(map(str, sample_shape)) + (" latents" if latent else ""),
+            **({"classes": str(num_classes)} if num_classes else {}),
         },
         solvers=solver_rows(scheduler, num_inference_steps),
     )
 
 
+def describe_network(network: nn.Module) -> str:
+    """Class and size of a network."""
+    return f"`{type(network).__name__}`, {sum(p.numel() for p in network.parameters()) / 1e6:.2f} M parameters"
+
+
 def solver_rows(scheduler: FlowMatchScheduler, num_inference_steps: int) -> list[dict[str, str | int]]:
-    """
-    Solvers to choose from, and the calls of the network that they make.
-
-    Args:
-        scheduler ([`FlowMatchScheduler`]):
-            The scheduler of a pipeline, whose own solver comes first.
-        num_inference_steps (`int`):
-            Its number of steps.
-
-    Returns:
-        `list[dict[str, str | int]]`: rows with `solver`, `beside it`, `steps` and `NFE`.
-    """
+    """Rows of the table of solvers, the scheduler's own first, with the calls of the network that each makes."""
     config = scheduler.config
-    own = f"{config.sampling_path}, {config.timestep_spacing}"
     nfe = num_inference_steps * scheduler.order
-    rows: list[dict[str, str | int]] = [
-        {"solver": f"`{config.solver}` (as saved)", "beside it": own, "steps": num_inference_steps, "NFE": nfe}
-    ]
-    for solver, beside, share in OTHER_SOLVERS:
+    own = {"solver": f"`{config.solver}` (as saved)", "settings": f"{config.sampling_path}, {config.timestep_spacing}"}
+    rows: list[dict[str, str | int]] = [{**own, "steps": num_inference_steps, "NFE": nfe}]
+    for solver, settings, share in OTHER_SOLVERS:
         stages = TABLEAUX[solver].stages if solver in TABLEAUX else 1
         steps = max(1, round(share * nfe / stages))
         if solver != config.solver:
-            rows.append({"solver": f"`{solver}`", "beside it": beside, "steps": steps, "NFE": steps * stages})
+            rows.append({"solver": f"`{solver}`", "settings": settings, "steps": steps, "NFE": steps * stages})
     return rows

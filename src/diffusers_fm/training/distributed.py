@@ -12,6 +12,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
@@ -21,6 +22,17 @@ from accelerate.utils import (
 from torch.distributed.device_mesh import DeviceMesh
 
 from .sharding import fsdp_plugin, shard_on_cpu
+
+
+def check_tracker(name: str | None) -> None:
+    """Refuse a tracker of `--report_to` that accelerate does not know, or whose package is not installed."""
+    if name in (None, "none", "all"):
+        return
+    if name not in LOGGER_TYPE_TO_CLASS:
+        raise ValueError(f"--report_to must be one of none, all, {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}.")
+    if name not in get_available_trackers():
+        package = name.replace("_", "-")
+        raise ValueError(f"--report_to {name} needs a package that is not installed: `pip install {package}`.")
 
 
 def make_accelerator(

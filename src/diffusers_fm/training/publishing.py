@@ -1,26 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run's way to the Hub: in the background, retried, and never the end of the run."""
+"""Card and upload of a run: in the background, retried, and never the end of the run."""
 
 import argparse
+import dataclasses
 import json
 import logging
-import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from ..files import replace_text
-from ..hub.cards import Evaluation, with_evaluation
-from ..hub.portable import components, portable_files
-from ..hub.reasons import hub_reason
+from ..hub.cards import CardContent, Evaluation, Picture, hub_id, with_evaluation
+from ..hub.cards import model_card as render
+from ..hub.portable import components, last_part, portable_card, portable_files
+from ..hub.push import hub_reason
+from ..pipelines.base import FlowMatchPipelineBase
 from .arguments import saved_arguments
 
 
@@ -34,57 +36,82 @@ PASSING = (408, 425, 429)
 
 STAGING = ".hub"
 
-# What is to be loaded, in the snippet of a card that was written before the repository was known.
-LOADED = re.compile(r'((?:from_pretrained|load_lora_weights)\(")([^"]+)')
-
 
 def save_arguments(args: argparse.Namespace, output_dir: Path) -> None:
-    """
-    Write `training_args.json`.
-
-    Args:
-        args (`argparse.Namespace`):
-            Arguments of the script.
-        output_dir (`Path`):
-            Folder of the run.
-    """
+    """Write `training_args.json`, with which a run is resumed."""
     text = json.dumps(saved_arguments(args), indent=2)
     replace_text(output_dir / "training_args.json", text + "\n")
 
 
+def model_card(
+    pipeline: FlowMatchPipelineBase,
+    args: argparse.Namespace,
+    repo_id: str,
+    global_batch_size: int,
+    figures: Mapping[str, Any],
+    folder: Path | None = None,
+) -> ModelCard:
+    """Card of a trained pipeline of this package, see [`with_run`]; its example loads `repo_id`."""
+    content = pipeline.card_content(repo_id, args.num_inference_steps, args.guidance_scale)
+    return render(with_run(content, args, global_batch_size, figures, folder))
+
+
+def with_run(
+    content: CardContent,
+    args: argparse.Namespace,
+    global_batch_size: int,
+    figures: Mapping[str, Any],
+    folder: Path | None = None,
+) -> CardContent:
+    """The content with data, length, losses and arguments of the run; further `figures` are rows of its table."""
+    source = args.dataset_name or args.train_data_dir
+    data_id, name, loss = hub_id(args.dataset_name), last_part(source), figures.get("validation_loss")
+    facts = {
+        "data": f"`{name}`" if data_id is None else f"[{data_id}](https://huggingface.co/datasets/{data_id})",
+        "steps": f"{args.max_train_steps:,} of {global_batch_size:,} samples",
+        **({} if loss is None else {"held-out loss": f"{loss:.4f}"}),
+        **{key: value for key, value in figures.items() if not key.startswith("validation_loss")},
+    }
+    return dataclasses.replace(
+        content,
+        license=args.hub_license,
+        datasets=[] if data_id is None else [data_id],
+        base_model=hub_id(args.pretrained_model_name_or_path),
+        pictures=[*content.pictures, *([Picture("grid.png")] if has_picture("grid.png", args, folder) else [])],
+        facts={**content.facts, **facts},
+        losses_by_time=figures.get("validation_loss_by_time", ()),
+        evaluation=None if loss is None else Evaluation({"held-out loss": loss}, data_id or name, data_id),
+        arguments=saved_arguments(args),
+    )
+
+
+def has_picture(name: str, args: argparse.Namespace, folder: Path | None) -> bool:
+    """Whether the output folder, or the folder that is written now, has a picture."""
+    return any((place / name).is_file() for place in (Path(args.output_dir), folder) if place is not None)
+
+
 class Publisher:
     """
-    Uploads what a run saves. Only the main process has one.
+    Uploads of a run, by its main process.
 
     Mistakes that no waiting repairs (a wrong token, a forbidden name) are errors of [`start`], before any work. A Hub
     that cannot be reached is not: the run goes on, and at its end says how to upload the folder.
-
-    Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_hub_arguments`, and `hub_strategy`.
-        output_dir (`Path`):
-            Folder of the run; its name is the default of `hub_model_id`.
-
-    Attributes:
-        repo_id (`str`):
-            The repository; as far as it is known before the Hub has answered.
     """
 
     def __init__(self, args: argparse.Namespace, output_dir: Path) -> None:
         self._args, self._output_dir = args, output_dir
         self._api = HfApi(token=args.hub_token)
+        self._repo_id: str = args.hub_model_id or output_dir.resolve().name
         self._is_ready = False
         self._uploads: list[tuple[Future, Path]] = []
-        self.repo_id: str = args.hub_model_id or output_dir.resolve().name
-        self._called = {self.repo_id, str(output_dir)}
+
+    @property
+    def repo_id(self) -> str:
+        """What a card loads: the repository, or the output folder as long as the Hub has not named the repository."""
+        return self._repo_id if self._is_ready else str(self._output_dir)
 
     def start(self) -> None:
-        """
-        Creates the repository and asks whether it may be written to.
-
-        Raises:
-            ValueError: if the Hub refuses, or the arguments do not fit what is there.
-        """
+        """Create the repository; a `ValueError` if the Hub refuses, or the arguments do not fit what is there."""
         if self._args.push_dry_run:
             return
         shutil.rmtree(self._output_dir / STAGING, ignore_errors=True)
@@ -92,34 +119,25 @@ class Publisher:
             self._prepare()
         except Exception as error:
             if _is_refusal(error):
-                raise ValueError(f"The Hub refuses {self.repo_id!r}: {self._reason(error)}.") from error
+                raise ValueError(f"The Hub refuses {self._repo_id!r}: {self._reason(error)}.") from error
             logger.warning(
                 "The Hub cannot be reached now (%s). The run goes on, and tries again when it has something to send.",
                 self._reason(error),
             )
 
     def checkpoint_saved(self, step: int, export: Callable[[Path], None]) -> None:
-        """
-        Uploads the pipeline as it is now in the background, if the strategy is to.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-            export (`Callable`):
-                Writes the pipeline and its card to a folder; not called if nothing is to be uploaded.
-        """
+        """Upload what `export` writes to a folder in the background, if checkpoints are to be uploaded."""
         if self._args.push_dry_run or self._args.hub_strategy == "end":
             return
         folder = self._output_dir / STAGING / f"step-{step}"
         try:
             folder.mkdir(parents=True)
-            for name in ("training_args.json", "log.jsonl"):
-                if (self._output_dir / name).is_file():
-                    shutil.copy(self._output_dir / name, folder / name)
             grids = sorted((self._output_dir / "samples").glob("*.png"), key=lambda file: file.stat().st_mtime)
-            for grid in grids[-1:] or [self._output_dir / "grid.png"]:
-                if grid.is_file():
-                    shutil.copy(grid, folder / "grid.png")
+            grid = grids[-1] if grids else self._output_dir / "grid.png"
+            for name, file in {"grid.png": grid, "training_args.json": None, "log.jsonl": None}.items():
+                file = file or self._output_dir / name
+                if file.is_file():
+                    shutil.copy(file, folder / name)
             export(folder)
         except Exception as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -130,19 +148,14 @@ class Publisher:
         self._uploads.append((self._api.run_as_future(self._upload_step, folder, step), folder))
 
     def drop_waiting(self) -> None:
-        """Forgets the checkpoints whose upload has not begun."""
+        """Forget the checkpoints whose upload has not begun."""
         for upload, folder in self._uploads:
             if upload.cancel():
                 shutil.rmtree(folder, ignore_errors=True)
         self._uploads = [(upload, folder) for upload, folder in self._uploads if not upload.done()]
 
     def finish(self) -> bool:
-        """
-        Uploads the output folder, after the checkpoints that are still to go; with `--push_dry_run`, lists its files.
-
-        Returns:
-            `bool`: whether it has been done. If not, the log says why, and how to do it.
-        """
+        """Upload the output folder after the waiting checkpoints; whether it succeeded. A dry run lists its files."""
         if self._args.push_dry_run:
             self._list_files()
             return True
@@ -168,25 +181,30 @@ class Publisher:
     def _prepare(self) -> None:
         args = self._args
         private = True if args.hub_private_repo else None
-        repo_id = self._api.create_repo(self.repo_id, private=private, exist_ok=True).repo_id
+        repo_id = self._api.create_repo(self._repo_id, private=private, exist_ok=True).repo_id
         info = self._api.model_info(repo_id)
         if private and info.private is False:
             raise _Refusal("it exists and is public, which --hub_private_repo does not change")
         self._api.auth_check(repo_id, write=True)
         if args.hub_revision is not None:
             self._api.create_branch(repo_id, branch=args.hub_revision, exist_ok=True)
-        self.repo_id, self._is_ready = repo_id, True
+        self._repo_id, self._is_ready = repo_id, True
         if any(file.rfilename != ".gitattributes" for file in info.siblings or ()):
             logger.info("%s exists; what this run uploads becomes its next commit.", repo_id)
 
     def _upload_step(self, folder: Path, step: int) -> None:
+        # Bars of uploads in the background would run over the one of the training.
+        shown = not are_progress_bars_disabled()
+        if shown:
+            disable_progress_bars()
         try:
-            with _without_progress_bars():
-                self._send(folder, f"Step {step}")
+            self._send(folder, f"Step {step}")
         except Exception as error:
             logger.warning("Step %d could not be uploaded (%s); training goes on.", step, self._reason(error))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            if shown:
+                enable_progress_bars()
 
     def _send(self, folder: Path, message: str) -> str:
         """One commit; its address. What the Hub has already, from an earlier try too, is not sent again."""
@@ -195,7 +213,7 @@ class Publisher:
                 if not self._is_ready:
                     self._prepare()
                 commit = self._api.create_commit(
-                    self.repo_id, self._operations(folder), commit_message=message, revision=self._args.hub_revision
+                    self._repo_id, self._operations(folder), commit_message=message, revision=self._args.hub_revision
                 )
                 return commit.commit_url
             except Exception as error:
@@ -205,52 +223,49 @@ class Publisher:
                 time.sleep(wait)
         raise AssertionError("unreachable")
 
-    def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """The files of a folder; what else is in the same components on the Hub goes, such as shards of before."""
+    def _files(self, folder: Path) -> dict[str, Path | bytes]:
+        """Files to upload, with the repository and measured figures in the card."""
         files = portable_files(folder)
         card = files.get("README.md")
         if isinstance(card, Path):
-            known = self._called | {self._saved_output_dir(folder)}
-            text = LOADED.sub(
-                lambda found: found[1] + (self.repo_id if found[2] in known else found[2]),
-                card.read_text(encoding="utf-8"),
-            )
+            arguments = folder / "training_args.json"
+            saved = json.loads(arguments.read_text(encoding="utf-8")) if arguments.is_file() else {}
+            own = {str(self._output_dir), saved.get("output_dir")}
+            text = portable_card(card.read_text(encoding="utf-8"), self._repo_id, own)
             evaluation = Evaluation.read(folder)
-            if evaluation is not None:
-                text = str(with_evaluation(ModelCard(text), evaluation))
-            files["README.md"] = text.encode()
-        owned = tuple(f"{name}/" for name in components(folder))
-        present = self._api.list_repo_files(self.repo_id, revision=self._args.hub_revision)
-        stale = [name for name in present if name.startswith(owned) and name not in files]
-        return [
-            *(CommitOperationAdd(name, content) for name, content in files.items()),
-            *(CommitOperationDelete(name) for name in stale),
-        ]
+            files["README.md"] = (
+                text if evaluation is None else str(with_evaluation(ModelCard(text), evaluation))
+            ).encode()
+        return files
 
-    def _saved_output_dir(self, folder: Path) -> str | None:
-        file = folder / "training_args.json"
-        return json.loads(file.read_text(encoding="utf-8")).get("output_dir") if file.is_file() else None
+    def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
+        """The files of a folder; what else is in the same components on the Hub goes, such as shards of before."""
+        files = self._files(folder)
+        owned = tuple(f"{name}/" for name in components(folder))
+        present = self._api.list_repo_files(self._repo_id, revision=self._args.hub_revision)
+        stale = [name for name in present if name.startswith(owned) and name not in files]
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return [*additions, *(CommitOperationDelete(name) for name in stale)]
 
     def _list_files(self) -> None:
-        files = portable_files(self._output_dir)
+        files = self._files(self._output_dir)
         sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in files.items()}
-        lines = [f"  {name}  {size:,} bytes" for name, size in sizes.items()]
         logger.info(
             "An upload to %s would send %d files, %s bytes:\n%s",
-            self.repo_id,
+            self._repo_id,
             len(files),
             f"{sum(sizes.values()):,}",
-            "\n".join(lines),
+            "\n".join(f"  {name}  {size:,} bytes" for name, size in sizes.items()),
         )
 
     def _command(self) -> str:
-        words = ["python", "-m", "diffusers_fm.push_to_hub", str(self._output_dir), "--hub_model_id", self.repo_id]
+        words = ["python", "-m", "diffusers_fm.push_to_hub", str(self._output_dir), "--hub_model_id", self._repo_id]
         if self._args.hub_revision is not None:
             words += ["--hub_revision", self._args.hub_revision]
         return shlex.join(words + ["--hub_private_repo"] * self._args.hub_private_repo)
 
     def _reason(self, error: BaseException) -> str:
-        """A sentence's part, without the token."""
+        """Part of a sentence, without the token."""
         plain = isinstance(error, (_Refusal, HFValidationError))
         reason = " ".join(str(error).split()).rstrip(".") if plain else hub_reason(error)
         token = self._args.hub_token
@@ -258,7 +273,7 @@ class Publisher:
 
 
 class _Refusal(ValueError):
-    """What is asked of the Hub contradicts what is there."""
+    """A request that contradicts what is on the Hub."""
 
 
 def _is_refusal(error: BaseException) -> bool:
@@ -266,16 +281,3 @@ def _is_refusal(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
     return isinstance(error, (_Refusal, HFValidationError, LocalTokenNotFoundError))
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Bars of uploads in the background would run over the one of the training."""
-    shown = not are_progress_bars_disabled()
-    if shown:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
