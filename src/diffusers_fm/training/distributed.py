@@ -30,7 +30,7 @@ def check_tracker(name: str | None) -> None:
         return
     if name not in LOGGER_TYPE_TO_CLASS:
         raise ValueError(f"--report_to must be one of none, all, {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}.")
-    if name not in get_available_trackers():
+    if name not in map(str, get_available_trackers()):
         package = name.replace("_", "-")
         raise ValueError(f"--report_to {name} needs a package that is not installed: `pip install {package}`.")
 
