@@ -124,6 +124,17 @@ class Recording:
         return len(self.timesteps)
 
 
+def assert_same(actual: Recording, expected: Recording, atol: float = 1e-4) -> None:
+    assert expected.calls > 0
+    assert actual.calls == expected.calls
+    for ours, stock in zip(actual.timesteps, expected.timesteps, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=atol)
+    for ours, stock in zip(actual.samples, expected.samples, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=atol)
+    torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=atol)
+    assert expected.images.isfinite().all()
+
+
 def record(
     case: StockCase,
     scheduler: SchedulerMixin,

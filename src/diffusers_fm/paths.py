@@ -595,6 +595,8 @@ class DiscreteVPPath(ConditionalPath):
             The betas themselves, in place of a schedule.
         rescale_betas_zero_snr (`bool`, *optional*, defaults to `False`):
             Rescale to pure noise at t = 1 (arXiv 2305.08891, algorithm 1).
+        snr_shift_scale (`float`, *optional*, defaults to 1.0):
+            The signal-to-noise ratio is divided by this, above 0 (CogVideoX, arXiv 2408.06072).
     """
 
     num_train_timesteps: int = 1000
@@ -603,6 +605,7 @@ class DiscreteVPPath(ConditionalPath):
     beta_schedule: str = "linear"
     trained_betas: tuple[float, ...] | None = None
     rescale_betas_zero_snr: bool = False
+    snr_shift_scale: float = 1.0
 
     def __post_init__(self) -> None:
         valid = isinstance(self.num_train_timesteps, int) and self.num_train_timesteps >= 2
@@ -613,6 +616,8 @@ class DiscreteVPPath(ConditionalPath):
         for name in ("beta_start", "beta_end"):
             beta = getattr(self, name)
             _require(_is_number(beta) and 0 < beta < 1, name, beta, "a number in (0, 1)")
+        scale = self.snr_shift_scale
+        _require(_is_number(scale) and scale > 0, "snr_shift_scale", scale, "a number above 0")
         zero_snr = self.rescale_betas_zero_snr
         _require(isinstance(zero_snr, bool), "rescale_betas_zero_snr", zero_snr, "True or False")
         if self.trained_betas is not None:
@@ -645,7 +650,8 @@ class DiscreteVPPath(ConditionalPath):
     def _angles(self) -> torch.Tensor:
         """`atan2(alpha, sigma)` at the knots, from nearly pi/2 (data) down to 0 if the last knot is pure noise."""
         log_alpha_bar = torch.cumsum(torch.log1p(-self.betas), 0)
-        alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
+        alpha, sigma = torch.exp(log_alpha_bar / 2), torch.sqrt(-self.snr_shift_scale * torch.expm1(log_alpha_bar))
+        alpha, sigma = alpha / torch.hypot(alpha, sigma), sigma / torch.hypot(alpha, sigma)
         if self.rescale_betas_zero_snr:
             alpha = alpha[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
             sigma = torch.sqrt((1 - alpha) * (1 + alpha))

@@ -18,7 +18,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
 )
-from stock_pipelines import Recording, StockCase, diffusion_cases, flow_cases, record, stock_keeps_timesteps
+from stock_pipelines import (
+    Recording,
+    StockCase,
+    assert_same,
+    diffusion_cases,
+    flow_cases,
+    record,
+    stock_keeps_timesteps,
+)
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.solvers import TABLEAUX
@@ -37,17 +45,6 @@ CALLS_PER_STEP = {"qwen": 2, "lumina2": 2, "cogview4": 2, "wan": 2}
 
 def calls_per_step(name: str) -> int:
     return CALLS_PER_STEP.get(name.split("-")[0], 1)
-
-
-def assert_same(actual: Recording, expected: Recording, atol: float = ATOL) -> None:
-    assert expected.calls > 0
-    assert actual.calls == expected.calls
-    for ours, stock in zip(actual.timesteps, expected.timesteps, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=0, atol=atol)
-    for ours, stock in zip(actual.samples, expected.samples, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=0, atol=atol)
-    torch.testing.assert_close(actual.images, expected.images, rtol=0, atol=atol)
-    assert expected.images.isfinite().all()
 
 
 def assert_swap_changes_nothing(case: StockCase, stock: FlowMatchEulerDiscreteScheduler, **overrides) -> Recording:

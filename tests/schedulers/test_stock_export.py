@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from stock_pipelines import flow_cases, record
-from test_stock_pipelines import assert_same
+from stock_pipelines import assert_same, flow_cases, record
 from tiny_pipelines import tiny_pipeline
 
 from diffusers_fm import FlowMatchScheduler, with_stock_scheduler

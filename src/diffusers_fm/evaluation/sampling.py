@@ -102,7 +102,7 @@ class Sampler:
             [`FlowMatchPipelineOutput`]: images and number of calls.
         """
         with quiet_copy(self.pipeline) as sampler:
-            sampler.scheduler = type(sampler.scheduler).from_config(sampler.scheduler.config, **(scheduler or {}))
+            sampler.scheduler = sampler.scheduler.with_settings(**(scheduler or {}))
             return sampler(
                 class_labels=self.labels(numbers),
                 batch_size=len(numbers),

@@ -154,7 +154,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         check_components(unet, transformer, vae, class_embedder, num_classes)
         is_ours = isinstance(scheduler, FlowMatchScheduler)
         self.register_modules(
-            scheduler=scheduler if is_ours else FlowMatchScheduler.from_config(scheduler.config),
+            scheduler=scheduler if is_ours else FlowMatchScheduler.from_stock(scheduler),
             unet=unet,
             transformer=transformer,
             vae=vae,
@@ -629,7 +629,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         # 1. Timesteps
         scheduler = self.scheduler
         if solver is not None:
-            scheduler = FlowMatchScheduler.from_config(scheduler.config, solver=solver)
+            scheduler = scheduler.with_settings(solver=solver)
         if mu is None and scheduler.config.use_dynamic_shifting:
             mu = self._default_mu(scheduler, tuple(latents.shape[1:]))
         scheduler.set_timesteps(

@@ -164,9 +164,7 @@ def edit(
     """
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
     # A copy with a step for each timestep, whatever the solver of the scheduler.
-    grid: FlowMatchScheduler = type(scheduler).from_config(  # type: ignore[assignment]
-        scheduler.config, solver="euler", s_churn=0.0, invert_sigmas=False
-    )
+    grid = scheduler.with_settings(solver="euler", s_churn=0.0, invert_sigmas=False)
     grid.set_timesteps(options.num_inference_steps, mu=mu)
     ratios = grid.sigmas[-options.num_steps - 1 :].double().tolist()
     nfe = 0

@@ -324,9 +324,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             changes |= {"sampling_path": "ot", "s_churn": 0.0, "solver": "euler"}
         if solver is not None:
             changes["solver"] = solver
-        # The class of the scheduler, which may have a path of its own.
-        scheduler: Any = type(self.scheduler).from_config(self.scheduler.config, **changes)
-        return scheduler
+        return self.scheduler.with_settings(**changes)
 
     def _autoencoder(self) -> tuple[Callable[..., torch.Tensor] | None, Callable[..., torch.Tensor] | None]:
         vae = self.vae

@@ -172,7 +172,7 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
     def _flow_scheduler(self) -> FlowMatchScheduler:
         if isinstance(self.scheduler, FlowMatchScheduler):
             return self.scheduler
-        return FlowMatchScheduler.from_config(self.scheduler.config)  # type: ignore[return-value]
+        return FlowMatchScheduler.from_stock(self.scheduler)
 
     def _to_pixels(self, image: Images) -> torch.Tensor:
         """Images in [-1, 1] at their own size, which has to be one that the transformer takes."""

@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """One scheduler that carries the conditional path: it trains, and it samples inside unchanged diffusers pipelines."""
 
+import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,7 +25,7 @@ from ..paths import ConditionalPath, lift, make_path
 from .grids import check_lengths, check_times, integer_timesteps, interpolate, spaced_ratios, to_list
 from .multistep import read_calibration
 from .sampling_plan import SamplingPlan, Stage, runge_kutta_tableau
-from .settings import check_number, check_settings
+from .settings import PATH_SETTINGS, check_number, check_settings, leaving_settings
 from .stock_configs import stock_flow_config, translate_stock_config
 
 
@@ -161,6 +167,9 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         calibration: Mapping[str, Any] | None = None,
     ):
         check_settings(self.config)
+        if "_use_default_values" in self.config:
+            # Every value counts as chosen: stock classes drop what the source had by default, which is not theirs.
+            self.register_to_config(_use_default_values=[])
         self._calibrated_steps = read_calibration(calibration or {})
         super().__init__(
             num_train_timesteps=num_train_timesteps,
@@ -220,14 +229,69 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         if not isinstance(config, Mapping):
             raise ValueError(f"`config` must be a configuration dictionary, got {config!r}.")
         known = inspect.signature(cls.__init__).parameters
+        misspelt = [] if return_unused_kwargs else [name for name in kwargs if name not in known]
+        if misspelt:
+            near = difflib.get_close_matches(misspelt[0], [name for name in known if name != "self"], 1, 0.0)[0]
+            raise ValueError(f"A {cls.__name__} has no setting {misspelt[0]!r}; the nearest one is {near!r}.")
         # What has no meaning here is kept below; the base class would warn of it each time.
-        translated = {k: v for k, v in translate_stock_config(config).items() if k in known or k.startswith("_")}
+        translated = translate_stock_config(config, kwargs)
+        translated = {k: v for k, v in translated.items() if k in known or k.startswith("_")}
         translated.pop("_use_default_values", None)
+        if "shift" in kwargs:
+            translated.pop("_linspace_shift", None)
+        defaults = {name: parameter.default for name, parameter in known.items()}
+        kwargs = leaving_settings(defaults | translated, kwargs) | kwargs
         built: Any = super().from_config(translated, return_unused_kwargs=True, **kwargs)
         scheduler, unused = built
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
         scheduler.register_to_config(**foreign)
+        if "_linspace_shift" in translated:
+            scheduler._spread_linspace(translated["_linspace_shift"])
         return (scheduler, unused) if return_unused_kwargs else scheduler
+
+    def with_settings(self, **changes: Any) -> "FlowMatchScheduler":
+        """
+        The same scheduler with other settings: its class, its path and a shift that was set later stay.
+
+        Settings that belong to the solver leave with it, unless `changes` has them: a calibration, `clip_sample`,
+        `eta`, `stochastic_sampling` and `s_churn` where the new solver has no use for them, and coordinates that it
+        does not work in.
+
+        Args:
+            changes: Settings of the scheduler, such as `solver="heun"`.
+
+        Returns:
+            `FlowMatchScheduler`: A new scheduler, its loop not laid out.
+
+        Raises:
+            ValueError: If there is no setting of that name, or a value is not accepted.
+        """
+        scheduler: Any = type(self).from_config(self.config, **changes)
+        if not PATH_SETTINGS & set(changes):
+            scheduler.path = self.path
+        return scheduler
+
+    @classmethod
+    def from_stock(cls, scheduler: SchedulerMixin) -> "FlowMatchScheduler":
+        """
+        The scheduler with the images of one of diffusers: [`from_config`], with the shift that was set since.
+
+        Args:
+            scheduler (`SchedulerMixin`):
+                A scheduler of diffusers.
+
+        Returns:
+            `FlowMatchScheduler`: A new scheduler, its loop not laid out.
+
+        Raises:
+            ValueError: If it cannot be honoured.
+        """
+        stock = next(base.__name__ for base in type(scheduler).__mro__ if base.__module__.startswith("diffusers."))
+        ours: Any = cls.from_config({**scheduler.config, "_class_name": stock})
+        flows = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler)
+        if isinstance(scheduler, flows) and scheduler.shift != ours.shift:
+            ours.set_shift(scheduler.shift)
+        return ours
 
     def to_stock(self) -> FlowMatchEulerDiscreteScheduler:
         """
@@ -243,8 +307,11 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
         Raises:
             ValueError: If there is none; the message names every setting that stands in the way.
         """
-        stock = FlowMatchEulerDiscreteScheduler(**stock_flow_config(self.config, self.path))
+        config = stock_flow_config(self.config, self.path)
+        stock = FlowMatchEulerDiscreteScheduler(**config | {"shift": self.config.get("_linspace_shift", self.shift)})
         stock.set_shift(self.shift)
+        # So that its file has the shift too.
+        stock.register_to_config(shift=self.shift)
         return stock
 
     def build_model_card(self, repo_id: str) -> ModelCard:
@@ -639,7 +706,19 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
             ValueError: If it is not.
         """
         check_number("shift", shift)
+        if self.config.solver == "calibrated" and shift != 1.0:
+            raise ValueError(
+                f"The grid of the solver 'calibrated' is that of its calibration, got the shift {shift!r}."
+            )
+        # Stock's grid, `linspace`, ends where the shift of the constructor puts it: that is kept in files too.
+        self.register_to_config(shift=shift, _linspace_shift=self.config.get("_linspace_shift", self.config.shift))
         super().set_shift(shift)
+
+    def _spread_linspace(self, shift: float) -> None:
+        """Give `linspace` the ends that it has in a scheduler constructed with this shift."""
+        if not self.config.use_dynamic_shifting:
+            ends = torch.tensor([1 / self.config.num_train_timesteps, 1.0])
+            self.sigma_min, self.sigma_max = (shift * ends / (1 + (shift - 1) * ends)).tolist()
 
     # The sampling loop
 

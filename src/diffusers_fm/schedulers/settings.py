@@ -2,7 +2,7 @@
 """Which settings of a scheduler are values at all, and which of them go together."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..coordinates import SAMPLING_PATHS
@@ -34,6 +34,8 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
 BY_ESTIMATES = ("stochastic_sampling", "clip_sample", "eta")
+# What builds the path.
+PATH_SETTINGS = frozenset(("path", "path_kwargs", "num_train_timesteps"))
 GRID_CHANGES = (
     "use_dynamic_shifting",
     "shift_terminal",
@@ -59,6 +61,24 @@ def check_number(name: str, value: Any) -> None:
     valid, accepted = NUMBERS[name]
     if not valid(value):
         raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
+
+
+def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of the present solver that a change of solver or coordinates takes away, at values that do nothing."""
+    now = {**config, **changes}
+    leaving: dict[str, Any] = {}
+    by_estimates = any(changes.get(name) for name in BY_ESTIMATES)
+    if now["sampling_path"] != "ot" and (now["solver"] == "dpmpp_2m" or by_estimates):
+        leaving["sampling_path"] = now["sampling_path"] = changes.get("sampling_path", "ot")
+    if (now["solver"], now["sampling_path"]) == (config["solver"], config["sampling_path"]):
+        return {}
+    if now["solver"] != "calibrated":
+        leaving["calibration"] = None
+    if (now["solver"], now["sampling_path"]) != ("euler", "ot"):
+        leaving |= {"stochastic_sampling": False, "clip_sample": False, "eta": 0.0}
+    if now["solver"] not in RUNGE_KUTTA or by_estimates:
+        leaving["s_churn"] = 0.0
+    return {name: value for name, value in leaving.items() if name not in changes}
 
 
 def check_settings(config: Any) -> None:

@@ -27,7 +27,7 @@ def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None) -> float:
         if config.use_dynamic_shifting:
             raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
         return config.shift
-    pipeline.scheduler = type(pipeline.scheduler).from_config(config, shift=shift, use_dynamic_shifting=False)
+    pipeline.scheduler = pipeline.scheduler.with_settings(shift=shift, use_dynamic_shifting=False)
     return shift
 
 

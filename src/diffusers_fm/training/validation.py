@@ -169,7 +169,7 @@ def quiet_copy(pipeline: PipelineT) -> Iterator[PipelineT]:
             The pipeline in training.
     """
     sampler = copy.copy(pipeline)
-    sampler.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    sampler.scheduler = pipeline.scheduler.with_settings()
     sampler.set_progress_bar_config(disable=True)
     models = [model for model in (pipeline.denoiser, pipeline.class_embedder) if model is not None]
     was_training = [model.training for model in models]
