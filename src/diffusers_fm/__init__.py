@@ -7,7 +7,7 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from ._register import register
 from .losses import flow_matching_loss
-from .models import ClassEmbedder, decode_latents, encode_latents
+from .models import ClassEmbedder, IntervalEmbedding, decode_latents, encode_latents
 from .paths import (
     PATHS,
     PREDICTION_TYPES,
@@ -53,6 +53,7 @@ __all__ = [
     "FlowMatchPipelineOutput",
     "FlowMatchScheduler",
     "FlowMatchUpscalePipeline",
+    "IntervalEmbedding",
     "OTPath",
     "StableDiffusion3EditPipeline",
     "VEPath",

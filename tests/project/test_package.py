@@ -167,7 +167,7 @@ def test_python_examples_import_what_exists(page: Path) -> None:
                 assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
-@pytest.mark.parametrize("page", ["paths.md", "migration.md"])
+@pytest.mark.parametrize("page", ["paths.md", "migration.md", "flow_maps.md"])
 def test_examples_run(page: str) -> None:
     # These pages need no trained model; their asserts are their claims.
     torch.manual_seed(0)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from .autoencoding import decode_latents, encode_latents, encode_moments, latents_of_moments, spatial_scale_factor
 from .class_embedder import ClassEmbedder
+from .interval import IntervalConditioning, IntervalEmbedding
 from .pixel_autoencoder import can_be_identity, set_identity
 
 
 __all__ = [
     "ClassEmbedder",
+    "IntervalConditioning",
+    "IntervalEmbedding",
     "can_be_identity",
     "decode_latents",
     "encode_latents",
