@@ -28,8 +28,7 @@ from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.loader import make_loader
 from diffusers_fm.data.order import StreamSampler
 from diffusers_fm.data.sources import load_splits, stream_splits
-from diffusers_fm.data.stream_batches import LaneBatches, StreamPosition
-from diffusers_fm.data.streams import StreamData
+from diffusers_fm.data.streams import StreamBatches, StreamData, StreamPosition
 from diffusers_fm.data.transforms import ImageTransform
 
 
@@ -75,8 +74,8 @@ def loader_speed(pictures: Path, side: int, batch_size: int, workers: int, strea
     transform, num_batches = ImageTransform(side, 3, random_flip=True), max(12, 400 // batch_size)
     if streaming:
         data = StreamData(stream_splits(train_data_dir=str(pictures))["train"], transform)
-        position = StreamPosition.of_run(data, batch_size, 1, workers, None)
-        loader = make_loader(LaneBatches(data, position, batch_size, num_batches + 1), num_workers=workers)
+        position = StreamPosition(data, batch_size, 1, workers)
+        loader = make_loader(StreamBatches(position, num_batches + 1), num_workers=workers)
     else:
         cache_dir = str(pictures.parent / "cache")
         rows = load_splits(train_data_dir=str(pictures), cache_dir=cache_dir)["train"]

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 
-from ..data.stream_batches import StreamPosition
+from ..data.streams import StreamPosition
 from ..data.unreadable import UnreadableImages
 from .guard import GradientGuard
 from .logs import LossMeter

@@ -20,8 +20,7 @@ from ..data.images import ImageData
 from ..data.loader import make_loader
 from ..data.order import BucketSampler, StreamSampler
 from ..data.randomness import BatchSlice, seed_layers
-from ..data.stream_batches import LaneBatches, StreamPosition, tell_of_divided_shards
-from ..data.streams import StreamData
+from ..data.streams import StreamBatches, StreamData, StreamPosition
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
 from .distributed import make_accelerator
@@ -267,14 +266,11 @@ class TrainingRun:
     def _stream_batches(self, data: StreamData) -> Iterator[dict[str, Any]]:
         num_processes, num_workers = self.accelerator.num_processes, self.args.dataloader_num_workers
         batch_size, saved = self.args.train_batch_size, self._manifest.get("stream")
-        position = StreamPosition.of_run(data, batch_size, num_processes, num_workers, saved)
-        if self.accelerator.is_main_process:
-            tell_of_divided_shards(data, position.num_lanes)
+        position = StreamPosition(data, batch_size, num_processes, num_workers, saved)
         num_batches = max(0, self.args.max_train_steps - self.first_step) * self.args.gradient_accumulation_steps
-        process = self.accelerator.process_index
-        batches = LaneBatches(data, position, batch_size, num_batches, num_processes, process)
+        batches = StreamBatches(position, num_batches, self.accelerator.process_index)
         self._meters.stream = position
-        return position.watch(iter(make_loader(batches, num_workers=num_workers)), num_processes)
+        return position.watch(iter(make_loader(batches, num_workers=num_workers)))
 
     def start(self, validate: Validate, export: Export, description: str) -> None:
         """
