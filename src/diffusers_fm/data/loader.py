@@ -28,7 +28,7 @@ def make_loader(
 
     Args:
         data (`Dataset`):
-            An [`ImageData`], or what gives batches of itself, such as [`LaneBatches`].
+            An [`ImageData`], or what gives batches of itself, such as [`StreamBatches`].
         sampler (`Sampler`, *optional*):
             Gives the keys of each batch of an [`ImageData`].
         num_workers (`int`, *optional*, defaults to 0):
