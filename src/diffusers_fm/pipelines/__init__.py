@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from .base import FlowMatchPipelineOutput
+from .decode_map import DecodeMap
 from .edits import FlowMatchInversionOutput
 from .init_pipeline import init_pipeline
 from .pipeline_flow_match import FlowMatchPipeline
@@ -7,10 +8,14 @@ from .pipeline_flow_match_edit import FlowMatchEditPipeline
 from .pipeline_flow_match_inverse import FlowMatchInversePipeline, FlowMatchInversePipelineOutput
 from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 from .pipeline_stable_diffusion_3_edit import StableDiffusion3EditPipeline
+from .replay import CapturedCall, capture
 from .stock import with_stock_scheduler
+from .velocity_field import VelocityField
 
 
 __all__ = [
+    "CapturedCall",
+    "DecodeMap",
     "FlowMatchEditPipeline",
     "FlowMatchInversePipeline",
     "FlowMatchInversePipelineOutput",
@@ -19,6 +24,8 @@ __all__ = [
     "FlowMatchPipelineOutput",
     "FlowMatchUpscalePipeline",
     "StableDiffusion3EditPipeline",
+    "VelocityField",
+    "capture",
     "init_pipeline",
     "with_stock_scheduler",
 ]

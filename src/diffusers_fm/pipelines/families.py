@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a velocity field cannot find out by asking a pipeline: the one place where families have names."""
+
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.guiders import ClassifierFreeGuidance
+
+
+# Pipelines whose step is no function of one state and one time for each sample, by the start of their class's name.
+REFUSED = {
+    "AnyFlow": "it learns flow maps between two times, not a velocity",
+    "Helios": "it denoises chunks of a history on a pyramid of sizes",
+    "OmniGen": "its network always gets two or three copies of the batch, guided or not",
+    "PRXPixel": "it computes the velocity outside the network with one time for the batch",
+    "SanaSprint": "its network is trained on the trigonometric flow",
+    "SkyReelsV2DiffusionForcing": "each frame has a time of its own",
+    "LTX2": "it steps video and sound together",
+}
+
+# Scales at which guidance is off, where they are not 1.
+GUIDANCE_OFF = {"ZImage": 0.0, "Krea2": 0.0}
+
+# Layers of LoRA, where they are not those of `LORA_LAYERS`.
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_LAYERS_OF = {
+    "Flux2": (*LORA_LAYERS, "to_qkv_mlp_proj", "to_out"),
+    "Kandinsky5": ("to_query", "to_key", "to_value", "out_layer"),
+    "PRX": ("img_qkv_proj", "txt_kv_proj", "to_out.0"),
+}
+
+
+def by_name(table: dict[str, Any], pipeline: type, default: Any = None) -> Any:
+    """The entry of a table whose key is the longest start of the class's name."""
+    keys = [key for key in table if pipeline.__name__.startswith(key)]
+    return table[max(keys, key=len)] if keys else default
+
+
+def without_guidance(pipeline: DiffusionPipeline, names: set[str], embedded: bool) -> dict[str, Any]:
+    """Arguments of the call with which the network is called once for each sample.
+
+    A scale that is `embedded` in the network stays the caller's choice.
+    """
+    if "true_cfg_scale" in names:
+        return {"true_cfg_scale": 1.0}
+    if "guidance_scale" in names and not embedded:
+        return {"guidance_scale": by_name(GUIDANCE_OFF, type(pipeline), 1.0)}
+    return {}
+
+
+def guider_off() -> ClassifierFreeGuidance:
+    """Guider of the pipelines that have one, at scale 1."""
+    return ClassifierFreeGuidance(guidance_scale=1.0)

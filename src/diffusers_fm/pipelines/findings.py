@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a stock pipeline's step depends on x_t and t, found by asking it and verified."""
+
+import contextlib
+from typing import Any
+
+import torch
+
+from .network_calls import TimeMap, find_times
+from .one_step import Tree
+from .pipeline_calls import ENTRIES, PROBES, Findings, PipelineCalls, same_state
+
+
+def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findings:
+    """How a kind of call works, verified."""
+    name = type(pipe.pipeline).__name__
+    probes = pipe.probes(call)
+
+    # 1. How x_t enters
+    for entry in ENTRIES[:2]:
+        calls, step = pipe.calls(), None
+        if entry in pipe.arguments or entry in dir(pipe.pipeline):
+            # A fault of the caller's shows in the last way, too.
+            with contextlib.suppress(ValueError, RuntimeError, TypeError, IndexError):
+                step = pipe.run(probes[1], call, calls, x_t, entry)
+        if step is not None and same_state(step.sample, x_t):
+            break
+    else:
+        calls, entry = pipe.calls(), "step"
+        step = pipe.run(probes[1], call, calls)
+        if step.sample.shape != x_t.shape:
+            raise ValueError(
+                f"`x_t` must have the shape {tuple(step.sample.shape)} that the loop of {name} holds for this call,"
+                f" got {tuple(x_t.shape)}."
+            )
+        held = pipe.run(probes[1], call, pipe.calls(tuple(calls.outputs)), x_t, entry)
+        if not same_state(held.sample, x_t):
+            raise ValueError(f"The loop of {name} does not hold the x_t that it is given: it changes every state.")
+    if step.velocity.shape != x_t.shape:
+        raise ValueError(f"{name} steps by a velocity of shape {tuple(step.velocity.shape)}, not of that of x_t.")
+    outputs = tuple(calls.outputs)
+
+    # 2. Guidance
+    rows = tuple(len(arguments[pipe.state]) for arguments in calls.seen)
+    if not pipe.guidance and rows != (len(x_t),):
+        raise ValueError(
+            f"{name} calls its network {len(rows)} times a step, with {sum(rows)} samples for a batch of"
+            f" {len(x_t)}: guidance is on, turn it off."
+        )
+
+    # 3. Time: in 16 bits, not all numbers of the first probes are exact
+    probed = probes
+    times, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
+    if wrong is not None and not pipe.others:
+        probed = PROBES[1]
+        times, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
+    if wrong is not None:
+        raise ValueError(f"The argument {wrong!r} of the network of {name} is not affine in the time.")
+    if not any(times):
+        raise ValueError(f"No argument of the network of {name} depends on the time.")
+    found = Findings(tuple(x_t.shape), entry, times, rows, outputs, calls.sign(step.velocity), step.mu)
+
+    # 4. One time a sample against one time a batch
+    if len(x_t) > 1:
+        mixed = torch.tensor([*probed[1:]] * len(x_t), device=x_t.device)[: len(x_t)]
+        velocity = _check(pipe, x_t, mixed, probed[1], call, found)
+        for first, t in enumerate(probed[1:]):
+            expected = _check(pipe, x_t, None, t, call, found)[first::2]
+            error = (velocity[first::2] - expected).abs().max().item()
+            tolerance = 5e-2 if _in_16_bits(pipe, x_t) else 1e-4
+            if not error <= tolerance * max(expected.abs().max().item(), 1e-6):
+                raise ValueError(
+                    f"{name} gives another velocity where times differ within a batch (error {error:.1e}): it uses"
+                    " the time outside its network."
+                )
+    return found
+
+
+def _find_times(
+    pipe: PipelineCalls,
+    x_t: torch.Tensor,
+    call: dict[str, Any],
+    entry: str,
+    outputs: tuple[Tree, ...],
+    probes: tuple[float, ...],
+) -> tuple[tuple[dict[str, TimeMap], ...], str | None]:
+    """Time arguments of each call of the network in a step, and one that is not affine."""
+    seen = []
+    for t in probes:
+        torch.manual_seed(0)
+        asked = pipe.calls(outputs * 2)
+        pipe.run(t, call, asked, x_t if entry == "latents" else x_t.float(), entry)
+        seen.append(asked.seen[-len(outputs) :])
+    maps = [find_times(calls, probes, pipe.state) for calls in zip(*seen)]
+    return tuple(times for times, _ in maps), next((wrong for _, wrong in maps if wrong), None)
+
+
+def _check(
+    pipe: PipelineCalls,
+    x_t: torch.Tensor,
+    t: torch.Tensor | None,
+    offered: float,
+    call: dict[str, Any],
+    found: Findings,
+) -> torch.Tensor:
+    torch.manual_seed(0)
+    return pipe.velocity(x_t, t, offered, call, found).float()
+
+
+def _in_16_bits(pipe: PipelineCalls, x_t: torch.Tensor) -> bool:
+    dtypes = {x_t.dtype, pipe.pipeline.components[pipe.name].dtype}
+    return torch.is_autocast_enabled(x_t.device.type) or not dtypes <= {torch.float32, torch.float64}

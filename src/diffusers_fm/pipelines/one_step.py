@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step of a stock pipeline, cut out of its call.
+
+The call runs on a shallow copy of the pipeline whose scheduler and network are replaced, so the pipeline itself is
+never changed: an exception leaves nothing behind, and threads may share a pipeline. Where the pipeline would take a
+step, the scheduler ends the call.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from diffusers.utils.torch_utils import is_compiled_module
+
+
+Tree = Any  # tensors in lists, tuples, dictionaries and model outputs, and other values
+T = TypeVar("T", bound=Tree)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], tree: T) -> T:
+    """Apply `function` to every tensor of a tree."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)  # type: ignore[return-value]
+    if isinstance(tree, dict):
+        return type(tree)(**{name: map_tensors(function, value) for name, value in tree.items()})  # type: ignore
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, value) for value in tree)  # type: ignore[return-value]
+    return tree
+
+
+def leaves(tree: Tree) -> list[torch.Tensor]:
+    """The tensors of a tree."""
+    found: list[torch.Tensor] = []
+    map_tensors(found.append, tree)
+    return found
+
+
+class StepReached(Exception):
+    """End of the call at a step of the scheduler."""
+
+    def __init__(self, velocity: torch.Tensor, sample: torch.Tensor) -> None:
+        super().__init__()
+        self.velocity, self.sample = velocity, sample
+
+
+class OneTimeScheduler(FlowMatchEulerDiscreteScheduler):
+    """Scheduler with one time for all steps; its first steps return given states, the next one ends the call."""
+
+    init_noise_sigma = 1.0
+
+    def offer(self, t: float, answers: tuple[torch.Tensor, ...] = (), endless: bool = False) -> "OneTimeScheduler":
+        """A copy that offers time `t` and answers steps with `answers`, the last of them for ever if `endless`."""
+        one = copy.copy(self)
+        one.t, one.answers, one.endless, one.mu = t, list(answers), endless, None
+        return one
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "OneTimeScheduler":
+        return self
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+        timesteps: list[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take note of the pipeline's shift and lay out the time, as often as the pipeline wants steps."""
+        given = next((values for values in (timesteps, sigmas) if values is not None), None)
+        count = max(num_inference_steps or 0 if given is None else len(given), 2)
+        sigma = 1 - self.t if self.config["invert_sigmas"] else self.t
+        self.mu = None if mu is None else float(mu)
+        self.sigmas = torch.tensor([sigma] * count + [0.0], dtype=torch.float32, device=device)
+        self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
+        self.num_inference_steps = count
+        self._step_index = self._begin_index = None
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        """The sample."""
+        return sample
+
+    def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
+        """The point of the straight path at the offered time."""
+        return (1 - self.t) * sample + self.t * noise
+
+    add_noise = scale_noise
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        model_output: torch.Tensor,
+        timestep: Any = None,
+        sample: torch.Tensor | None = None,
+        *args: Any,
+        per_token_timesteps: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
+        """Return the next answer, or end the call with the velocity noise - data.
+
+        Every flow scheduler steps by (next sigma - sigma) * output, so the output is the derivative by sigma. Where
+        sigma runs from noise to data, and where times are given for each token, the sign is the other one.
+        """
+        if not self.answers:
+            negative = bool(self.config["invert_sigmas"]) != (per_token_timesteps is not None)
+            raise StepReached(-model_output if negative else model_output, sample)  # type: ignore[arg-type]
+        answer = self.answers[0] if self.endless else self.answers.pop(0)
+        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=answer) if return_dict else (answer,)  # type: ignore
+
+
+def one_time_scheduler(scheduler: SchedulerMixin) -> OneTimeScheduler:
+    """A `OneTimeScheduler` with the configuration of a flow matching scheduler."""
+    config: Any = scheduler.config  # type: ignore[attr-defined]
+    name = type(scheduler).__name__
+    flows = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or config.get("use_flow_sigmas", False)
+    if not (flows or "FlowMatch" in name or "EulerAncestralRF" in name):
+        raise ValueError(f"A velocity field needs a pipeline with a flow matching scheduler, got {name}.")
+    if config.get("path", "ot") != "ot" or "flow" not in config.get("prediction_type", "flow_prediction"):
+        raise ValueError(
+            "A velocity field needs a scheduler of the path 'ot' whose network predicts 'flow_prediction', got"
+            f" path {config.get('path', 'ot')!r} and prediction type {config.get('prediction_type')!r}."
+        )
+    shared = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    one = OneTimeScheduler(**{key: value for key, value in config.items() if key in shared})
+    # `from_config` would drop values that the source left at its own defaults.
+    one.register_to_config(**{key: value for key, value in config.items() if not key.startswith("_")})
+    return one
+
+
+class StandIn:
+    """A component as the pipeline sees it: attributes are its own, but for some, and calls go to `call`."""
+
+    def __init__(self, component: torch.nn.Module, call: Callable[[dict[str, Any]], Any], **others: Any) -> None:
+        vars(self).update(others, _component=component, _call=call)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._component)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_component"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._component, name, value)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call({**dict(zip(argument_names(self._component), args)), **kwargs})
+
+
+def argument_names(network: torch.nn.Module) -> list[str]:
+    """Names of the arguments of a network's forward, compiled or not; the first is its state."""
+    plain = network._orig_mod if is_compiled_module(network) else network
+    return list(inspect.signature(type(plain).forward).parameters)[1:]  # type: ignore[arg-type]
+
+
+def call_pipeline(
+    pipeline: DiffusionPipeline, replaced: dict[str, Any], arguments: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a shallow copy of a pipeline with components replaced, up to a step; the step's velocity and sample."""
+    one = copy.copy(pipeline)
+    # Not by `setattr`, which would write the class of each component into the configuration.
+    vars(one).update(replaced)
+    one.set_progress_bar_config(disable=True)
+    # Some pipelines write into the lists that they are given.
+    arguments = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    call = inspect.unwrap(type(pipeline).__call__)  # without its `no_grad`
+    try:
+        call(one, **arguments)
+    except StepReached as reached:
+        return reached.velocity, reached.sample
+    raise ValueError(f"{type(pipeline).__name__} took no step.")

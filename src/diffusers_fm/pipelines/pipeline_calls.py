@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of a stock pipeline up to one step: what goes in, and what takes the places of scheduler and network."""
+
+import contextlib
+import copy
+import inspect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .families import REFUSED, by_name, guider_off, without_guidance
+from .network_calls import NetworkCalls, NetworkReached, OtherNetworkReached, TimeMap, stop_at_other
+from .one_step import (
+    OneTimeScheduler,
+    StandIn,
+    T,
+    Tree,
+    argument_names,
+    call_pipeline,
+    map_tensors,
+    one_time_scheduler,
+)
+
+
+# Times at which the network's arguments are compared; those of the second row and their multiples by 1000 are exact in
+# 16 bits, too.
+PROBES = ((0.25, 0.5, 0.75), (0.0, 0.5, 1.0))
+# How x_t enters: as an argument, in the place of the prepared latents, or as the result of a first step.
+ENTRIES = ("latents", "prepare_latents", "step")
+RESERVED = {"latents", "num_inference_steps", "timesteps", "sigmas", "callback_on_step_end", "return_dict"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that a pipeline would take."""
+
+    velocity: torch.Tensor
+    sample: torch.Tensor
+    mu: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Answers of a pipeline for one kind of call."""
+
+    shape: tuple[int, ...]
+    entry: str  # one of ENTRIES
+    times: tuple[dict[str, TimeMap], ...]  # for each call of the network in a step
+    rows: tuple[int, ...]
+    outputs: tuple[Tree, ...]  # zeros of the shapes of the network's answers
+    sign: str
+    mu: float | None
+
+    @property
+    def skipped(self) -> tuple[Tree, ...]:
+        """Answers for a first step that only takes x_t in."""
+        return self.outputs if self.entry == "step" else ()
+
+
+class PipelineCalls(nn.Module):
+    """Calls of a pipeline up to a step, around its network."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        network: str,
+        guidance: bool,
+        num_inference_steps: int,
+        call: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        reason = by_name(REFUSED, type(pipeline))
+        if reason is not None:
+            raise ValueError(f"{type(pipeline).__name__} is no velocity field: {reason}.")
+        networks = [name for name, component in pipeline.components.items() if isinstance(component, nn.Module)]
+        if network not in networks:
+            raise ValueError(f"`network` must be one of {networks}, got {network!r}.")
+        self.pipeline, self.name, self.guidance = pipeline, network, guidance
+        self.num_inference_steps = num_inference_steps
+        self.network = getattr(pipeline, network)
+        self._encode = pipeline.encode_prompt if "encode_prompt" in dir(pipeline) else None
+        self._scheduler = one_time_scheduler(pipeline.scheduler)
+        self.arguments = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+        self.state = argument_names(self.network)[0]
+        # Networks that share the times with this one, such as those of high and of low noise.
+        own = type(self.network)
+        self.others = [n for n in networks if n != network and type(getattr(pipeline, n)) is own]
+        self._components = {"guider": pipeline.guider} if "guider" in pipeline.components else {}
+        self._outputs: dict[tuple[int, ...], tuple[Tree, ...]] = {}
+        self.times_range: tuple[float, float] | None = None
+        self.check_names(call)
+        if not guidance:
+            embedded = bool(self.network.config.get("guidance_embeds", False))
+            call = {**without_guidance(pipeline, set(self.arguments), embedded), **call}
+            self._components = {name: guider_off() for name in self._components}
+        self.call = call
+
+    @torch.no_grad()
+    def finish(self, state: torch.Tensor, components: dict[str, Any], **call: Any) -> None:
+        """Run a call to its end, with a state in float32 as the result of every step, without the network."""
+        self.check_names(call)
+        with self.quiet(state):
+            if state.shape not in self._outputs:
+                calls = self.calls()
+                self.run(self.probes(call)[1], call, calls)
+                self._outputs[state.shape] = _wide(tuple(calls.outputs))
+            answers = itertools.cycle(self._outputs[state.shape])
+
+            def answer(arguments: dict[str, Any]) -> Tree:
+                return map_tensors(torch.Tensor.contiguous, next(answers))
+
+            scheduler = self._scheduler.offer(self.probes(call)[1], (state,), endless=True)
+            encode = self._encode
+            text = {} if encode is None else {"encode_prompt": lambda *a, **k: _wide(encode(*a, **k))}
+            arguments = {**self.call, **_wide(call), "num_inference_steps": 4}
+            call_pipeline(
+                self.pipeline, {**self._replaced(scheduler, answer, torch.float32), **text, **components}, arguments
+            )
+
+    @torch.no_grad()
+    def network_arguments(self, x_t: torch.Tensor, found: Findings, **call: Any) -> dict[str, Any]:
+        """Arguments of the network in a call."""
+        calls = self.calls(found.skipped + found.outputs)
+        with self.quiet(x_t):
+            self.run(self.probes(call)[1], call, calls, x_t, found.entry)
+        return calls.seen[-1]
+
+    @torch.no_grad()
+    def velocity_of_output(self, output: Tree, x_t: torch.Tensor, found: Findings, **call: Any) -> torch.Tensor:
+        """Velocity that the pipeline makes of an output of its network."""
+        answers = (*found.skipped, output)
+        with self.quiet(x_t):
+            return self.run(self.probes(call)[1], call, self.calls(answers), x_t, found.entry).velocity
+
+    def check_names(self, call: dict[str, Any]) -> None:
+        wrong = [name for name in call if name not in self.arguments or name in RESERVED]
+        if wrong:
+            takes = ", ".join(name for name in self.arguments if name not in {*RESERVED, "self"})
+            raise ValueError(f"{type(self.pipeline).__name__} takes no {wrong[0]!r} here, only {takes}.")
+
+    def calls(self, answers: tuple[Tree, ...] = (), **options: Any) -> NetworkCalls:
+        return NetworkCalls(self.network, self.state, getattr(self.pipeline, self.name).dtype, answers, **options)
+
+    def run(
+        self,
+        t: float,
+        call: dict[str, Any],
+        calls: NetworkCalls,
+        x_t: torch.Tensor | None = None,
+        entry: str | None = None,
+    ) -> Step:
+        """One call of the pipeline."""
+        arguments = {**self.call, **call, "num_inference_steps": self.num_inference_steps}
+        if entry == "latents":
+            arguments["latents"] = x_t
+        scheduler = self._scheduler.offer(t, (x_t,) if entry == "step" else ())
+        replaced = self._replaced(scheduler, calls)
+        if entry == "prepare_latents":
+            replaced["prepare_latents"] = lambda *a, **k: _with_first(self.pipeline.prepare_latents(*a, **k), x_t)
+        # Texts and images are encoded without gradients, unless something that goes in asks for them.
+        inputs = [each for each in (*call.values(), x_t) if isinstance(each, torch.Tensor)]
+        try:
+            with torch.set_grad_enabled(calls.gradients and any(each.requires_grad for each in inputs)):
+                velocity, sample = call_pipeline(self.pipeline, replaced, arguments)
+        finally:
+            calls.mu = scheduler.mu
+        return Step(velocity, sample, scheduler.mu)
+
+    def _replaced(
+        self, scheduler: OneTimeScheduler, visit: Callable[[dict[str, Any]], Tree], dtype: torch.dtype | None = None
+    ) -> dict[str, Any]:
+        """What takes the places of components and methods of the pipeline in one call."""
+        network = getattr(self.pipeline, self.name)
+        others = {} if dtype is None else {"dtype": dtype}
+        return {
+            # Guiders count their calls.
+            **{name: copy.copy(component) for name, component in self._components.items()},
+            **{name: StandIn(getattr(self.pipeline, name), stop_at_other) for name in self.others},
+            **({} if self._encode is None else {"encode_prompt": self._encode}),
+            "scheduler": scheduler,
+            self.name: StandIn(network, visit, **others),
+        }
+
+    def velocity(
+        self, x_t: torch.Tensor, t: torch.Tensor | None, offered: float, call: dict[str, Any], found: Findings
+    ) -> torch.Tensor:
+        """The verified way; with the offered time for all samples where `t` is not given."""
+        calls = self.calls(found.skipped, times=found.times, t=t, offered=offered)
+        step = self.run(offered, call, calls, x_t, found.entry)
+        if not same_state(step.sample, x_t):
+            raise ValueError(f"The loop of {type(self.pipeline).__name__} does not hold the x_t that it is given.")
+        if calls.differentiable and not step.velocity.requires_grad:
+            raise ValueError(f"{type(self.pipeline).__name__} cuts the gradient between its network and its step.")
+        return step.velocity.to(x_t.dtype)
+
+    def probes(self, call: dict[str, Any]) -> tuple[float, float, float]:
+        """Three times of the network's range, which is all of [0, 1] unless networks share it."""
+        if not self.others:
+            return PROBES[0]
+        if self.times_range is None:
+            grid = [i / 64 for i in range(65)]
+            reached = [self._reached(t, call) for t in grid]
+            if not any(reached):
+                raise ValueError(f"{type(self.pipeline).__name__} calls {self.name} at no time.")
+            first, last = reached.index(True), len(grid) - 1 - reached[::-1].index(True)
+            self.times_range = self._edge(grid, first, -1, call), self._edge(grid, last, 1, call)
+        low, high = self.times_range
+        return low, (low + high) / 2, high
+
+    def _reached(self, t: float, call: dict[str, Any]) -> bool:
+        try:
+            self.run(t, call, self.calls(stop=True))
+        except NetworkReached:
+            return True
+        except OtherNetworkReached:
+            return False
+        raise ValueError(f"{type(self.pipeline).__name__} calls none of its networks.")
+
+    def _edge(self, grid: list[float], inside: int, side: int, call: dict[str, Any]) -> float:
+        """The last time next to a point of the grid at which the network is called."""
+        if inside + side not in range(len(grid)):
+            return grid[inside]
+        good, bad = grid[inside], grid[inside + side]
+        for _ in range(16):
+            middle = (good + bad) / 2
+            good, bad = (middle, bad) if self._reached(middle, call) else (good, middle)
+        return good
+
+    @contextlib.contextmanager
+    def quiet(self, x_t: torch.Tensor | None) -> Iterator[None]:
+        """Eval mode and a random state of its own, both undone."""
+        modes = [(module, module.training) for module in self.network.modules()]
+        device = torch.device("cpu") if x_t is None else x_t.device
+        devices = [] if device.type == "cpu" else [device]
+        try:
+            self.network.eval()
+            with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+
+
+def same_state(sample: torch.Tensor, x_t: torch.Tensor) -> bool:
+    return sample is x_t or (sample.shape == x_t.shape and torch.equal(sample.to(x_t.dtype), x_t))
+
+
+def _with_first(prepared: Tree, x_t: torch.Tensor | None) -> Tree:
+    """What `prepare_latents` returns, with other latents: a tensor, or a tuple that begins with them."""
+    return (x_t, *prepared[1:]) if isinstance(prepared, tuple) else x_t
+
+
+def _wide(tree: T) -> T:
+    return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, tree)

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock flow matching pipeline as a velocity field: a network of x_t and t, to train, to score and to integrate."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .findings import find
+from .network_calls import NetworkReached
+from .pipeline_calls import Findings, PipelineCalls
+from .prompt_memo import PromptMemo
+
+
+class VelocityField(PipelineCalls):
+    """
+    Velocity of a stock pipeline of diffusers, differentiable, with a time for each sample.
+
+    `forward` runs the pipeline's own call up to its first step, so that scaling, packing, position ids, masks,
+    guidance and signs are those of sampling. How x_t enters, which arguments of the network depend on the time, and
+    whether the network is called more than once are found by asking the pipeline once for each shape, in eval mode
+    and without gradients, and verified. The pipeline is never changed. Where weights are sharded over processes, all
+    of them have to `ask` for each shape together.
+
+    ```python
+    field = VelocityField(pipeline, height=512, width=512)
+    velocity = field(x_t, t, prompt=captions)
+    loss = (velocity - (noise - data)).square().mean()
+    ```
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            Pipeline with a flow matching scheduler.
+        network (`str`, *optional*, defaults to `"transformer"`):
+            Name of the component that is trained. It is registered as the attribute `network`, which may be replaced
+            by its compiled or distributed form.
+        guidance (`bool`, *optional*, defaults to `False`):
+            Whether the network may be called several times for a sample, as guided sampling does. Training refuses it.
+        num_inference_steps (`int`, *optional*, defaults to 28):
+            Steps of sampling, on which the shift depends in some pipelines.
+        call:
+            Arguments of the pipeline's call that are the same in every `forward`, such as `height` and `width`.
+            Without `guidance`, scales that are not given are those at which guidance is off.
+
+    Raises:
+        ValueError: If the pipeline is none of a straight flow, or does not have the component or an argument.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        network: str = "transformer",
+        *,
+        guidance: bool = False,
+        num_inference_steps: int = 28,
+        **call: Any,
+    ) -> None:
+        super().__init__(pipeline, network, guidance, num_inference_steps, call)
+        self._found: dict[tuple[Any, ...], Findings] = {}
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, **call: Any) -> torch.Tensor:
+        """
+        Velocity noise - data at x_t and t.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(batch_size, ...)`):
+                State of the pipeline's loop, as [`DecodeMap`] encodes it: packed or scaled as the pipeline does.
+            t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+                Times in [0, 1], 0 = data, 1 = noise.
+            call:
+                Further arguments of the pipeline's call, such as `prompt`, a list with an entry for each sample.
+
+        Returns:
+            `torch.Tensor` of the shape and dtype of `x_t`.
+
+        Raises:
+            ValueError: If a time is out of range, or the pipeline's answers cannot be verified.
+        """
+        t = t.expand(len(x_t)) if t.ndim == 0 else t
+        if t.shape != x_t.shape[:1]:
+            raise ValueError(f"`t` must have the shape {tuple(x_t.shape[:1])} of the batch, got {tuple(t.shape)}.")
+        offered, least, most = torch.stack([t.detach()[0], *t.detach().aminmax()]).tolist()
+        found = self.ask(x_t, **call)
+        low, high = self.times_range or (0.0, 1.0)
+        if not low <= least <= most <= high:
+            raise ValueError(f"`t` must lie in [{low:g}, {high:g}] for {self.name}, got {least:g} to {most:g}.")
+        return self.velocity(x_t, t, offered, call, found)
+
+    @torch.no_grad()
+    def ask(self, x_t: torch.Tensor, **call: Any) -> Findings:
+        """
+        Find and verify how a kind of call works; kept for each shape.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(batch_size, ...)`):
+                A state.
+            call:
+                As in `forward`.
+
+        Returns:
+            `Findings`: The answers.
+
+        Raises:
+            ValueError: If the pipeline cannot be verified to be a velocity field, in one sentence.
+        """
+        self.check_names(call)
+        key = (x_t.shape, x_t.dtype, *((name, _kind(value)) for name, value in sorted(call.items())))
+        if key not in self._found:
+            with self.quiet(x_t):
+                self._found[key] = find(self, x_t, call)
+        return self._found[key]
+
+    @torch.no_grad()
+    def state_shape(self, **call: Any) -> tuple[int, ...]:
+        """
+        Shape of x_t for a call, its batch axis included.
+
+        Args:
+            call:
+                As in `forward`.
+        """
+        self.check_names(call)
+        with self.quiet(None):
+            return tuple(self.run(self.probes(call)[1], call, self.calls()).sample.shape)
+
+    @torch.no_grad()
+    def shift(self, **call: Any) -> float:
+        """
+        Shift of the pipeline's times at the size of a call, for [`~timesteps.shift_time`].
+
+        It is the one that the pipeline itself passes to its scheduler for this size (`mu`) where the shift is dynamic,
+        and the scheduler's own otherwise.
+
+        Args:
+            call:
+                As in `forward`.
+        """
+        config = self.pipeline.scheduler.config
+        if not config.get("use_dynamic_shifting", False):
+            return float(config.get("shift", config.get("flow_shift", 1.0)))
+        mu = self.mu(**call)
+        if mu is None:
+            raise ValueError(f"{type(self.pipeline).__name__} passes no `mu` to its scheduler, which needs one.")
+        return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+
+    @torch.no_grad()
+    def mu(self, **call: Any) -> float | None:
+        """
+        Shift that the pipeline passes to its scheduler for a call, if it does.
+
+        Args:
+            call:
+                As in `forward`.
+        """
+        self.check_names(call)
+        calls = self.calls(stop=True)
+        with self.quiet(None), contextlib.suppress(NetworkReached):
+            self.run(self.probes(call)[1], call, calls)
+        return calls.mu
+
+    def without_gradient(self, x_t: torch.Tensor, t: torch.Tensor, **call: Any) -> list[str]:
+        """
+        Names of trainable parameters of the network that the velocity does not depend on.
+
+        Distributed training stops at them unless they are frozen.
+
+        Args:
+            x_t (`torch.Tensor` of shape `(batch_size, ...)`):
+                States.
+            t (`torch.Tensor` of shape `(batch_size,)`):
+                Times.
+            call:
+                As in `forward`.
+        """
+        names, parameters = zip(*((n, p) for n, p in self.network.named_parameters() if p.requires_grad))
+        gradients = torch.autograd.grad(self(x_t, t, **call).sum(), parameters, allow_unused=True)
+        return [name for name, gradient in zip(names, gradients) if gradient is None]
+
+    def keep_text(self, device: str | torch.device = "cpu") -> PromptMemo:
+        """
+        From now on encode each caption once, alone, and put batches together from those.
+
+        Args:
+            device (`str` or `torch.device`, *optional*, defaults to `"cpu"`):
+                Where the embeddings are kept.
+
+        Returns:
+            [`PromptMemo`]: The embeddings; once they are there, the text encoders can be dropped.
+        """
+        self._encode = memo = PromptMemo(self.pipeline, device)
+        return memo
+
+    def describe(self) -> list[dict[str, Any]]:
+        """
+        What was found, for each kind of call that was asked: plain values, for logs and files.
+
+        Returns:
+            `list[dict]`: `shape` of x_t; `x_t`, how it enters; `calls` of the network a step; `time`, the arguments of
+            the network that depend on t, and how; `sign` of the network's output against noise - data; `mu`.
+        """
+        return [
+            {
+                "pipeline": type(self.pipeline).__name__,
+                "network": type(self.pipeline.components[self.name]).__name__,
+                "shape": list(found.shape),
+                "x_t": found.entry,
+                "calls": len(found.rows),
+                "rows": list(found.rows),
+                "time": {name: str(line) for times in found.times for name, line in times.items()},
+                "sign": found.sign,
+                "mu": found.mu,
+                "call": {name: str(value) for name, value in self.call.items()},
+            }
+            for found in self._found.values()
+        ]
+
+
+def _kind(value: Any) -> Any:
+    """Two values of one kind take the same way through a pipeline."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (list, tuple)):
+        return len(value), *{_kind(each): None for each in value}
+    if isinstance(value, float):
+        return value > 0, value > 1
+    return value if isinstance(value, (bool, int)) or value is None else type(value).__name__

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Velocity fields of tiny stock pipelines, and single steps of those pipelines by diffusers' own scheduler."""
+
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from stock_pipelines import StockCase, flow_cases
+
+from diffusers_fm.pipelines import VelocityField
+
+
+# The network's time argument of each family, from its paper or model card.
+TIME_ARGUMENTS = {
+    "sd3": lambda t: 1000 * t,
+    "flux": lambda t: t,
+    "qwen": lambda t: t,
+    "lumina2": lambda t: 1 - t,
+    "sana": lambda t: 1000 * t,
+    "aura-flow": lambda t: t,
+    "cogview4": lambda t: 1000 * t,
+    "mochi": lambda t: 1000 * (1 - t),
+    "ltx": lambda t: 1000 * t,
+    "wan": lambda t: 1000 * t,
+}
+# The stock calls of these two begin from the image, whatever latents they are given.
+CASES = [name for name in flow_cases() if name not in ("flux-inpaint", "qwen-inpaint")]
+TEXT = [name for name in CASES if not name.endswith(("-image", "-inpaint"))]
+
+
+def split(case: StockCase) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments that all samples share, and two samples' own, without guidance."""
+    dropped = ("num_inference_steps", "true_cfg_scale", "guidance_scale")
+    inputs = {key: value for key, value in case.inputs.items() if key not in dropped and "negative" not in key}
+    own = {key: torch.cat([value, value.flip(0)]) for key, value in inputs.items() if isinstance(value, torch.Tensor)}
+    for value in own.values():
+        if value.is_floating_point():
+            value[1] = value[1].roll(1, -1)
+    return {key: value for key, value in inputs.items() if key not in own}, own
+
+
+def sample(own: dict[str, Any], i: int) -> dict[str, Any]:
+    return {key: value[i : i + 1] for key, value in own.items()}
+
+
+def make(name: str, **options: Any) -> tuple[VelocityField, torch.Tensor, dict[str, Any]]:
+    """A field, two states, and the conditions of two samples."""
+    case = flow_cases()[name]
+    case.pipeline.scheduler = case.scheduler
+    fixed, own = split(case)
+    field = VelocityField(case.pipeline, **{**fixed, **options})
+    return field, torch.randn(field.state_shape(**own), generator=torch.Generator().manual_seed(3)), own
+
+
+class StepFrom(FlowMatchEulerDiscreteScheduler):
+    """diffusers' own scheduler with one step, from a given time to the data."""
+
+    init_noise_sigma = 1.0
+
+    def set_timesteps(
+        self,
+        num_inference_steps: Any = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: Any = None,
+        timesteps: Any = None,
+    ) -> None:
+        ends = (1 - self.t, 1.0) if self.config.invert_sigmas else (self.t, 0.0)
+        self.sigmas = torch.tensor(ends, dtype=torch.float32)
+        self.timesteps = self.sigmas[:1] * self.config.num_train_timesteps
+        self.num_inference_steps, self._step_index, self._begin_index = 1, None, None
+
+    def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
+        return sample if self.state is None else self.state
+
+    def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = super().step(model_output, timestep, sample, *args, **kwargs)
+        self.taken = (model_output, sample, out[0])
+        return out
+
+
+def stock_step(
+    pipeline: DiffusionPipeline, x_t: torch.Tensor | None, t: float, **call: Any
+) -> tuple[torch.Tensor, ...]:
+    """Network output, state and result of one Euler step from t to 0 of the stock pipeline.
+
+    Without x_t, image-to-image pipelines begin from their images.
+    """
+    old = pipeline.scheduler
+    scheduler = StepFrom(**{key: value for key, value in old.config.items() if not key.startswith("_")})
+    scheduler.t, scheduler.state = t, x_t
+    pipeline.scheduler = scheduler
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        with torch.no_grad():
+            pipeline(
+                **{
+                    "latents": x_t,
+                    "generator": torch.Generator().manual_seed(0),
+                    "num_inference_steps": 2,
+                    "output_type": "latent",
+                }
+                | call
+            )
+    finally:
+        pipeline.scheduler = old
+    return scheduler.taken
