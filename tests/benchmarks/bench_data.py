@@ -25,8 +25,7 @@ from diffusers import UNet2DModel
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.data.images import ImageData
-from diffusers_fm.data.loader import make_loader
-from diffusers_fm.data.order import StreamSampler
+from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import load_splits, stream_splits
 from diffusers_fm.data.streams import StreamBatches, StreamData, StreamPosition
 from diffusers_fm.data.transforms import ImageTransform

@@ -13,8 +13,7 @@ from sklearn.datasets import load_digits
 from training_runs import load_script, png
 
 from diffusers_fm.data.images import ImageData
-from diffusers_fm.data.loader import make_loader
-from diffusers_fm.data.order import StreamSampler
+from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import choose_split, class_names, held_out_split_name, load_splits
 from diffusers_fm.data.transforms import ImageTransform, to_pixels
 from diffusers_fm.data.unreadable import UnreadableImages

@@ -39,7 +39,7 @@ from training_runs import (
 
 from diffusers_fm.data.buckets import assign_buckets
 from diffusers_fm.data.images import ImageData
-from diffusers_fm.data.loader import make_loader
+from diffusers_fm.data.order import make_loader
 from diffusers_fm.data.sources import first_rows, load_splits, stream_splits
 from diffusers_fm.data.streams import StreamBatches, StreamData, StreamedRow, StreamPosition
 from diffusers_fm.data.transforms import ImageTransform

@@ -13,8 +13,7 @@ from tqdm.auto import tqdm
 
 from ..data.images import ImageData
 from ..data.latents import normalize
-from ..data.loader import make_loader
-from ..data.order import StreamSampler
+from ..data.order import StreamSampler, make_loader
 from ..data.randomness import make_generator
 from ..files import written_aside
 

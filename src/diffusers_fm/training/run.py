@@ -17,8 +17,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from ..data.images import ImageData
-from ..data.loader import make_loader
-from ..data.order import BucketSampler, StreamSampler
+from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
 from .arguments import compare_arguments, saved_arguments
