@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The trainable part of a pipeline, its optimizer, and the question whether to stop."""
 
+import copy
 import functools
 import math
 import os
@@ -15,12 +16,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 from training_runs import assert_same_weights, load, make_dataset, read_log, save_untrained, train, weights
 
 from diffusers_fm.training.distributed import StopSignal
-from diffusers_fm.training.optimizers import OPTIMIZERS, GradientClipping, TrainableModel, make_optimizer, state_bytes
+from diffusers_fm.training.optimizers import (
+    OPTIMIZERS,
+    GradientGuard,
+    TrainableModel,
+    clip_gradients,
+    kept_settings,
+    make_optimizer,
+    non_finite_parameters,
+    state_bytes,
+)
 
 
 @pytest.fixture
@@ -92,13 +103,8 @@ def test_optimizers_learn_and_keep_as_much_as_they_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e3, math.inf])
-@pytest.mark.parametrize("copied_numbers", [0, 2**20])
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_clipping_is_torchs_own(
-    accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, name: str, copied_numbers: int, max_norm: float
-) -> None:
-    monkeypatch.setattr("diffusers_fm.training.optimizers.COPIED_NUMBERS", copied_numbers)
-
+def test_clipping_is_torchs_own(accelerator: Accelerator, name: str, max_norm: float) -> None:
     def parameters() -> list[torch.nn.Parameter]:
         torch.manual_seed(0)
         return [torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 4), (5,), (2, 3, 4, 4))]
@@ -107,18 +113,140 @@ def test_clipping_is_torchs_own(
     # So large an epsilon that a step tells the length of its gradient.
     make = functools.partial(make_optimizer, learning_rate=0.1, name=name, epsilon=10.0)
     optimizer, other = accelerator.prepare(make([*own, torch.nn.Parameter(torch.ones(1))])), make(reference)
-    clipping = GradientClipping(accelerator, optimizer, own, max_norm)
     # Long, short, long: a scale must not outlive its step.
     for scale in (10.0, 0.01, 1.0):
         for parameter, twin in zip(own, reference):
             gradient = scale * torch.randn_like(parameter)
             parameter.grad, twin.grad = gradient, gradient.clone()
         norm = torch.nn.utils.clip_grad_norm_(reference, max_norm)
-        torch.testing.assert_close(clipping.before_step(), norm)
+        torch.testing.assert_close(clip_gradients(accelerator, own, max_norm), norm)
         optimizer.step()
         other.step()
         for parameter, twin in zip(own, reference):
             torch.testing.assert_close(parameter, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(accelerator: Accelerator, name: str, bad: float) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = accelerator.prepare(make_optimizer([parameter], 1e-2, name))
+    optimizer.train()
+    guard = GradientGuard(accelerator, limit=1)
+
+    def step(gradient: float) -> bool:
+        parameter.grad = torch.ones_like(parameter)
+        parameter.grad[0, 0] = gradient
+        steps = guard.before_step(optimizer, clip_gradients(accelerator, [parameter], 1.0))
+        if steps:
+            optimizer.step()
+        return steps
+
+    assert step(1.0)
+    before, state = parameter.detach().clone(), copy.deepcopy(optimizer.state_dict())
+    assert not step(bad)
+    assert torch.equal(parameter, before)
+    torch.testing.assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
+    assert step(1.0)
+    assert not torch.equal(parameter, before)
+    assert guard.look(3) is None
+    assert (guard.skipped, guard.in_a_row) == (1, 0)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_good_step_ends_the_count_of_skipped_ones(
+    accelerator: Accelerator, caplog: pytest.LogCaptureFixture, at_once: bool
+) -> None:
+    optimizer = accelerator.prepare(make_optimizer([torch.nn.Parameter(torch.ones(1))], 1e-2))
+    guard = GradientGuard(accelerator, limit=2)
+    # Never three in a row before the last one.
+    norms = [1.0, math.nan, math.inf, 1.0, math.nan, 1.0, math.inf, math.nan]
+    for step, norm in enumerate(norms, 1):
+        assert guard.before_step(optimizer, torch.tensor(norm)) == math.isfinite(norm)
+        if not at_once or step == len(norms):
+            assert guard.look(step) is None
+            assert guard.look(step) is None
+    assert (guard.skipped, guard.in_a_row) == (5, 2)
+    steps = ["2, 3, 5, 7, 8"] if at_once else ["2", "3", "5", "7", "8"]
+    totals = [5] if at_once else [1, 2, 3, 4, 5]
+    assert caplog.messages == [
+        f"The gradient was not finite at step {step}: skipped, {total} in all." for step, total in zip(steps, totals)
+    ]
+    # A resumed run goes on counting.
+    for norm, fault in ((math.nan, "at step 9, nor was it in the 2 steps before."), (1.0, None)):
+        resumed = GradientGuard(accelerator, limit=2)
+        resumed.load_state_dict(guard.state_dict())
+        resumed.before_step(optimizer, torch.tensor(norm))
+        assert resumed.look(9) == (fault and f"The gradient is not finite {fault}")
+    stops = GradientGuard(accelerator, limit=0)
+    stops.before_step(optimizer, torch.tensor(math.nan))
+    assert stops.look(4) == "The gradient at step 4 is not finite."
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_optimizer_has_the_settings_of_now(accelerator: Accelerator, name: str) -> None:
+    def made(rates: list[float], schedule: str, num_steps: int, **settings: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        groups = [{"params": [torch.nn.Parameter(torch.randn(64, 64))], "lr": rate} for rate in rates]
+        optimizer = make_optimizer(groups, rates[0], name, **settings)
+        scheduler = get_scheduler(schedule, optimizer, num_warmup_steps=2, num_training_steps=num_steps)
+        return accelerator.prepare(optimizer), scheduler
+
+    def train(optimizer: Any, scheduler: Any) -> None:
+        optimizer.train()
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.randn(64, 64)
+        optimizer.step()
+        scheduler.step()
+
+    def group_settings(optimizer: Any) -> list[dict[str, Any]]:
+        return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+    # Prodigy has one rate for all.
+    rates, other_rates = ([1.0, 1.0], [0.1, 0.1]) if name == "prodigy" else ([1.0, 0.5], [0.1, 0.2])
+    first = {"betas": (0.5, 0.75), "weight_decay": 0.25, "epsilon": 0.5}
+    former, former_scheduler = made(rates, "cosine", 10, **first)
+    for _ in range(3):
+        train(former, former_scheduler)
+    saved, saved_schedule = copy.deepcopy(former.state_dict()), former_scheduler.state_dict()
+    # Unchanged settings: what is loaded, to the bit.
+    same, same_scheduler = made(rates, "cosine", 10, **first)
+    with kept_settings(same, same_scheduler):
+        same.load_state_dict(copy.deepcopy(saved))
+        same_scheduler.load_state_dict(saved_schedule)
+    assert group_settings(same) == group_settings(former)
+    assert same_scheduler.get_last_lr() == former_scheduler.get_last_lr()
+    # Others: theirs, and those of a run that had them from the beginning.
+    now = {"betas": (0.25, 0.5), "weight_decay": 0.125, "epsilon": 0.25}
+    resumed, scheduler = made(other_rates, "linear", 20, **now)
+    with kept_settings(resumed, scheduler):
+        resumed.load_state_dict(copy.deepcopy(saved))
+        scheduler.load_state_dict(saved_schedule)
+    fresh, fresh_scheduler = made(other_rates, "linear", 20, **now)
+    for _ in range(3):
+        train(fresh, fresh_scheduler)
+    for group, expected, old in zip(resumed.param_groups, fresh.param_groups, former.param_groups):
+        for key in ("lr", "initial_lr", "betas", "eps", "weight_decay"):
+            assert group.get(key) == expected.get(key), key
+        # The step size that Prodigy has found is no setting.
+        assert group.get("d") == (old if name == "prodigy" else expected).get("d")
+    assert scheduler.get_last_lr() == fresh_scheduler.get_last_lr()
+    for state, old in zip(resumed.state_dict()["state"].values(), saved["state"].values(), strict=True):
+        torch.testing.assert_close(state, old, rtol=0, atol=0)
+    train(resumed, scheduler)
+    train(fresh, fresh_scheduler)
+    assert [group["lr"] for group in resumed.param_groups] == [group["lr"] for group in fresh.param_groups]
+
+
+def test_parameters_that_are_not_finite_are_named() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    assert non_finite_parameters(model) == []
+    with torch.no_grad():
+        model[0].weight[0, 0], model[1].bias[1] = math.nan, math.inf
+    assert non_finite_parameters(model) == ["0.weight", "1.bias"]
+    # What is not trained is not the run's.
+    model[0].requires_grad_(False)
+    assert non_finite_parameters(model) == ["1.bias"]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -53,11 +53,30 @@ if "RANK" in os.environ and tasks.is_dir():
     atexit.register(tell)
 """
 
+# Where there is no GPU, accelerate runs DDP without a word; its state decides.
+SHARD_ON_CPU = """
+import os
+
+if "RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    former = AcceleratorState.__init__
+
+    def init(self, *args, fsdp_plugin=None, **kwargs):
+        former(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type = PartialState().distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+"""
+
 
 def run_two(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
     command = launch(line, num_processes=2, file=file, config=config)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sitecustomize.py").write_text(TELL_OF_THREADS)
+        (Path(folder) / "sitecustomize.py").write_text(TELL_OF_THREADS + SHARD_ON_CPU)
         variables = environment()
         variables["PYTHONPATH"] += os.pathsep + folder
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)

@@ -1,27 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a training script starts, and how it is asked to stop."""
+"""Processes of a run: the accelerator, signals that stop it, and weights in shards (FSDP2)."""
 
 import atexit
+import copy
 import gc
 import os
 import signal
+import threading
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
+    DistributedType,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     gather_object,
     is_tensorboard_available,
 )
+from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
 
-from .sharding import fsdp_plugin, shard_on_cpu
+from .ema import EMA
+
+
+# Engines whose checkpoints are in a format of their own.
+SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+# `DiTTransformer2DModel` calls that of its first block from outside of the block.
+_CALLED_FROM_OUTSIDE = (CombinedTimestepLabelEmbeddings,)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_LAUNCHER = os.getppid()
+_is_stopping = threading.Event()
 
 
 def check_tracker(name: str | None) -> None:
@@ -46,32 +68,14 @@ def make_accelerator(
     train_batch_size: int = 1,
 ) -> Accelerator:
     """
-    The accelerator of a script, on the CPU where there is nothing else, with as many processes as were launched.
+    Accelerator of a script, on the CPU where there is nothing else, with as many processes as were launched.
 
-    Args:
-        output_dir (`Path`):
-            Folder of the run.
-        logging_dir (`str`, *optional*, defaults to `"logs"`):
-            Folder of the trackers in it.
-        mixed_precision (`str`, *optional*):
-            `"no"`, `"fp16"` or `"bf16"`; by default what `accelerate launch` or its configuration says.
-        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
-            Batches to an optimizer step.
-        report_to (`str`, *optional*):
-            Tracker, `"all"` or `"none"`; by default TensorBoard, if it is installed.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Use the CPU although there is an accelerator.
-        torch_compile (`bool`, *optional*, defaults to `False`):
-            Compile the model with inductor; otherwise as accelerate is configured.
-        train_batch_size (`int`, *optional*, defaults to 1):
-            Samples of a process in an accumulation step, for DeepSpeed.
-
-    Returns:
-        `Accelerator`: ready for `prepare`.
+    `mixed_precision` is by default what was launched, `report_to` TensorBoard if it is installed. `train_batch_size`,
+    the samples of a process in an accumulation step, is for DeepSpeed.
 
     Raises:
-        ValueError: if accelerate runs another number of processes than was launched, the tracker is not installed,
-            `accelerate launch` was told another number of accumulation steps, or to shard by FSDP of version 1.
+        ValueError: if accelerate runs another number of processes, another engine or another number of accumulation
+            steps than was launched, or FSDP is of version 1.
     """
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if launched not in ("1", str(gradient_accumulation_steps)):
@@ -94,14 +98,14 @@ def make_accelerator(
         log_with=None if report_to == "none" else report_to,
         project_config=ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / logging_dir)),
     )
-    shard_on_cpu(accelerator, plugin)
     if accelerator.state.deepspeed_plugin is not None:
         # No loader is prepared, from which accelerate would know it.
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         config["train_micro_batch_size_per_gpu"] = train_batch_size
     world_size = os.environ.get("WORLD_SIZE", "1")
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     # Without --multi_gpu, `accelerate launch` of several processes on the CPU starts one, and this is all it leaves.
-    if "WORLD_SIZE" not in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if "WORLD_SIZE" not in os.environ and by_accelerate:
         if (os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")) == ("127.0.0.1", "29500"):
             world_size = "several"
     if world_size != str(accelerator.num_processes):
@@ -109,9 +113,25 @@ def make_accelerator(
             f"Of the processes that were launched ({world_size}), accelerate runs {accelerator.num_processes}: on the"
             " CPU, use `accelerate launch --multi_gpu --num_processes N` or `torchrun --nproc_per_node N`."
         )
+    if plugin is not None and accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError(
+            f"FSDP needs several processes with a GPU each, and accelerate runs {accelerator.num_processes} on"
+            f" {accelerator.device.type}, unsharded: launch without FSDP."
+        )
     if accelerator.num_processes > 1:
         atexit.register(_let_go_of_process_groups, [dist.group.WORLD] if dist.is_initialized() else [])
+    if by_accelerate or "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=stop_after_launcher, daemon=True).start()
     return accelerator
+
+
+def stop_after_launcher() -> None:
+    """Send SIGTERM to this process when its launcher is gone: accelerate passes none on to a single process."""
+    while os.getppid() == _LAUNCHER:
+        time.sleep(1)
+    # A second one would end the process at once.
+    if not _is_stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _let_go_of_process_groups(groups: list[dist.ProcessGroup]) -> None:
@@ -122,10 +142,6 @@ def _let_go_of_process_groups(groups: list[dist.ProcessGroup]) -> None:
     The wrapped model keeps its group, in a cycle of references, and FSDP's meshes, which torch caches, keep theirs.
     The list must be the last to do so: a group that goes with the C++ part of a model waits for its threads without
     letting go of the interpreter, for which one of them may be waiting.
-
-    Args:
-        groups (`list[dist.ProcessGroup]`):
-            Those that models may have. Emptied.
     """
     for mesh in [thing for thing in gc.get_objects() if type(thing) is DeviceMesh]:
         registry = getattr(mesh, "_pg_registry", {})
@@ -136,18 +152,7 @@ def _let_go_of_process_groups(groups: list[dist.ProcessGroup]) -> None:
 
 
 def failures(accelerator: Accelerator, error: BaseException | None) -> list[str]:
-    """
-    What went wrong in any process, so that all of them go on or none. Every process calls it; it is a barrier, too.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-        error (`BaseException`, *optional*):
-            What went wrong in this process.
-
-    Returns:
-        `list[str]`: a few words for each process in which something did.
-    """
+    """Errors of all processes in a few words each, so that all go on or none. Every process calls it; a barrier."""
     if accelerator.num_processes == 1:
         return [] if error is None else [str(error) or type(error).__name__]
     text = None if error is None else f"process {accelerator.process_index}: {str(error) or type(error).__name__}"
@@ -156,18 +161,11 @@ def failures(accelerator: Accelerator, error: BaseException | None) -> list[str]
 
 class StopSignal:
     """
-    Turns SIGTERM, SIGINT, SIGUSR1 (what Slurm's `--signal` sends) and the appearance of a file into a question that
-    the loop asks after each step, with one answer for all processes.
+    Handler of SIGTERM, SIGINT, SIGUSR1 (Slurm's `--signal`) and a file `STOP`, which the loop asks after each step.
 
-    The processes of a run get the signal at different moments. So each step starts an exchange of what they know,
-    which is looked at after the next step: nobody waits for it, and all stop at the same step. A second signal ends
-    the process at once.
-
-    Args:
-        accelerator (`Accelerator`):
-            Tells how many processes there are.
-        stop_file (`Path`, *optional*):
-            Its appearance is a wish to stop. The main process looks once a second and removes it.
+    The processes of a run get a signal at different moments. So each step starts an exchange of what they know, which
+    is looked at after the next step: nobody waits for it, and all stop at the same step. A second signal ends the
+    process at once. The main process looks for the file once a second and removes it.
     """
 
     # What `received` answers for the file: no signal has this number.
@@ -196,13 +194,14 @@ class StopSignal:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the exchange that is under way: before the processes part. Every process calls it."""
+        """Wait for the exchange that is under way, before the processes part. Every process calls it."""
         if self._exchange is not None:
             self._exchange[1].wait()
             self._exchange = None
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
+        _is_stopping.set()
         signal.signal(signum, self._former[signum])
 
     def _look_for_file(self) -> None:
@@ -214,16 +213,7 @@ class StopSignal:
                 self.signum = self.signum or self.STOP_FILE
 
     def received(self, wait: bool = False) -> int:
-        """
-        Whether to stop now. Called by every process after each step.
-
-        Args:
-            wait (`bool`, *optional*, defaults to `False`):
-                Wait for what the other processes know at this moment: after something that took long.
-
-        Returns:
-            `int`: the number of the signal, `STOP_FILE`, or 0 to go on.
-        """
+        """The signal that asks to stop now, `STOP_FILE`, or 0. `wait` for the others after what took long."""
         self._look_for_file()
         if self._group is None:
             return self.signum
@@ -239,3 +229,112 @@ class StopSignal:
         self._exchange[1].wait()
         largest, smallest = self._exchange[0].tolist()
         return largest or -smallest
+
+
+def fsdp_plugin(mixed_precision: str | None) -> FullyShardedDataParallelPlugin | None:
+    """FSDP2 as launched, or `None`; FSDP of version 1 is refused."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"FSDP of version {plugin.fsdp_version} is not supported, its shards have no names: use FSDP2"
+            " (fsdp_version: 2, training_scripts/accelerate/fsdp2.yaml)."
+        )
+    dtype = _DTYPES.get(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    if dtype is not None:
+        # Gradients are added up in float32, as DDP does. Inputs are left to autocast: accelerate's own policy would
+        # cast the times, too, and bfloat16 knows times to two of a thousand.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32, cast_forward_inputs=False
+        )
+    return plugin
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Classes of the blocks that a model's networks are a list of: what is gathered and given up together."""
+    lists = (child for network in model.children() for child in network.children() if isinstance(child, nn.ModuleList))
+    names = {type(block).__name__ for blocks in lists for block in blocks}
+    return sorted(names | {type(part).__name__ for part in model.modules() if isinstance(part, _CALLED_FROM_OUTSIDE)})
+
+
+class EvalWeights:
+    """
+    Weights that are validated and saved, in the models of the script's pipeline.
+
+    With FSDP2 a copy of those models is trained, in shards. The main process keeps the models whole, on the CPU, and
+    gathers the weights into them when they are needed; the other processes keep nothing of them.
+
+    Attributes:
+        ema ([`EMA`], *optional*):
+            The averages; set when there is one.
+        average (`Callable`):
+            A context in which the trained model has its averaged weights; by default none.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
+        self.ema: EMA | None = None
+        self.average: Callable[[], AbstractContextManager[None]] = nullcontext
+        self._accelerator = accelerator
+        self._whole = model
+        self._trained: nn.Module | None = None
+
+    def for_training(self) -> nn.Module:
+        """The model to prepare and train: itself, or a copy to be sharded. Adapters cannot be sharded."""
+        accelerator = self._accelerator
+        if accelerator.distributed_type != DistributedType.FSDP:
+            return self._whole
+        plugin: Any = accelerator.state.fsdp_plugin
+        if not all(parameter.requires_grad for parameter in self._whole.parameters()):
+            raise ValueError("FSDP2 works for models that are trained as a whole, not for adapters: use DDP.")
+        if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
+            plugin.transformer_cls_names_to_wrap = block_names(self._whole)
+        self._trained = copy.deepcopy(self._whole)
+        self._in_autocast(self._trained)
+        # The loop changes no prediction in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        self._whole.to("cpu" if accelerator.is_main_process else "meta")
+        return self._trained
+
+    def _in_autocast(self, model: nn.Module) -> None:
+        """As accelerate does with models that are not sharded."""
+        forward = model.forward
+
+        def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+            with self._accelerator.autocast():
+                return forward(*args, **kwargs)
+
+        model.forward = autocast_forward
+
+    @property
+    def bare(self) -> nn.Module:
+        """The model as the script made it, without shards or wrappers; its values may be old."""
+        return self._whole
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the script's models have the weights that would be saved. Every process enters it."""
+        with self.average():
+            if self._trained is None:
+                yield
+                return
+            is_main = self._accelerator.is_main_process
+            if is_main:
+                self._whole.to(self._accelerator.device)
+            self._gather(self._trained)
+            try:
+                yield
+            finally:
+                if is_main:
+                    self._whole.to("cpu")
+
+    @torch.no_grad()
+    def _gather(self, trained: nn.Module) -> None:
+        """Take the weights and buffers of the shards into the whole model of the main process."""
+        bare = self._accelerator.unwrap_model(trained, keep_torch_compile=False)
+        targets = {**dict(self._whole.named_parameters()), **dict(self._whole.named_buffers())}
+        for named in (bare.named_parameters(), bare.named_buffers()):
+            for name, tensor in named:
+                value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self._accelerator.is_main_process:
+                    targets[name].copy_(value)

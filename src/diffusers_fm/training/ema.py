@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exponential moving averages of the weights: one of constant decay, or several of the power-function profile."""
+"""EMA of the weights: one of constant decay, or several of power-function profiles."""
 
-import argparse
 import functools
-import logging
-import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,35 +18,26 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..files import PARTIAL, written_aside
+from ..files import written_aside
 
-
-logger = logging.getLogger(__name__)
 
 SNAPSHOT_FOLDER = "ema_snapshots"
 
-# Snapshots to a run, if --ema_snapshot_steps says nothing. The profile of another width is then met to 0.3 % between
-# the tracked widths and up to 0.15.
+_SNAPSHOT = re.compile(r"step-(\d+)\.ema-[\d_]+\.safetensors")
+
+# Snapshots of a run by default. The profile of another width is then met to 0.3 % between the tracked widths and up to
+# 0.15.
 NUM_SNAPSHOTS = 32
 
-# The width of the flattest power function, an average with equal weights: exponent 0.
+# Width of the flattest power function, an average with equal weights: exponent 0.
 MAX_SIGMA_REL = 12**-0.5
 
 
 @functools.cache
 def power_exponent(sigma_rel: float) -> float:
     """
-    The exponent of a power function EMA of a given relative width (arXiv 2312.02696, section 3.1).
-
-    Args:
-        sigma_rel (`float`):
-            Standard deviation of the profile over the length of the run, in (0, 0.2887).
-
-    Returns:
-        `float`: gamma, at least 0, with `sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`.
-
-    Raises:
-        ValueError: if the width is out of range.
+    Exponent gamma of a power-function EMA of a relative width (arXiv 2312.02696, section 3.1):
+    `sigma_rel^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))`.
     """
     if not 0 < sigma_rel < MAX_SIGMA_REL:
         raise ValueError(f"The relative width of an EMA must be in (0, {MAX_SIGMA_REL:.4f}), got {sigma_rel}.")
@@ -58,17 +47,7 @@ def power_exponent(sigma_rel: float) -> float:
 
 @dataclass(frozen=True)
 class ConstantDecay:
-    """
-    A decay that rises to a constant, as diffusers' `EMAModel` has it with `use_ema_warmup`.
-
-    Args:
-        max_decay (`float`, *optional*, defaults to 0.9999):
-            The constant.
-        inv_gamma (`float`, *optional*, defaults to 1.0):
-            Scale of the steps of the warm-up.
-        power (`float`, *optional*, defaults to 0.75):
-            Its power.
-    """
+    """Decay that rises to a constant, as diffusers' `EMAModel` has it with `use_ema_warmup`."""
 
     max_decay: float = 0.9999
     inv_gamma: float = 1.0
@@ -76,26 +55,19 @@ class ConstantDecay:
 
     @property
     def name(self) -> str:
-        """What it is called in files."""
+        """Name in files."""
         return "constant"
 
     def decay(self, update: int) -> float:
-        """The part of the average that is kept at an update, counted from 1."""
+        """Part of the average that is kept at an update, counted from 1."""
         return min(self.max_decay, 1 - (1 + (update - 1) / self.inv_gamma) ** -self.power)
 
 
 @dataclass(frozen=True)
 class PowerFunction:
     """
-    An average whose profile is a power of the time, `(gamma + 1) tau^gamma / t^(gamma + 1)` for `tau` in [0, t]: it is
-    as wide, relative to the steps done, at any step (arXiv 2312.02696, section 3.1).
-
-    Args:
-        sigma_rel (`float`):
-            Relative width, in (0, 0.2887).
-
-    Raises:
-        ValueError: if the width is out of range.
+    Average whose profile is a power of the time, `(gamma + 1) tau^gamma / t^(gamma + 1)` for `tau` in [0, t]: it is as
+    wide, relative to the steps done, at any step (arXiv 2312.02696, section 3.1). `sigma_rel` is in (0, 0.2887).
     """
 
     sigma_rel: float
@@ -105,37 +77,25 @@ class PowerFunction:
 
     @property
     def name(self) -> str:
-        """What it is called in files, see [`width_name`]."""
+        """Name in files."""
         return width_name(self.sigma_rel)
 
-    @property
-    def exponent(self) -> float:
-        """Gamma of the profile."""
-        return power_exponent(self.sigma_rel)
-
     def decay(self, update: int) -> float:
-        """The part of the average that is kept at an update, counted from 1: `(1 - 1/n)^(gamma + 1)`."""
-        return (1 - 1 / update) ** (self.exponent + 1)
+        """Part of the average that is kept at update n, counted from 1: `(1 - 1/n)^(gamma + 1)`."""
+        return (1 - 1 / update) ** (power_exponent(self.sigma_rel) + 1)
 
 
 def width_name(sigma_rel: float) -> str:
     """
-    A width as part of a file name, and as a `variant` of diffusers. Those must not hold a dot: diffusers looks at what
-    stands before the next one, finds no such variant, and loads the other weights without a word.
-
-    Args:
-        sigma_rel (`float`):
-            Relative width.
-
-    Returns:
-        `str`: such as `ema-0_100`.
+    Relative width as part of a file name and as a `variant` of diffusers, such as `ema-0_100`. No dot: diffusers looks
+    at what stands before the next one, finds no such variant, and loads the other weights without a word.
     """
     digits = f"{sigma_rel:.3f}"
     return "ema-" + (digits if float(digits) == sigma_rel else str(sigma_rel)).replace(".", "_")
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a parameter that this process holds."""
+def local_part(parameter: torch.Tensor) -> torch.Tensor:
+    """Part of a parameter that this process holds."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.detach()
 
 
@@ -148,7 +108,7 @@ class EMA:
         model (`nn.Module`):
             The bare model, as the accelerator has prepared it. Averages begin as its weights.
         profiles (`Sequence[ConstantDecay | PowerFunction]`):
-            One for each average. The first is what [`averaged_weights`] lends.
+            One for each average. The first is validated and saved.
         offload (`bool`, *optional*, defaults to `False`):
             Keep the averages on the CPU. Each step then copies the weights there.
     """
@@ -165,13 +125,13 @@ class EMA:
 
     @torch.no_grad()
     def _weights(self) -> list[torch.Tensor]:
-        """What this process holds of the weights, in float32 where the averages are."""
+        """This process's part of the weights, in float32 where the averages are."""
         device = "cpu" if self._offload else None
-        return [_local(parameter).to(device, torch.float32) for parameter in self._parameters.values()]
+        return [local_part(parameter).to(device, torch.float32) for parameter in self._parameters.values()]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Take the weights into the averages, after each step of the optimizer. The device is not waited for."""
+        """Update the averages after a step of the optimizer. The device is not waited for."""
         self.num_updates += 1
         weights = self._weights()
         for profile, averages in zip(self.profiles, self._averages):
@@ -179,13 +139,7 @@ class EMA:
 
     @contextmanager
     def averaged_weights(self, track: int = 0) -> Iterator[None]:
-        """
-        Within this context the model has the weights of an average. Every process enters it.
-
-        Args:
-            track (`int`, *optional*, defaults to 0):
-                Number of the profile.
-        """
+        """Within this context the model has the weights of an average. Every process enters it."""
         kept = [weight.clone() for weight in self._weights()]
         self._set_weights(self._averages[track])
         try:
@@ -196,26 +150,17 @@ class EMA:
     @torch.no_grad()
     def _set_weights(self, values: list[torch.Tensor]) -> None:
         for module in self._model.modules():
-            # What a forward pass has gathered of the former weights is given up.
+            # A forward pass may have gathered the former weights.
             if isinstance(module, FSDPModule):
                 module.reshard()
-        torch._foreach_copy_([_local(parameter) for parameter in self._parameters.values()], values)
+        torch._foreach_copy_([local_part(parameter) for parameter in self._parameters.values()], values)
 
     def average(self, track: int = 0) -> dict[str, torch.Tensor]:
-        """
-        An average as a whole. Every process calls it.
-
-        Args:
-            track (`int`, *optional*, defaults to 0):
-                Number of the profile.
-
-        Returns:
-            `dict[str, torch.Tensor]`: float32 by the parameter's name; on the CPU if the model is sharded.
-        """
+        """Whole tensors of an average by name, float32; on the CPU if the model is sharded. Every process calls it."""
         whole = {}
         for (name, parameter), average in zip(self._parameters.items(), self._averages[track]):
             if isinstance(parameter, DTensor):
-                shard = average.to(_local(parameter).device)
+                shard = average.to(local_part(parameter).device)
                 shards = DTensor.from_local(
                     shard,
                     parameter.device_mesh,
@@ -229,22 +174,13 @@ class EMA:
         return whole
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, whole tensors whatever the engine. Every process calls it."""
+        """Whole tensors whatever the engine. Every process calls it."""
         averages = {profile.name: self.average(track) for track, profile in enumerate(self.profiles)}
         return {"num_updates": self.num_updates, "averages": averages}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """
-        Take up what [`state_dict`] gave, of any number of processes. Every process calls it.
-
-        Args:
-            state_dict (`dict[str, Any]`):
-                With the same profiles and parameters.
-
-        Raises:
-            ValueError: if profiles or parameters are others.
-        """
+        """Go on from what [`state_dict`] gave, with any number of processes. Every process calls it."""
         names = [profile.name for profile in self.profiles]
         if list(state_dict["averages"]) != names:
             raise ValueError(f"The checkpoint holds averages {list(state_dict['averages'])}, the run has {names}.")
@@ -255,22 +191,13 @@ class EMA:
             for (name, parameter), average in zip(self._parameters.items(), averages):
                 whole = saved[name]
                 if isinstance(parameter, DTensor):
-                    whole = whole.to(_local(parameter).device)
+                    whole = whole.to(local_part(parameter).device)
                     whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements).to_local()
                 average.copy_(whole)
         self.num_updates = state_dict["num_updates"]
 
     def save_snapshots(self, accelerator: Accelerator, output_dir: Path) -> None:
-        """
-        Write each average to a file of `ema_snapshots/`, from which averages of other widths can be made afterwards.
-        Every process calls it.
-
-        Args:
-            accelerator (`Accelerator`):
-                Its main process writes.
-            output_dir (`Path`):
-                Folder of the run.
-        """
+        """Write each average to `ema_snapshots/`, for [`posthoc_ema`]. Every process calls it, the main one writes."""
         folder = output_dir / SNAPSHOT_FOLDER
         for track, profile in enumerate(self.profiles):
             tensors = self.average(track)
@@ -283,53 +210,26 @@ class EMA:
 
 
 def remove_later_snapshots(output_dir: Path, num_updates: int) -> None:
-    """
-    Remove snapshots of a run that went further than what is resumed, and halves of snapshots.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run.
-        num_updates (`int`):
-            Updates done.
-    """
-    for file in (output_dir / SNAPSHOT_FOLDER).glob("*.safetensors"):
-        if file.name.startswith(PARTIAL) or int(file.name.split(".")[0].removeprefix("step-")) > num_updates:
+    """Remove the snapshots of a run that went further than the step from which it is resumed."""
+    for file in (output_dir / SNAPSHOT_FOLDER).glob("*"):
+        match = _SNAPSHOT.fullmatch(file.name)
+        if match is not None and int(match[1]) > num_updates:
             file.unlink()
 
 
-def make_ema(args: argparse.Namespace, accelerator: Accelerator, model: nn.Module) -> EMA | None:
-    """
-    The averages that a script's arguments ask for.
-
-    Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_average_arguments`; `ema_snapshot_steps` is filled in where it was left open.
-        accelerator (`Accelerator`):
-            Of the run.
-        model (`nn.Module`):
-            As prepared by it.
-
-    Returns:
-        [`EMA`], *optional*: the averages, registered for checkpoints; `None` without `--use_ema`.
-
-    Raises:
-        ValueError: if the engine shards the weights in a way that cannot be averaged by name.
-    """
-    if not args.use_ema:
-        return None
+def make_ema(
+    accelerator: Accelerator,
+    model: nn.Module,
+    profiles: Sequence[ConstantDecay | PowerFunction],
+    offload: bool = False,
+) -> EMA:
+    """[`EMA`] of a prepared model, registered for checkpoints; an engine whose shards have no names is refused."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("--use_ema does not work with FSDP of version 1: use FSDP2 (fsdp_version: 2).")
     deepspeed = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("--use_ema does not work with DeepSpeed ZeRO stage 3: use stage 2, or FSDP2.")
-    profiles: list[ConstantDecay | PowerFunction] = [
-        ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
-    ]
-    if args.ema_profile == "power":
-        profiles = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
-        if args.ema_snapshot_steps is None:
-            args.ema_snapshot_steps = math.ceil(args.max_train_steps / NUM_SNAPSHOTS)
-    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, args.offload_ema)
+    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload)
     accelerator.register_for_checkpointing(ema)
     return ema

@@ -3,6 +3,7 @@
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from tqdm.auto import tqdm
 from ..files import replace_contents
 from .arguments import saved_arguments
 from .checkpoints import CheckpointKeeper
-from .distributed import StopSignal, failures
+from .distributed import SHARDING, EvalWeights, StopSignal, failures
+from .ema import NUM_SNAPSHOTS
 from .logs import RunLog
 from .meters import RunMeters
 from .publishing import Publisher
-from .sharding import SHARDING, ShownWeights
 
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class Interlude:
             Where the run begins.
         meters ([`RunMeters`]):
             What is told.
-        weights ([`ShownWeights`]):
+        weights ([`EvalWeights`]):
             What is validated and saved, with the averages.
         log ([`RunLog`]):
             Where it is told.
@@ -92,7 +93,7 @@ class Interlude:
         accelerator: Accelerator,
         place: Place,
         meters: RunMeters,
-        weights: ShownWeights,
+        weights: EvalWeights,
         log: RunLog,
         checkpoints: CheckpointKeeper,
         publisher: Publisher | None,
@@ -145,7 +146,8 @@ class Interlude:
         # What comes now is no part of the speed of training.
         self._meters.throughput.stopwatch.mark("other")
         ema = self._weights.ema
-        if ema is not None and args.ema_profile == "power" and (done % args.ema_snapshot_steps == 0 or is_last):
+        snapshot_steps = args.ema_snapshot_steps or math.ceil(args.max_train_steps / NUM_SNAPSHOTS)
+        if ema is not None and args.ema_profile == "power" and (done % snapshot_steps == 0 or is_last):
             ema.save_snapshots(self._accelerator, self._output_dir)
         validation_is_due = done % args.validation_steps == 0 and not is_last
         # There may not be time for both; the resumed run begins with the validation.
@@ -171,7 +173,7 @@ class Interlude:
         saved = self._save_checkpoint(done, validation_is_due)
         self._checkpoint_is_due = False
         if saved and not signum and done < args.max_train_steps and self._publisher is not None:
-            with self._weights.shown():
+            with self._weights.applied():
                 self._publisher.checkpoint_saved(done, lambda folder: self._export(folder, self._figures))
         return saved
 
@@ -194,7 +196,7 @@ class Interlude:
         figures: dict[str, Any] = {}
         error: Exception | None = None
         try:
-            with self._weights.shown():
+            with self._weights.applied():
                 figures = self._figures = self._validate(step, grid_name)
         except Exception as caught:
             error = caught
@@ -214,7 +216,7 @@ class Interlude:
         figures = self.run_validation(done, "grid.png")
         error: Exception | None = None
         try:
-            with self._weights.shown():
+            with self._weights.applied():
                 if self._accelerator.is_main_process:
                     replace_contents(self._output_dir, lambda folder: self._export(folder, figures))
         except Exception as caught:

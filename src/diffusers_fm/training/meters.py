@@ -12,8 +12,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 
 from ..data.streams import StreamPosition
 from ..data.unreadable import UnreadableImages
-from .guard import GradientGuard
 from .logs import LossMeter
+from .optimizers import GradientGuard
 from .throughput import make_throughput
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainable part of a pipeline, and its optimizer."""
+"""Trainable model of a pipeline, optimizers, gradient clipping, and the guard against non-finite gradients."""
 
 import copy
 import importlib.util
@@ -15,13 +15,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from ..pipelines.base import FlowMatchPipelineBase
+from .ema import local_part
 
 
 logger = logging.getLogger(__name__)
 
-# Where each is, and the extra that installs it.
+# Package of each, and the extra that installs it.
 OPTIMIZERS = {
     "adamw": ("torch", ""),
     "adamw8bit": ("bitsandbytes", "8bit"),
@@ -32,9 +34,8 @@ OPTIMIZERS = {
 
 # Below this a learning rate is one that was meant for AdamW.
 PRODIGY_LEARNING_RATE = 0.1
-
-# On the CPU the norms of many small gradients take longer than one of a copy of them all, up to about this size.
-COPIED_NUMBERS = 2**20
+# Of a parameter group, what arguments say. The rest is state, such as Prodigy's step size.
+_SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
 
 
 class TrainableModel(nn.Module):
@@ -51,7 +52,7 @@ class TrainableModel(nn.Module):
         super().__init__()
         self.denoiser = pipeline.denoiser
         self.class_embedder = pipeline.class_embedder
-        # In a tuple because a pipeline is no part of a module: its autoencoder is not trained.
+        # In a tuple, which hides it from the module: the pipeline's autoencoder is not trained.
         self._predict = (pipeline.predict,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainableModel":
@@ -63,34 +64,12 @@ class TrainableModel(nn.Module):
         return TrainableModel(pipeline)
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
-        """
-        The network's answer at x_t.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                x_t, float32.
-            timestep (`torch.Tensor` of shape `(batch_size,)`):
-                `timestep_scale * t`, continuous.
-            conditions (`torch.Tensor`, *optional*):
-                What the pipeline's `predict` takes besides, such as labels of shape `(batch_size,)`.
-
-        Returns:
-            `torch.Tensor` of the shape of `sample`: of the scheduler's `prediction_type`.
-        """
+        """Network output at x_t, for continuous timesteps `timestep_scale * t` of shape `(batch_size,)`."""
         return self._predict[0](sample, timestep, *conditions)
 
 
 def check_optimizer(name: str) -> None:
-    """
-    Refuses an optimizer whose package is not installed.
-
-    Args:
-        name (`str`):
-            One of `OPTIMIZERS`.
-
-    Raises:
-        ValueError: if it is unknown, or needs a package that is not there; the sentence names the extra.
-    """
+    """Refuse an unknown optimizer, and one whose package is not installed."""
     if name not in OPTIMIZERS:
         raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
     package, extra = OPTIMIZERS[name]
@@ -109,7 +88,7 @@ def make_optimizer(
     epsilon: float = 1e-8,
 ) -> torch.optim.Optimizer:
     """
-    An optimizer by its name.
+    Optimizer by name, over float32 parameters. `betas` and `epsilon` do not concern `adafactor`.
 
     | name | | bytes of state for a parameter |
     |---|---|---|
@@ -118,26 +97,6 @@ def make_optimizer(
     | `adafactor` | second moment by rows and columns (arXiv 1804.04235), torch's; no first moment | next to none |
     | `prodigy` | AdamW that finds its step size (arXiv 2306.06101), of prodigyopt; `learning_rate` is 1 | 16 |
     | `schedule_free` | AdamW that averages and needs no schedule (arXiv 2405.15682), of schedulefree | 8 |
-
-    Args:
-        parameters (`Iterable[nn.Parameter]` or `Iterable[dict]`):
-            What is trained, in float32; in groups, where some have settings of their own.
-        learning_rate (`float`):
-            Its step size.
-        name (`str`, *optional*, defaults to `"adamw"`):
-            One of `OPTIMIZERS`.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`):
-            Decay of its two averages; `adafactor` has a rule of its own.
-        weight_decay (`float`, *optional*, defaults to 0.01):
-            Decoupled weight decay.
-        epsilon (`float`, *optional*, defaults to 1e-8):
-            Added to the denominator; `adafactor` has its own.
-
-    Returns:
-        `torch.optim.Optimizer`: the optimizer.
-
-    Raises:
-        ValueError: as [`check_optimizer`].
     """
     check_optimizer(name)
     moments = {"betas": betas, "eps": epsilon}
@@ -173,18 +132,7 @@ def make_optimizer(
 
 
 def state_bytes(name: str, shape: Sequence[int]) -> int:
-    """
-    What an optimizer keeps of a parameter, its counters left out.
-
-    Args:
-        name (`str`):
-            One of `OPTIMIZERS`.
-        shape (`Sequence[int]`):
-            The shape of the parameter, which is float32.
-
-    Returns:
-        `int`: bytes.
-    """
+    """Bytes that an optimizer keeps for a float32 parameter of a shape, its counters left out."""
     size = math.prod(shape)
     if name == "prodigy":
         return 16 * size
@@ -198,16 +146,7 @@ def state_bytes(name: str, shape: Sequence[int]) -> int:
 
 @contextmanager
 def schedule_free_weights(optimizer: AcceleratedOptimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """
-    Within this context the parameters are the average that a schedule-free optimizer is for, and afterwards what they
-    were, to the bit.
-
-    Args:
-        optimizer (`AcceleratedOptimizer`):
-            A prepared `schedule_free` one, in its mode of training.
-        parameters (`Sequence[nn.Parameter]`):
-            What it trains.
-    """
+    """Within this context the parameters are a schedule-free optimizer's average; afterwards as before, to the bit."""
     kept = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()
     try:
@@ -218,67 +157,90 @@ def schedule_free_weights(optimizer: AcceleratedOptimizer, parameters: Sequence[
             torch._foreach_copy_([parameter.detach() for parameter in parameters], kept)
 
 
-def is_plain(accelerator: Accelerator) -> bool:
+@contextmanager
+def kept_settings(optimizer: AcceleratedOptimizer, lr_scheduler: LambdaLR) -> Iterator[None]:
+    """Load a checkpoint in this context: learning rates, schedule, betas, epsilon and weight decay stay as now."""
+    settings = [{name: group[name] for name in _SETTINGS if name in group} for group in optimizer.param_groups]
+    base_lrs = list(lr_scheduler.base_lrs)
+    yield
+    rates = [base * factor(lr_scheduler.last_epoch) for base, factor in zip(base_lrs, lr_scheduler.lr_lambdas)]
+    lr_scheduler.base_lrs, lr_scheduler._last_lr = base_lrs, rates
+    for group, kept, rate in zip(optimizer.param_groups, settings, rates, strict=True):
+        group.update(kept, lr=rate)
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip the whole gradient, over all processes, to a norm; its norm before, of shape `()` on the device."""
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    # DeepSpeed clips by itself, and gives the norm as a number or, before its first step, not at all.
+    return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
+
+
+def non_finite_parameters(model: nn.Module) -> list[str]:
+    """Names of the trained parameters with numbers that are not finite, in the part that this process holds."""
+    trained = {name: local_part(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    finite = {name: tensor.isfinite().all() for name, tensor in trained.items()}
+    return [name for name, is_finite in finite.items() if not is_finite]
+
+
+class GradientGuard:
     """
-    Whether gradients and optimizer are torch's own. What accelerate has between is for scalers, shards and other
-    engines, and takes a part of a small model's step, for it looks for a package on the disk each time.
-    """
-    plain = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-    return accelerator.scaler is None and accelerator.distributed_type in plain
+    Skip optimizer steps whose gradient is not finite, and refuse more than `limit` of them in a row.
 
+    The device is not waited for at each step: a fused optimizer reads `found_inf` there, as `torch.amp.GradScaler`
+    sets it, and leaves weights, moments and its count of steps alone. Skipped steps are counted when the run logs. The
+    norm is that of the whole gradient, so all processes skip the same steps.
 
-class GradientClipping:
-    """
-    Clips the gradient of all parameters together, over all processes, to a norm.
-
-    Args:
-        accelerator (`Accelerator`):
-            What prepared the model.
-        optimizer (`AcceleratedOptimizer`):
-            A fused one is told to divide the gradients on its way through them.
-        parameters (`list[nn.Parameter]`):
-            What is trained.
-        max_norm (`float`):
-            The norm to clip to; infinity for none.
+    Attributes:
+        skipped (`int`), in_a_row (`int`):
+            Steps without a finite gradient up to the last count, in all and up to now without a break.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        optimizer: AcceleratedOptimizer,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-    ) -> None:
-        self._accelerator, self._parameters, self._max_norm = accelerator, parameters, max_norm
-        self._is_plain = is_plain(accelerator)
-        self._on_cpu = accelerator.device.type == "cpu"
-        self._copies = self._on_cpu and sum(parameter.numel() for parameter in parameters) < COPIED_NUMBERS
-        self._optimizer = optimizer.optimizer
-        self._divides = getattr(self._optimizer, "_step_supports_amp_scaling", False)
+    def __init__(self, accelerator: Accelerator, limit: int) -> None:
+        self._limit = limit
+        # A scaler skips by itself, and DeepSpeed's step is done when its norm is known.
+        self._acts = accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
+        self._pending: list[torch.Tensor] = []
+        self.in_a_row = 0
+        self.skipped = 0
 
-    def before_step(self) -> torch.Tensor:
-        """
-        Called when the gradient is complete.
+    def before_step(self, optimizer: AcceleratedOptimizer, norm: torch.Tensor) -> bool:
+        """Whether an optimizer is to step, given the norm of the gradient; one that skips by itself is."""
+        self._pending.append(norm)
+        if not self._acts:
+            return True
+        # On the CPU nothing is waited for.
+        if norm.device.type == "cpu" or not optimizer.optimizer.defaults.get("fused"):
+            return math.isfinite(norm)
+        optimizer.optimizer.found_inf = 1 - norm.isfinite().float()
+        return True
 
-        Returns:
-            `torch.Tensor` of shape `()`: the norm before clipping, on the device, the same in every process.
-        """
-        if not self._is_plain:
-            norm = self._accelerator.clip_grad_norm_(self._parameters, self._max_norm)
-            if isinstance(norm, DTensor):
-                return norm.full_tensor()
-            # DeepSpeed clips by itself, and tells the norm as a number or, before its first step, not at all.
-            return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
-        gradients = [grad for parameter in self._parameters if (grad := parameter.grad) is not None]
-        if self._copies:
-            norm = torch.linalg.vector_norm(torch._utils._flatten_dense_tensors(gradients))
-        else:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        # On the CPU nothing is waited for, and to look costs less than to divide all gradients by 1.
-        is_short = self._on_cpu and norm.numpy() <= self._max_norm
-        if self._divides:
-            # As torch.amp.GradScaler tells it.
-            self._optimizer.grad_scale = None if is_short else (norm / self._max_norm).clamp(min=1.0)
-        elif not is_short:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._max_norm, norm)
-        return norm
+    def look(self, done: int) -> str | None:
+        """Count the steps skipped up to step `done` and log them; a sentence if there are too many in a row."""
+        if not self._pending:
+            return None
+        finite = torch.isfinite(torch.stack(self._pending)).tolist()
+        first = done - len(finite) + 1
+        self._pending.clear()
+        skipped = [step for step, good in enumerate(finite, first) if not good]
+        for step, good in enumerate(finite, first):
+            self.skipped += not good
+            self.in_a_row = 0 if good else self.in_a_row + 1
+            if self.in_a_row > self._limit:
+                if self._limit == 0:
+                    return f"The gradient at step {step} is not finite."
+                return f"The gradient is not finite at step {step}, nor was it in the {self._limit} steps before."
+        if skipped:
+            steps = ", ".join(map(str, skipped))
+            logger.warning("The gradient was not finite at step %s: skipped, %d in all.", steps, self.skipped)
+        return None
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts up to the last look."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]

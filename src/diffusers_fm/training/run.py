@@ -22,15 +22,14 @@ from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
 from .arguments import compare_arguments, saved_arguments
 from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
-from .distributed import make_accelerator
-from .ema import make_ema, remove_later_snapshots
+from .distributed import SHARDING, EvalWeights, make_accelerator
+from .ema import ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
 from .logs import RunLog
 from .meters import RunMeters
 from .objective import draw_noise
-from .optimizers import GradientClipping, is_plain, make_optimizer, schedule_free_weights
+from .optimizers import clip_gradients, kept_settings, make_optimizer, schedule_free_weights
 from .publishing import Publisher, save_arguments
-from .sharding import SHARDING, ShownWeights
 
 
 logger = logging.getLogger(__name__)
@@ -179,7 +178,7 @@ class TrainingRun:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * (num_samples or 0) / self.global_batch_size)
-        self._weights = ShownWeights(accelerator, model)
+        self._weights = EvalWeights(accelerator, model)
         model = self._weights.for_training()
         optimizer = make_optimizer(
             parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
@@ -200,13 +199,14 @@ class TrainingRun:
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self._stepped = self._optimizer.optimizer if is_plain(accelerator) else self._optimizer
-        self._clipping = GradientClipping(accelerator, self._optimizer, self._parameters, args.max_grad_norm)
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._meters.throughput.watch_model(self.model, self._weights.bare)
         accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
-        self._weights.ema = make_ema(args, accelerator, self.model)
-        if self._weights.ema is not None:
+        if args.use_ema:
+            constant = ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
+            powers = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
+            profiles = powers if args.ema_profile == "power" else [constant]
+            self._weights.ema = make_ema(accelerator, self.model, profiles, args.offload_ema)
             self._weights.average = self._weights.ema.averaged_weights
         elif args.optimizer == "schedule_free":
             self._weights.average = partial(schedule_free_weights, self._optimizer, self._parameters)
@@ -216,7 +216,8 @@ class TrainingRun:
         if self.checkpoint is not None:
             self._check_engine()
             compare_arguments(args, self._manifest["arguments"], fixed=self._fixed_on_resume, free=FREE_ON_RESUME)
-            load_checkpoint(accelerator, self.checkpoint)
+            with kept_settings(self._optimizer, self._lr_scheduler):
+                load_checkpoint(accelerator, self.checkpoint)
             self._meters.loaded()
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
@@ -382,9 +383,10 @@ class TrainingRun:
         self.accelerator.backward(losses.mean())
         self._meters.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            if self._meters.before_step(self._optimizer, self._clipping.before_step()):
-                self._stepped.step()
-            self._stepped.zero_grad()
+            norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
+            if self._meters.before_step(self._optimizer, norm):
+                self._optimizer.step()
+            self._optimizer.zero_grad()
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
@@ -411,7 +413,7 @@ class TrainingRun:
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
-        return self._weights.shown()
+        return self._weights.applied()
 
     def finish(self) -> None:
         """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
