@@ -18,7 +18,7 @@ from problems import LEVELS, PROBLEMS, Checkerboard, Digits
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from diffusers_fm.evaluation import straightness
+from diffusers_fm.evaluation.sampling import straightness
 from diffusers_fm.files import replace_text
 from diffusers_fm.likelihood import bits_per_dim, log_likelihood
 from diffusers_fm.solvers import Solution

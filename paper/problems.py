@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.transforms import ImageTransform
-from diffusers_fm.evaluation import FeatureExtractor, classifier_features, frechet_distance
+from diffusers_fm.evaluation.distances import frechet_distance
+from diffusers_fm.evaluation.features import FeatureExtractor, classifier_features
 
 
 ROOT = Path(__file__).parents[1]

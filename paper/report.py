@@ -15,7 +15,8 @@ from objectives import OBJECTIVES
 from pieces import SIZES, VIEW_CALLS, VIEW_TIMES
 from problems import Checkerboard, Digits
 
-from diffusers_fm.evaluation import frechet_distance, pyplot
+from diffusers_fm.evaluation.distances import frechet_distance
+from diffusers_fm.evaluation.report import pyplot
 from diffusers_fm.paths import make_path
 
 

@@ -35,30 +35,34 @@ from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
 from diffusers_fm.data.sources import choose_split, held_out_split_name, load_splits
 from diffusers_fm.data.transforms import ImageTransform
-from diffusers_fm.evaluation import (
+from diffusers_fm.evaluation.features import (
     FeatureExtractor,
-    ResultStore,
-    Sampler,
-    accuracy,
     classifier_features,
     find_inception_weights,
-    flat_rows,
-    generate,
     inception_features,
+)
+from diffusers_fm.evaluation.measures import (
+    accuracy,
+    generate,
     likelihood,
     measure_features,
     neighbours,
+    quality,
+    solvers,
+    trajectory_figures,
+)
+from diffusers_fm.evaluation.report import (
+    flat_rows,
     picture_grid,
     plot_loss_by_time,
     plot_solvers,
-    plot_ways,
+    plot_trajectories,
     pyplot,
-    quality,
-    solvers,
-    ways,
     write_metrics,
     write_table,
 )
+from diffusers_fm.evaluation.sampling import Sampler
+from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.training.arguments import parse_arguments, saved_arguments
 from diffusers_fm.training.distributed import make_accelerator
@@ -68,7 +72,7 @@ from diffusers_fm.training.validation import data_and_labels, held_out_loss
 
 logger = logging.getLogger("diffusers_fm.evaluate")
 
-METRICS = ("quality", "likelihood", "solvers", "ways", "loss", "neighbours")
+METRICS = ("quality", "likelihood", "solvers", "trajectories", "loss", "neighbours")
 
 # Results do not depend on these.
 FREE = ("output_dir", "metrics", "use_cpu", "mixed_precision", "cache_dir")
@@ -199,8 +203,8 @@ def write_neighbours(
 ) -> None:
     """The samples nearest to training images, above those."""
     drawn = store.read("samples", "images")[closest]
-    beside = train_data[np.stack([np.zeros_like(rows), rows], axis=1)]["images"].numpy()
-    picture_grid(np.concatenate([drawn, beside]), len(drawn)).save(output_dir / "nearest.png")
+    near = train_data[np.stack([np.zeros_like(rows), rows], axis=1)]["images"].numpy()
+    picture_grid(np.concatenate([drawn, near]), len(drawn)).save(output_dir / "nearest.png")
 
 
 def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -> None:
@@ -217,8 +221,8 @@ def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -
         write_table(output_dir / "likelihood.csv", metrics["likelihood"]["by_draws"])
     if "loss" in metrics:
         plot_loss_by_time(output_dir / "loss_by_time.png", metrics["loss"]["validation_loss_by_time"])
-    if "ways" in metrics:
-        plot_ways(output_dir / "ways.png", next(store.batches("ways", "points")))
+    if "trajectories" in metrics:
+        plot_trajectories(output_dir / "trajectories.png", next(store.batches("trajectories", "points")))
     if "solvers" in metrics:
         fixed, adaptive = metrics["solvers"]["fixed"], metrics["solvers"]["adaptive"]
         rows = [*fixed, *({"solver": "dopri5, adaptive", **row} for row in adaptive)]
@@ -261,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
     extractor = None
     if wanted & {"quality", "solvers"}:
         extractor = choose_features(args, train_data, num_classes, store, accelerator)
-        measure_features(store, "train", train_data, extractor, len(train_data), batch_size)
+        measure_features(store, "train", train_data, extractor, batch_size)
     data_name = Path(args.dataset_name or args.train_data_dir).name
     metrics: dict[str, Any] = {
         "model": Path(args.pretrained_model_name_or_path).name,
@@ -280,20 +284,18 @@ def main(args: argparse.Namespace) -> None:
             "num_inference_steps": args.num_inference_steps,
         }
         if held_out is not None:
-            # What other images of the same kind get: no model need do better.
-            measure_features(store, "held-out", held_out, extractor, len(held_out), batch_size)
+            # Figures of other images of the same kind: no model need do better.
+            measure_features(store, "held-out", held_out, extractor, batch_size)
             metrics["quality_of_held_out_images"] = quality(store, "held-out", "train", extractor)
         if extractor.name == "classifier" and pipeline.num_classes == num_classes:
-            read_as_asked = accuracy(store, "samples", sampler.labels(range(args.num_images)))
-            metrics["quality"]["read_as_asked"] = read_as_asked
+            metrics["quality"]["read_as_asked"] = accuracy(store, "samples")
             if held_out is not None:
-                metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out", held_out.labels)
+                metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out")
     if "likelihood" in wanted:
         metrics["likelihood"] = likelihood(
             store,
             sampler,
             held_out,
-            len(held_out),
             batch_size,
             tuple(sorted(args.num_draws)),
             args.levels,
@@ -312,8 +314,8 @@ def main(args: argparse.Namespace) -> None:
     if "solvers" in wanted:
         count, calls = args.num_solver_images, tuple(args.num_calls)
         metrics["solvers"] = solvers(store, sampler, extractor, "train", count, batch_size, calls)
-    if "ways" in wanted:
-        metrics["ways"] = ways(store, sampler, args.num_solver_images, batch_size)
+    if "trajectories" in wanted:
+        metrics["trajectories"] = trajectory_figures(store, sampler, args.num_solver_images, batch_size)
 
     # 4. Files
     if accelerator.is_main_process:

@@ -247,6 +247,7 @@ def bits_per_dim(
     *,
     num_samples: int = 1,
     levels: int = 256,
+    spacing: float | None = None,
     dtype: torch.dtype = torch.float32,
     generator: torch.Generator | None = None,
     **options: Any,
@@ -270,6 +271,9 @@ def bits_per_dim(
             How many values of `u` an image gets: the K of the paper.
         levels (`int`, *optional*, defaults to 256):
             The number of levels of a value.
+        spacing (`float`, *optional*, defaults to `2 / levels`):
+            The distance of two levels in the range of the network, symmetric about 0. `2 / (levels - 1)` is for a
+            network that was trained on images whose lowest level is -1 and whose highest is 1.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             The precision in which the network is called.
         generator (`torch.Generator`, *optional*):
@@ -290,14 +294,15 @@ def bits_per_dim(
     lowest, highest = images.min().item(), images.max().item()
     if lowest < 0 or highest >= levels:
         raise ValueError(f"`images` must hold levels from 0 to {levels - 1}, not {lowest} to {highest}.")
+    spacing = 2 / levels if spacing is None else spacing
     results = []
     for _ in range(num_samples):
         noise = torch.rand(images.shape, generator=generator, dtype=torch.float64)
-        data = (images.cpu() + noise) * (2 / levels) - 1
+        data = (images.cpu() + noise - levels / 2) * spacing
         results.append(log_likelihood(predict, data.to(images.device, dtype), path, generator=generator, **options))
     log_probs = torch.stack([result.log_prob for result in results])
     dims = images[0].numel()
-    log_prob = log_probs.logsumexp(0) - math.log(num_samples) + dims * math.log(2 / levels)
+    log_prob = log_probs.logsumexp(0) - math.log(num_samples) + dims * math.log(spacing)
     return BitsPerDim(
         bits_per_dim=-log_prob / (dims * math.log(2)),
         log_prob=log_prob,

@@ -9,27 +9,34 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import scipy.linalg
 import torch
+from helpers import gaussian
 from tiny_pipelines import tiny_pipeline
 from training_runs import ROOT, environment, launch, load_script, make_dataset, run_script
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.evaluation import (
-    ResultStore,
-    Sampler,
-    find_inception_weights,
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.latents import normalize
+from diffusers_fm.data.transforms import ImageTransform
+from diffusers_fm.evaluation.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
     nearest,
     precision_and_recall,
-    straightness,
-    trajectories,
 )
+from diffusers_fm.evaluation.features import find_inception_weights
+from diffusers_fm.evaluation.measures import likelihood
 from diffusers_fm.evaluation.report import flat_rows
+from diffusers_fm.evaluation.sampling import Sampler, straightness, trajectories
+from diffusers_fm.evaluation.store import ResultStore
+from diffusers_fm.likelihood import bits_per_dim
+from diffusers_fm.paths import OTPath
 
 
 SCRIPT = ROOT / "training_scripts" / "evaluate.py"
@@ -123,7 +130,7 @@ def test_sets_that_do_not_fit_are_refused() -> None:
         find_inception_weights("nowhere.pth")
 
 
-# Ways
+# Trajectories
 
 
 def mild_pipeline(**scheduler: object) -> FlowMatchPipeline:
@@ -135,7 +142,7 @@ def mild_pipeline(**scheduler: object) -> FlowMatchPipeline:
     return pipeline
 
 
-def test_straightness_of_known_ways() -> None:
+def test_straightness_of_known_trajectories() -> None:
     times = np.linspace(1, 0, 1001)
     line = times[:, None, None] * np.ones((1, 2, 3))
     figures = straightness(times, line)
@@ -154,7 +161,7 @@ def test_straightness_of_known_ways() -> None:
 
 
 @pytest.mark.parametrize("path", ["ot", "vp", "ve"])
-def test_ways_end_where_sampling_ends(path: str) -> None:
+def test_trajectories_end_where_sampling_ends(path: str) -> None:
     pipeline = mild_pipeline(path=path)
     sampler = Sampler(pipeline, np.array([1, 3]), seed=5)
     times, points = trajectories(pipeline, sampler.noise(range(2)), [1, 3], num_points=5, steps_between=8)
@@ -171,6 +178,53 @@ def test_samples_depend_on_their_number_alone() -> None:
     assert sampler.labels(range(5)) == [0, 1, 2, 0, 1]
     other = Sampler(tiny_pipeline("unet-classes"), np.array([0, 1, 2]), seed=4)
     assert not torch.allclose(other.draw(range(5), num_inference_steps=3).images, together, atol=1e-2)
+
+
+# Likelihood
+
+
+@pytest.mark.parametrize(("levels", "grey"), [(2, False), (17, False), (256, False), (3, True), (17, True)])
+def test_levels_are_those_that_training_sees(tmp_path: Path, levels: int, grey: bool) -> None:
+    """With a velocity of zero the density of the data is that of the noise: bits per dimension are known."""
+    pipeline = tiny_pipeline("unet")
+    with torch.no_grad():
+        for parameter in pipeline.unet.conv_out.parameters():
+            parameter.zero_()
+    # Black and white are -1 and 1 in training, and the level in the middle of an odd number of them is 0.
+    images = [PIL.Image.new("RGB", (8, 8), colour) for colour in ("grey" if grey else "black", "white")] * 8
+    images = images[::2] * 2 if grey else images
+    rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+    data = ImageData(rows, ImageTransform(8, pipeline.image_channels, center_crop=True))
+    batch = data[np.stack([np.zeros(16, dtype=int), np.arange(16)], axis=1)]["images"]
+    assert normalize(batch).unique().tolist() == pytest.approx([0.0] if grey else [-1.0, 1.0], abs=0.5 / 127.5)
+    store = ResultStore(tmp_path, fake_accelerator(), {})
+    figures = likelihood(store, Sampler(pipeline, None), data, 8, (1,), levels, num_steps=2)
+    # x = m + e, with e uniform over a level of width h: E x^2 = m^2 + h^2 / 12 and Var x^2 = m^2 h^2 / 3 + h^4 / 180.
+    h, square = 2 / (levels - 1), 0 if grey else 1
+    expected = (0.5 * math.log(2 * math.pi) + (square + h**2 / 12) / 2 - math.log(h)) / math.log(2)
+    deviation = math.sqrt(square * h**2 / 3 + h**4 / 180) / 2 / math.sqrt(batch.numel()) / math.log(2)
+    assert abs(figures["by_draws"][0]["bits_per_dim"] - expected) < 4 * deviation + 1e-6
+
+
+def test_many_draws_give_the_probability_of_a_level_between_the_ends() -> None:
+    # One dimension, five levels at -1, -1/2, ..., 1: the probability of a level is a difference of error functions.
+    path, problem = OTPath(), gaussian((1,), mean=0.1, std=0.5)
+    edges = (torch.arange(6, dtype=torch.float64) - 0.5) / 2 - 1
+    cumulated = torch.special.ndtr((edges - 0.1) / 0.5)
+    exact = (cumulated[1:] - cumulated[:-1]).log()
+    result = bits_per_dim(
+        problem.model(path),
+        torch.arange(5)[:, None],
+        path,
+        num_samples=150,
+        levels=5,
+        spacing=0.5,
+        dtype=torch.float64,
+        num_steps=16,
+        generator=torch.Generator().manual_seed(0),
+    )
+    # Over a level the density changes by a factor of at most e^2.3: its deviation is at most .65 of its mean.
+    assert (result.log_prob - exact).abs().max() < 4 * 0.65 / math.sqrt(150)
 
 
 # Results
@@ -282,8 +336,8 @@ def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path
     assert max(errors) < 1e-2
     files = {path.name for path in (tmp_path / "one").iterdir()}
     assert files >= {
-        "metrics.json", "metrics.csv", "solvers.csv", "likelihood.csv", "samples.png", "nearest.png", "ways.png",
-        "error_by_calls.png", "quality_by_calls.png", "loss_by_time.png",
+        "metrics.json", "metrics.csv", "solvers.csv", "likelihood.csv", "samples.png", "nearest.png",
+        "trajectories.png", "error_by_calls.png", "quality_by_calls.png", "loss_by_time.png",
     }  # fmt: skip
     with (tmp_path / "one" / "metrics.csv").open() as lines:
         assert {row["metric"] for row in csv.DictReader(lines)} == rows.keys()

@@ -19,7 +19,7 @@ import report  # noqa: E402
 from objectives import OBJECTIVES, Flow  # noqa: E402
 from problems import Checkerboard, Digits  # noqa: E402
 
-from diffusers_fm.evaluation import SmallClassifier  # noqa: E402
+from diffusers_fm.evaluation.features import SmallClassifier  # noqa: E402
 
 
 TINY = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far samples are from data: distances between two sets of features, by the names of the papers."""
+"""Distances between two sets of features, by the names of the papers."""
 
 import warnings
 
@@ -13,7 +13,7 @@ _ALONE = {"sync_on_compute": False}
 
 
 class _AsGiven(nn.Module):
-    """What torchmetrics takes for a network whose answers are at hand already."""
+    """Features in the place of the network that torchmetrics asks for."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -55,10 +55,8 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
     It falls with the number of images even between two halves of one set: compare only equal numbers.
 
     Args:
-        features (`np.ndarray` of shape `(num_images, num_features)`):
-            Of the samples.
-        reference (`np.ndarray` of shape `(num_references, num_features)`):
-            Of the data.
+        features (`np.ndarray` of shape `(num_images, num_features)`), reference (`np.ndarray`):
+            Features of the samples, and of the data.
 
     Returns:
         `float`: the distance, 0 or more.
@@ -82,14 +80,10 @@ def kernel_distance(
     (Binkowski et al., arXiv 1801.01401): on Inception features, the KID.
 
     Args:
-        features (`np.ndarray` of shape `(num_images, num_features)`):
-            Of the samples.
-        reference (`np.ndarray` of shape `(num_references, num_features)`):
-            Of the data.
-        subset_size (`int`, *optional*, defaults to 1000):
-            Images in a subset, fewer where there are fewer.
-        num_subsets (`int`, *optional*, defaults to 100):
-            Number of subsets.
+        features (`np.ndarray` of shape `(num_images, num_features)`), reference (`np.ndarray`):
+            Features of the samples, and of the data.
+        subset_size (`int`, *optional*, defaults to 1000), num_subsets (`int`, *optional*, defaults to 100):
+            Images in a subset, fewer where there are fewer, and number of subsets.
         seed (`int`, *optional*, defaults to 0):
             Seed of the subsets.
 
@@ -119,11 +113,9 @@ def inception_score(logits: np.ndarray, num_splits: int = 10, seed: int = 0) -> 
 
     Args:
         logits (`np.ndarray` of shape `(num_images, num_classes)`):
-            A classifier's answers for the samples.
-        num_splits (`int`, *optional*, defaults to 10):
-            Parts that are scored one by one.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of the parts.
+            Logits of the samples.
+        num_splits (`int`, *optional*, defaults to 10), seed (`int`, *optional*, defaults to 0):
+            Number of the parts that are scored one by one, and the seed that shares out the images.
 
     Returns:
         `tuple[float, float]`: mean and standard deviation over the parts, the mean from 1 to the number of classes.
@@ -151,10 +143,8 @@ def precision_and_recall(features: np.ndarray, reference: np.ndarray, neighbours
     (Kynkaanniemi et al., arXiv 1904.06991, equations 1 and 2).
 
     Args:
-        features (`np.ndarray` of shape `(num_images, num_features)`):
-            Of the samples.
-        reference (`np.ndarray` of shape `(num_references, num_features)`):
-            Of the data; as many as samples for figures that compare with others'.
+        features (`np.ndarray` of shape `(num_images, num_features)`), reference (`np.ndarray`):
+            Features of the samples, and of the data: as many, for figures that compare with others'.
         neighbours (`int`, *optional*, defaults to 3):
             Which neighbour gives the radius of a point.
 
@@ -180,20 +170,7 @@ def _covered(points: torch.Tensor, support: torch.Tensor, neighbours: int, block
 
 
 def nearest(points: np.ndarray, reference: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The nearest reference of each point.
-
-    Args:
-        points (`np.ndarray` of shape `(num_points, num_values)`):
-            Images as rows, or features.
-        reference (`np.ndarray` of shape `(num_references, num_values)`):
-            What they are compared with.
-        block (`int`, *optional*, defaults to 1024):
-            Points at once.
-
-    Returns:
-        `tuple[np.ndarray, np.ndarray]` of shapes `(num_points,)`: Euclidean distances, and rows of `reference`.
-    """
+    """Euclidean distance of each row of `points` to the nearest row of `reference`, and the number of that row."""
     against = torch.from_numpy(reference).float()
     found = torch.cat([torch.cdist(rows.float(), against).argmin(1) for rows in torch.from_numpy(points).split(block)])
     rows = found.numpy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images are compared by: features of the Inception network, or of a small classifier of the data at hand."""
+"""Features by which images are compared: the Inception network's, or those of a small classifier of the data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +23,7 @@ MAX_SHIFT = 1
 
 
 class SmallClassifier(nn.Module):
-    """
-    A convolutional classifier of small images: the substitute where no Inception weights are at hand.
-
-    Args:
-        channels (`int`):
-            Channels of the images.
-        num_classes (`int`):
-            Classes of the data set.
-        num_features (`int`, *optional*, defaults to 64):
-            Length of the features.
-    """
+    """Convolutional classifier of small images: the substitute where no Inception weights are at hand."""
 
     def __init__(self, channels: int, num_classes: int, num_features: int = 64) -> None:
         super().__init__()
@@ -60,24 +50,7 @@ class SmallClassifier(nn.Module):
 def train_classifier(
     data: ImageData, num_classes: int, seed: int = 0, num_steps: int = 1500, batch_size: int = 64
 ) -> SmallClassifier:
-    """
-    Train a [`SmallClassifier`] on the labels of a data set, its images moved by up to a pixel.
-
-    Args:
-        data ([`ImageData`]):
-            Images with labels.
-        num_classes (`int`):
-            Classes of the data set.
-        seed (`int`, *optional*, defaults to 0):
-            Seed of weights, order and shifts.
-        num_steps (`int`, *optional*, defaults to 1500):
-            Optimizer steps.
-        batch_size (`int`, *optional*, defaults to 64):
-            Images in a step.
-
-    Returns:
-        [`SmallClassifier`]: in evaluation mode.
-    """
+    """Train a [`SmallClassifier`] on the labels of a data set, its images moved by up to a pixel."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = SmallClassifier(data.transform.channels, num_classes)
@@ -99,17 +72,7 @@ def train_classifier(
 
 @dataclass
 class FeatureExtractor:
-    """
-    Features of images, and what figures made of them are called.
-
-    Args:
-        name (`str`):
-            `"inception"` or `"classifier"`.
-        network (`nn.Module`):
-            Gives features and logits.
-        device (`torch.device`):
-            Where it is.
-    """
+    """Features and logits by a network on a device; `name`, `"inception"` or `"classifier"`, names the figures."""
 
     name: str
     network: nn.Module
@@ -117,15 +80,7 @@ class FeatureExtractor:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                uint8.
-
-        Returns:
-            `tuple[np.ndarray, np.ndarray]`: features `(batch_size, num_features)` and logits
-            `(batch_size, num_classes)`, float32.
-        """
+        """Features and logits, float32 with a row for each uint8 image of `(batch_size, channels, height, width)`."""
         images = images.to(self.device)
         if self.name == "inception":
             images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
@@ -136,19 +91,7 @@ class FeatureExtractor:
 
 
 def find_inception_weights(path: str | None) -> Path | None:
-    """
-    The file of Inception weights: the one given, else torch-fidelity's in torch's cache.
-
-    Args:
-        path (`str`, *optional*):
-            What was given.
-
-    Returns:
-        `Path`, *optional*: the file, `None` if nothing was given and there is none in the cache.
-
-    Raises:
-        ValueError: if there is no such file.
-    """
+    """File of Inception weights: `path` where it is given, else torch-fidelity's in torch's cache, if it is there."""
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"There is no file of Inception weights {path!r}.")
@@ -158,21 +101,7 @@ def find_inception_weights(path: str | None) -> Path | None:
 
 
 def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
-    """
-    The features that FID and KID are defined on, by torch-fidelity.
-
-    Args:
-        weights (`Path`):
-            Its file of weights.
-        device (`torch.device`):
-            Where to compute.
-
-    Returns:
-        [`FeatureExtractor`]: of 2048 features.
-
-    Raises:
-        ValueError: if torch-fidelity is not installed.
-    """
+    """The 2048 features that FID and KID are defined on, by torch-fidelity and its file of weights."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
@@ -188,22 +117,7 @@ def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
 
 
 def classifier_features(file: Path, data: ImageData, num_classes: int, device: torch.device) -> FeatureExtractor:
-    """
-    The features of a classifier that is in a file, or trained now and written there.
-
-    Args:
-        file (`Path`):
-            A file of safetensors.
-        data ([`ImageData`]):
-            What to train it on.
-        num_classes (`int`):
-            Classes of the data set.
-        device (`torch.device`):
-            Where to compute.
-
-    Returns:
-        [`FeatureExtractor`]: of 64 features.
-    """
+    """The 64 features of a classifier in a file of safetensors, which is trained now and written if there is none."""
     if file.is_file():
         network = SmallClassifier(data.transform.channels, num_classes)
         network.load_state_dict(load_file(file))

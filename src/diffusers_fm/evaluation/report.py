@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures as files: JSON, tables, pictures."""
+"""Figures as files: JSON, tables, plots, pictures."""
 
 import csv
 import json
@@ -18,33 +18,14 @@ METRICS_FILE = "metrics.json"
 
 
 def write_metrics(folder: Path, metrics: Mapping[str, Any]) -> Path:
-    """
-    Write `metrics.json`.
-
-    Args:
-        folder (`Path`):
-            Where to.
-        metrics (`Mapping[str, Any]`):
-            All figures.
-
-    Returns:
-        `Path`: the file.
-    """
+    """Write `metrics.json`."""
     file = folder / METRICS_FILE
     replace_text(file, json.dumps(metrics, indent=2) + "\n")
     return file
 
 
 def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """
-    Write rows as CSV, a column for each name that occurs.
-
-    Args:
-        file (`Path`):
-            Where to.
-        rows (`Sequence[Mapping[str, Any]]`):
-            The rows.
-    """
+    """Write rows as CSV, a column for each name that occurs."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     with file.open("w", newline="", encoding="utf-8") as lines:
         writer = csv.DictWriter(lines, names)
@@ -53,18 +34,7 @@ def write_table(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def flat_rows(metrics: Mapping[str, Any], prefix: str = "") -> list[dict[str, Any]]:
-    """
-    Nested figures as rows of `metric` and `value`; lists are for tables of their own and are left out.
-
-    Args:
-        metrics (`Mapping[str, Any]`):
-            Figures by name.
-        prefix (`str`, *optional*, defaults to `""`):
-            What stands before the names.
-
-    Returns:
-        `list[dict[str, Any]]`: the rows.
-    """
+    """Nested figures as rows of `metric` and `value`; lists have tables of their own and are left out."""
     rows = []
     for name, value in metrics.items():
         if isinstance(value, Mapping):
@@ -74,35 +44,14 @@ def flat_rows(metrics: Mapping[str, Any], prefix: str = "") -> list[dict[str, An
     return rows
 
 
-def to_pil(images: np.ndarray) -> list[PIL.Image.Image]:
-    """Images `(batch_size, channels, height, width)` of uint8 as PIL images."""
-    return [PIL.Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)) for image in images]
-
-
 def picture_grid(images: np.ndarray, columns: int) -> PIL.Image.Image:
-    """
-    Images in rows.
-
-    Args:
-        images (`np.ndarray` of shape `(num_images, channels, height, width)`):
-            uint8.
-        columns (`int`):
-            Images in a row.
-
-    Returns:
-        `PIL.Image.Image`: the grid.
-    """
-    pictures = to_pil(images)
+    """Picture of uint8 images `(num_images, channels, height, width)` in rows."""
+    pictures = [PIL.Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)) for image in images]
     return make_grid([pictures[i : i + columns] for i in range(0, len(pictures), columns)])
 
 
 def pyplot() -> Any:
-    """
-    matplotlib's, drawing to files.
-
-    Raises:
-        ValueError: if matplotlib is not installed.
-    """
+    """matplotlib's pyplot that draws to files; a `ValueError` if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError as error:
@@ -115,19 +64,7 @@ def pyplot() -> Any:
 
 
 def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
-    """
-    Error or distance against the number of calls, a line for each solver.
-
-    Args:
-        file (`Path`):
-            A PNG file.
-        rows (`Sequence[Mapping[str, Any]]`):
-            With `solver`, `nfe` and the column.
-        column (`str`):
-            What to draw.
-        label (`str`):
-            What it is.
-    """
+    """Plot a column of rows with `solver` and `nfe` against the calls of the network, a line for each solver."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 4))
     for number, solver in enumerate(dict.fromkeys(row["solver"] for row in rows)):
@@ -142,15 +79,7 @@ def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, lab
 
 
 def plot_loss_by_time(file: Path, losses: Sequence[float | None]) -> None:
-    """
-    The held-out loss in equal parts of the time.
-
-    Args:
-        file (`Path`):
-            A PNG file.
-        losses (`Sequence[float]`):
-            From data to noise, `None` where there is none.
-    """
+    """Plot the held-out loss in equal parts of the time, from data to noise; `None` where there is none."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(6, 3))
     centres = (np.arange(len(losses)) + 0.5) / len(losses)
@@ -161,26 +90,16 @@ def plot_loss_by_time(file: Path, losses: Sequence[float | None]) -> None:
     plt.close(figure)
 
 
-def plot_ways(file: Path, points: np.ndarray, shown: int = 24) -> None:
-    """
-    Ways from noise to data in the plane in which their ends are spread most.
-
-    Args:
-        file (`Path`):
-            A PNG file.
-        points (`np.ndarray` of shape `(batch_size, num_points, num_values)`):
-            From noise to data.
-        shown (`int`, *optional*, defaults to 24):
-            Ways to draw.
-    """
+def plot_trajectories(file: Path, points: np.ndarray, shown: int = 24) -> None:
+    """Plot points `(batch_size, num_points, num_values)` in the plane in which their ends are spread most."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(5, 5))
     ends = points[:, [0, -1]].reshape(-1, points.shape[-1])
     plane = np.linalg.svd(ends - ends.mean(0), full_matrices=False)[2][:2]
-    for way in (points[:shown] - ends.mean(0)) @ plane.T:
-        axes.plot(*way.T, linewidth=0.8, color="tab:blue", alpha=0.7)
-        axes.plot(*way[0], "o", color="tab:gray", markersize=3)
-        axes.plot(*way[-1], "o", color="tab:red", markersize=3)
+    for line in (points[:shown] - ends.mean(0)) @ plane.T:
+        axes.plot(*line.T, linewidth=0.8, color="tab:blue", alpha=0.7)
+        axes.plot(*line[0], "o", color="tab:gray", markersize=3)
+        axes.plot(*line[-1], "o", color="tab:red", markersize=3)
     axes.set(xlabel="first principal direction", ylabel="second", title="noise (grey) to data (red)")
     figure.savefig(file, bbox_inches="tight")
     plt.close(figure)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Samples that depend on their number alone, what each solver makes of the same noise, and the ways they take."""
+"""Samples that depend on their number alone, their trajectories, and the solvers to compare."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +15,7 @@ from ..training.validation import quiet_copy
 
 @dataclass(frozen=True)
 class SolverChoice:
-    """
-    A solver with the coordinates and the grid that it is used with, as a scheduler's configuration names them.
-
-    Args:
-        solver (`str`), sampling_path (`str`), timestep_spacing (`str`):
-            Keys of a [`FlowMatchScheduler`]'s configuration.
-        calls (`int`):
-            Calls of the network in a step.
-    """
+    """Solver, coordinates and grid by the names of a scheduler's configuration; `calls` of the network in a step."""
 
     solver: str
     sampling_path: str
@@ -33,7 +25,13 @@ class SolverChoice:
     @property
     def name(self) -> str:
         """The three names in a row."""
-        return f"{self.solver} {self.sampling_path} {self.timestep_spacing}"
+        return " ".join(self.settings.values())
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The keys of the scheduler's configuration."""
+        names = ("solver", "sampling_path", "timestep_spacing")
+        return {name: getattr(self, name) for name in names}
 
 
 SOLVER_CHOICES = (
@@ -52,7 +50,7 @@ SOLVER_CHOICES = (
 
 class Sampler:
     """
-    Draws samples by their numbers: each has its own noise and label, whatever batch it is drawn in.
+    Sampler by number: each sample has its own noise and label, whatever batch it is drawn in.
 
     Args:
         pipeline ([`FlowMatchPipeline`]):
@@ -72,7 +70,7 @@ class Sampler:
         self._labels = labels
 
     def labels(self, numbers: Sequence[int]) -> list[int] | None:
-        """What the samples are to show."""
+        """Labels of the samples."""
         return None if self._labels is None else [int(self._labels[n % len(self._labels)]) for n in numbers]
 
     def noise(self, numbers: Sequence[int]) -> torch.Tensor:
@@ -85,22 +83,7 @@ class Sampler:
     def draw(
         self, numbers: Sequence[int], scheduler: dict[str, Any] | None = None, output_type: str = "pt", **options: Any
     ) -> Any:
-        """
-        Draw samples.
-
-        Args:
-            numbers (`Sequence[int]`):
-                Which.
-            scheduler (`dict[str, Any]`, *optional*):
-                What to change in the scheduler's configuration.
-            output_type (`str`, *optional*, defaults to `"pt"`):
-                As of the pipeline.
-            options:
-                Arguments of the pipeline's call.
-
-        Returns:
-            [`FlowMatchPipelineOutput`]: images and number of calls.
-        """
+        """Draw samples, with changes to the scheduler's configuration and arguments of the pipeline's call."""
         with quiet_copy(self.pipeline) as sampler:
             sampler.scheduler = sampler.scheduler.with_settings(**(scheduler or {}))
             return sampler(
@@ -113,6 +96,24 @@ class Sampler:
                 output_type=output_type,
                 **options,
             )
+
+    def draw_adaptive(self, numbers: Sequence[int], tolerance: float) -> tuple[torch.Tensor, np.ndarray]:
+        """Draw samples by dopri5, each with its own steps: values that the decoder takes, and the calls of each."""
+        pipeline, labels = self.pipeline, self.labels(numbers)
+        device = pipeline._execution_device
+        solution = pipeline.transport(
+            self.noise(numbers).to(device) * pipeline.scheduler.init_noise_sigma,
+            1.0,
+            0.0,
+            () if labels is None else (torch.tensor(labels, device=device),),
+            guidance_scale=self.guidance_scale,
+            method="dopri5",
+            num_steps=None,
+            rtol=tolerance,
+            atol=tolerance,
+            step_control="per_sample",
+        )
+        return solution.x.float(), solution.evaluations.cpu().numpy()
 
 
 def to_bytes(images: torch.Tensor) -> np.ndarray:
@@ -128,17 +129,15 @@ def trajectories(
     steps_between: int = 4,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    The exact ways of samples from noise (t = 1) to data (t = 0), in the path's own coordinates.
+    Exact trajectories from noise (t = 1) to data (t = 0), in the path's own coordinates.
 
     Args:
         pipeline ([`FlowMatchPipeline`]):
             The model.
-        noise (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Standard normal noise.
-        labels (`list[int]`, *optional*):
-            Labels of the samples.
+        noise (`torch.Tensor` of shape `(batch_size, channels, height, width)`), labels (`list[int]`, *optional*):
+            Standard normal noise, and labels of the samples.
         num_points (`int`, *optional*, defaults to 33):
-            Points to look at, evenly spread over t.
+            Number of points, evenly spread over t.
         steps_between (`int`, *optional*, defaults to 4):
             RK4 steps from one point to the next.
 
@@ -158,19 +157,19 @@ def trajectories(
 
 def straightness(times: np.ndarray, points: np.ndarray) -> dict[str, np.ndarray]:
     """
-    How straight ways are.
+    Straightness of trajectories.
 
     Args:
         times (`np.ndarray` of shape `(num_points,)`):
             Times of the points.
         points (`np.ndarray` of shape `(num_points, batch_size, num_values)`):
-            Where the samples are then.
+            Places of the samples at these times.
 
     Returns:
-        `dict[str, np.ndarray]` of arrays `(batch_size,)`: `path_length_ratio`, the length of the way over the distance
-        of its ends, 1 or more; and `curvature`, the time's mean of the squared deviation of the velocity from the mean
-        velocity over the squared mean velocity, 0 for a straight way at constant speed (Liu et al., arXiv 2209.03003,
-        equation 6, divided by the squared distance of the ends).
+        `dict[str, np.ndarray]` of arrays `(batch_size,)`: `path_length_ratio`, the length of the trajectory over the
+        distance of its ends, 1 or more; and `curvature`, the mean over time of the squared deviation of the velocity
+        from the mean velocity over the squared mean velocity, 0 for a straight line at constant speed (Liu et al.,
+        arXiv 2209.03003, equation 6, divided by the squared distance of the ends).
     """
     steps, moves = np.diff(times), np.diff(points, axis=0)
     span = points[-1] - points[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results of long work on numbered items, in files: shared by the processes of a run, and kept when it ends early."""
+"""Results of long work on numbered items in files, shared by the processes of a run and kept when it ends early."""
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ Work = Callable[[range], Mapping[str, np.ndarray]]
 
 class ResultStore:
     """
-    A folder of results. The items of a piece of work are cut into batches by their numbers, the processes take the
+    Folder of results. The items of a piece of work are cut into batches by their numbers, the processes take the
     batches in turn, and each result is one file, which appears whole or not at all. So
 
     - a run that was interrupted goes on where it was;
@@ -52,19 +52,7 @@ class ResultStore:
             )
 
     def compute(self, name: str, count: int, batch_size: int, work: Work) -> None:
-        """
-        Do what is not done yet. Called by every process.
-
-        Args:
-            name (`str`):
-                What the results are called.
-            count (`int`):
-                Number of items.
-            batch_size (`int`):
-                Items in a batch; the last one may be smaller.
-            work (`Callable`):
-                Gives the results of the items of a range: arrays by name, one row for each item.
-        """
+        """Do the `count` items that are not done; `work` gives arrays by name, a row for each item of a range."""
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         accelerator = self._accelerator
@@ -79,18 +67,7 @@ class ResultStore:
         accelerator.wait_for_everyone()
 
     def batches(self, name: str, array: str) -> Iterator[np.ndarray]:
-        """
-        The results of one kind, batch by batch, in the order of the items.
-
-        Args:
-            name (`str`):
-                What the results are called.
-            array (`str`):
-                The array's name.
-
-        Yields:
-            `np.ndarray`: one row for each item of a batch.
-        """
+        """Rows of an array of the results `name`, batch by batch, in the order of the items."""
         for file in sorted((self.folder / name).glob("[0-9]*.npz")):
             with np.load(file) as results:
                 yield results[array]
