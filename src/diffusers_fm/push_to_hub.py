@@ -16,16 +16,7 @@ from .training.publishing import Publisher
 
 
 def main(argv: list[str] | None = None) -> int:
-    """
-    Upload a folder.
-
-    Args:
-        argv (`list[str]`, *optional*):
-            The command line; defaults to that of the process.
-
-    Returns:
-        `int`: 0 if all went well, 1 if not, 2 for a mistake in the arguments.
-    """
+    """Upload a folder by a command line: 0 if it succeeded, 1 if not; argparse's exit 2 for a mistake in arguments."""
     parser = argparse.ArgumentParser(
         prog="python -m diffusers_fm.push_to_hub",
         description=__doc__,
@@ -33,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="Folder of the run: a pipeline, or LoRA weights.")
     add_hub_arguments(parser)
-    parser.set_defaults(hub_strategy="end")
+    parser.set_defaults(hub_strategy="end", hub_license=None)
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("diffusers_fm").setLevel(logging.INFO)
@@ -41,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"There is no folder {str(args.folder)!r}.")
     publisher = Publisher(args, args.folder)
     try:
+        if not publisher.files(args.folder):
+            raise ValueError(f"The folder {str(args.folder)!r} holds no pipeline, LoRA weights or card to upload.")
         publisher.start()
     except ValueError as error:
         parser.error(str(error))

@@ -2,6 +2,7 @@
 """Runs that upload what they trained: what goes out, when, and what happens when the Hub does not play along."""
 
 import json
+import re
 import shlex
 import threading
 from collections.abc import Callable, Iterator
@@ -259,6 +260,7 @@ REFUSALS = {
     "a name that cannot be": ({"hub_model_id": "our/a b"}, "Repo id must"),
     "a read-only repository": ({"hub_token": "visitor-token", "hub_model_id": "our/public"}, "it answers 403"),
     "another's private one": ({"hub_token": "visitor-token", "hub_model_id": "our/private"}, "it answers 40[34]"),
+    "a licence that is none": ({"hub_license": "Apache 2"}, "--hub_license 'Apache 2' is no licence"),
     "a public one": ({"hub_model_id": "our/public", "hub_private_repo": True}, "exists and is public"),
 }
 
@@ -274,6 +276,26 @@ def test_mistakes_are_found_before_any_work(hub: FakeHub, run: Callable[..., Pat
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "blobs").exists()
     assert hub.commits("our/public") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "refusal"),
+    [
+        ("notes.txt", b"mine", "holds no pipeline, LoRA weights or card to upload"),
+        ("model_index.json", b"{", r"The file '.*model_index.json' is not JSON"),
+        ("metrics.json", b"{", r"The file '.*metrics.json' is not JSON"),
+        ("training_args.json", b"\xff{}", r"The file '.*training_args.json' is not JSON"),
+    ],
+)
+def test_a_folder_that_cannot_be_uploaded_is_refused_before_the_hub_is_asked(
+    hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, content: bytes, refusal: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SystemExit) as left:
+        push([str(tmp_path), "--hub_model_id", "our/blobs", "--hub_token", TOKEN])
+    assert left.value.code == 2
+    assert re.search(refusal, capsys.readouterr().err)
+    assert hub.requests == []
 
 
 def test_a_token_does_not_go_to_a_tracker_that_records_command_lines(run: Callable[..., Path]) -> None:

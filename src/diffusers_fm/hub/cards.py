@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..paths import ConditionalPath, CosinePath, DiscreteVPPath, OTPath, VEPath, VPPath
-from .portable import is_local, without_local_paths
+from .portable import is_local, read_settings, without_local_paths
 
 
 CITATION = """@inproceedings{lipman2023flow,
@@ -84,7 +84,7 @@ class Evaluation:
         file = next((file for file in files if file.is_file() and file.stat().st_mtime >= built), None)
         if file is None:
             return None
-        found = without_local_paths(json.loads(file.read_text(encoding="utf-8")))
+        found = without_local_paths(read_settings(file))
         if not isinstance(found, dict) or "dataset_name" not in found:
             raise ValueError(f"{str(file)!r} must hold an object with `dataset_name` and figures, got {found!r:.100}.")
         if "metrics" in found:

@@ -53,8 +53,16 @@ def components(folder: Path) -> list[str]:
     index = folder / "model_index.json"
     if not index.is_file():
         return []
-    entries = json.loads(index.read_text(encoding="utf-8"))
+    entries = read_settings(index)
     return [name for name, entry in entries.items() if isinstance(entry, list) and entry and entry[0] is not None]
+
+
+def read_settings(path: Path) -> Any:
+    """Contents of a JSON file; a `ValueError` with its name if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"The file {str(path)!r} is not JSON: {error}.") from error
 
 
 def portable_card(text: str, repo_id: str, own: Collection[str]) -> str:
@@ -103,6 +111,6 @@ def _cleaned(path: Path) -> bytes | None:
     """Contents of a file of settings without local paths, `None` if that changes nothing."""
     if not _matches(path, SETTINGS):
         return None
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_settings(path)
     cleaned = without_local_paths(settings)
     return None if cleaned == settings else (json.dumps(cleaned, indent=2) + "\n").encode()

@@ -20,7 +20,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from ..files import replace_text
 from ..hub.cards import CardContent, Evaluation, Picture, hub_id, with_evaluation
 from ..hub.cards import model_card as render
-from ..hub.portable import components, last_part, portable_card, portable_files
+from ..hub.portable import components, last_part, portable_card, portable_files, read_settings
 from ..hub.push import hub_reason
 from ..pipelines.base import FlowMatchPipelineBase
 from .arguments import saved_arguments
@@ -180,6 +180,8 @@ class Publisher:
 
     def _prepare(self) -> None:
         args = self._args
+        if args.hub_license is not None:
+            _check_license(args.hub_license)
         private = True if args.hub_private_repo else None
         repo_id = self._api.create_repo(self._repo_id, private=private, exist_ok=True).repo_id
         info = self._api.model_info(repo_id)
@@ -208,39 +210,39 @@ class Publisher:
 
     def _send(self, folder: Path, message: str) -> str:
         """One commit; its address. What the Hub has already, from an earlier try too, is not sent again."""
-        for wait in (*RETRY_WAITS, None):
+        revision, waits = self._args.hub_revision, list(RETRY_WAITS)
+        while True:
             try:
                 if not self._is_ready:
                     self._prepare()
-                commit = self._api.create_commit(
-                    self._repo_id, self._operations(folder), commit_message=message, revision=self._args.hub_revision
-                )
-                return commit.commit_url
+                files = self._operations(folder)
+                return self._api.create_commit(
+                    self._repo_id, files, commit_message=message, revision=revision
+                ).commit_url
             except Exception as error:
-                if wait is None or _is_refusal(error):
+                if not waits or _is_refusal(error):
                     raise
-                logger.info("%s: %s. Next try in %d seconds.", message, self._reason(error), wait)
-                time.sleep(wait)
-        raise AssertionError("unreachable")
+                logger.info("%s: %s. Next try in %d seconds.", message, self._reason(error), waits[0])
+                time.sleep(waits.pop(0))
 
-    def _files(self, folder: Path) -> dict[str, Path | bytes]:
+    def files(self, folder: Path) -> dict[str, Path | bytes]:
         """Files to upload, with the repository and measured figures in the card."""
         files = portable_files(folder)
         card = files.get("README.md")
         if isinstance(card, Path):
             arguments = folder / "training_args.json"
-            saved = json.loads(arguments.read_text(encoding="utf-8")) if arguments.is_file() else {}
+            saved = read_settings(arguments) if arguments.is_file() else {}
             own = {str(self._output_dir), saved.get("output_dir")}
             text = portable_card(card.read_text(encoding="utf-8"), self._repo_id, own)
             evaluation = Evaluation.read(folder)
-            files["README.md"] = (
-                text if evaluation is None else str(with_evaluation(ModelCard(text), evaluation))
-            ).encode()
+            if evaluation is not None:
+                text = str(with_evaluation(ModelCard(text), evaluation))
+            files["README.md"] = text.encode()
         return files
 
     def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
         """The files of a folder; what else is in the same components on the Hub goes, such as shards of before."""
-        files = self._files(folder)
+        files = self.files(folder)
         owned = tuple(f"{name}/" for name in components(folder))
         present = self._api.list_repo_files(self._repo_id, revision=self._args.hub_revision)
         stale = [name for name in present if name.startswith(owned) and name not in files]
@@ -248,15 +250,10 @@ class Publisher:
         return [*additions, *(CommitOperationDelete(name) for name in stale)]
 
     def _list_files(self) -> None:
-        files = self._files(self._output_dir)
-        sizes = {n: len(c) if isinstance(c, bytes) else c.stat().st_size for n, c in files.items()}
-        logger.info(
-            "An upload to %s would send %d files, %s bytes:\n%s",
-            self._repo_id,
-            len(files),
-            f"{sum(sizes.values()):,}",
-            "\n".join(f"  {name}  {size:,} bytes" for name, size in sizes.items()),
-        )
+        files = self.files(self._output_dir).items()
+        sizes = {name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files}
+        total, lines = sum(sizes.values()), "\n".join(f"  {name}  {size:,} bytes" for name, size in sizes.items())
+        logger.info(f"An upload to %s would send %d files, {total:,} bytes:\n%s", self._repo_id, len(sizes), lines)
 
     def _command(self) -> str:
         words = ["python", "-m", "diffusers_fm.push_to_hub", str(self._output_dir), "--hub_model_id", self._repo_id]
@@ -274,6 +271,14 @@ class Publisher:
 
 class _Refusal(ValueError):
     """A request that contradicts what is on the Hub."""
+
+
+def _check_license(name: str) -> None:
+    """Ask the Hub for the licence before the training, not with the card at its end."""
+    try:
+        ModelCard(f"---\nlicense: {json.dumps(name)}\n---\n").validate()
+    except ValueError as error:
+        raise _Refusal(f"--hub_license {name!r} is no licence by its identifiers, such as apache-2.0") from error
 
 
 def _is_refusal(error: BaseException) -> bool:
