@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusers_fm.flow_maps import average_velocity, flow_map_loss, sample_flow_map, sample_intervals
+from diffusers_fm.flow_maps import flow_map_loss, sample_flow_map, sample_intervals
 from diffusers_fm.paths import OTPath
 
 
@@ -68,15 +68,18 @@ class Network(nn.Module):
 def train(
     setting: Setting, steps: int, seed: int, batch_size: int = 256, decay: float = 0.99
 ) -> tuple[Callable[..., torch.Tensor], float]:
-    """The average velocity that a setting learns, and the time of a step in milliseconds."""
+    """The average velocity that a setting learns, and the CPU time of a step in milliseconds."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = Network(setting.time_scale)
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    u = average_velocity(network, OTPath())
-    start = time.perf_counter()
+
+    def u(x: torch.Tensor, r: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return network(x, r.float(), t.float())
+
+    start = time.process_time()
     for _ in range(steps):
         data = draw_data(batch_size, generator)
         noise = torch.randn(batch_size, 1, generator=generator)
@@ -92,10 +95,9 @@ def train(
         with torch.no_grad():
             for kept, value in zip(average.parameters(), network.parameters()):
                 kept.lerp_(value, 1 - decay)
-    cost = 1000 * (time.perf_counter() - start) / steps
-    learnt = average_velocity(average, OTPath())
+    cost = 1000 * (time.process_time() - start) / steps
     # Euler, if no interval was learnt.
-    return (learnt if setting.loss else lambda x, r, t: learnt(x, t, t)), cost
+    return lambda x, r, t: average(x, (r if setting.loss else t).float(), t.float()), cost
 
 
 def draw_data(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -117,7 +119,7 @@ def distance(u: Callable[..., torch.Tensor], calls: int, count: int = 20_000) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--time_scale", type=float, default=1.0, help="greatest frequency of the times' features")

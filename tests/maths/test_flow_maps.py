@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarks.bench_flow_maps import Setting, distance, train
 from helpers import GaussianMixture, draw_mixture, flow_of_gaussian, gaussian
 
 from diffusers_fm.flow_maps import (
@@ -444,3 +445,10 @@ def test_refusals_of_draws_and_samplers() -> None:
             sample_flow_map(lambda x, r, t: x, x, times)
     with pytest.raises(ValueError, match="`renoise` must be a number in"):
         sample_flow_map(lambda x, r, t: x, x, [1.0, 0.0], renoise=1.5)
+
+
+def test_semigroup_loss_learns_a_map_of_one_call() -> None:
+    """W1 to a 1-D mixture of two modes; with one call the velocity of the same network draws their mean."""
+    u = train(Setting("", {"objective": "semigroup"}, random_split=True), steps=800, seed=0)[0]
+    assert all(distance(u, calls) < 0.2 for calls in (1, 2, 4))
+    assert distance(lambda x, r, t: u(x, t, t), 1) > 0.5
