@@ -195,8 +195,8 @@ def log_likelihood(
         ("divergence_every", divergence_every),
         ("batch_size", batch_size),
     ]:
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, not {value}.")
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` must be at least 1, not {value!r}.")
     check_batch(data, args)
     if not start < end:
         raise ValueError(f"`start` must lie before `end`, but they are {start} and {end}.")
@@ -287,10 +287,14 @@ def bits_per_dim(
     Raises:
         ValueError: If the images are not whole levels, or an argument is out of range.
     """
-    if num_samples < 1 or levels < 2:
-        raise ValueError(f"`num_samples` must be at least 1 and `levels` at least 2, not {num_samples} and {levels}.")
+    if not (isinstance(num_samples, int) and num_samples >= 1 and isinstance(levels, int) and levels >= 2):
+        raise ValueError(
+            f"`num_samples` must be at least 1 and `levels` at least 2, not {num_samples!r} and {levels!r}."
+        )
     if images.is_floating_point() or images.is_complex() or images.dtype == torch.bool:
         raise ValueError(f"`images` must hold whole levels in an integer type, not {images.dtype}.")
+    if images.ndim < 2 or images.numel() == 0:
+        raise ValueError(f"`images` must be a batch of at least one image, got the shape {tuple(images.shape)}.")
     lowest, highest = images.min().item(), images.max().item()
     if lowest < 0 or highest >= levels:
         raise ValueError(f"`images` must hold levels from 0 to {levels - 1}, not {lowest} to {highest}.")

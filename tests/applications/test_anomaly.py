@@ -51,3 +51,25 @@ def test_samples_are_judged_alone() -> None:
 def test_what_cannot_be_tested_is_refused(noise: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="`noise` must be a floating-point batch"):
         noise_test(noise)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-12, 1.0, -3.0])
+def test_constants_are_no_noise(value: float) -> None:
+    result = noise_test(torch.full((2, 1, 8, 8), value))
+    # Neighbours are as alike as can be: all 56 products along either axis are the variance.
+    torch.testing.assert_close(result.statistics[:, 1:], torch.full((2, 2), 56**0.5, dtype=torch.float64))
+    assert bool((result.p_value < 1e-9).all())
+
+
+def test_one_constant_among_noise_changes_nothing_of_the_others() -> None:
+    noise = draw(3, 2, 4, 4)
+    mixed = torch.cat([noise[:1], torch.zeros(1, 2, 4, 4), noise[1:]])
+    torch.testing.assert_close(noise_test(mixed).score[[0, 2, 3]], noise_test(noise).score)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_noise_that_is_not_finite_is_refused(value: float) -> None:
+    noise = draw(2, 1, 4, 4)
+    noise[1, 0, 2, 2] = value
+    with pytest.raises(ValueError, match="`noise` must be finite"):
+        noise_test(noise)

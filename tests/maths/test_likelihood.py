@@ -3,6 +3,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -462,3 +463,25 @@ def test_transport_refuses_times_and_gradings_that_do_not_fit():
         move(num_steps=None, grading=2.0, method="dopri5")
     with pytest.raises(ValueError, match="two different finite ends"):
         move(start=0.5, end=0.5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0, 1, 2, 2), (4,), ()])
+def test_bits_per_dim_of_no_images_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="a batch of at least one image, got the shape"):
+        bits_per_dim(lambda x, t: x, torch.zeros(shape, dtype=torch.int64), OTPath())
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "name"),
+    [
+        (log_likelihood, {"num_probes": "2"}, "num_probes"),
+        (log_likelihood, {"divergence_every": 1.5}, "divergence_every"),
+        (log_likelihood, {"batch_size": "64"}, "batch_size"),
+        (bits_per_dim, {"num_samples": "1"}, "num_samples"),
+        (bits_per_dim, {"levels": "256"}, "levels"),
+    ],
+)
+def test_counts_given_as_strings_are_refused(function: Callable, options: dict, name: str) -> None:
+    data = torch.zeros(2, 4) if function is log_likelihood else torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match=f"`{name}` (must be )?at least|`{name}` must be at least"):
+        function(lambda x, t: x, data, OTPath(), **options)

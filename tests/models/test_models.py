@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,3 +145,73 @@ def test_unknown_kind_of_autoencoder_is_refused() -> None:
     vae = VQModel(block_out_channels=(8,), norm_num_groups=4)
     with pytest.raises(ValueError, match="VQModel.encode returned VQEncoderOutput; the autoencoders that can be used"):
         encode_latents(vae, torch.zeros(1, 3, 8, 8))
+
+
+# Autoencoders that overflow in float16
+
+
+def overflowing_vae(**config: object) -> ModelMixin:
+    """An autoencoder whose first activations, in either half, are beyond 65504, before a norm brings them back."""
+    vae = tiny_vae("kl", **config)
+    with torch.no_grad():
+        for layer in (vae.encoder.conv_in, vae.decoder.conv_in):
+            for parameter in layer.parameters():
+                parameter.mul_(3e4)
+    return vae
+
+
+def test_float16_is_upcast_where_the_config_says_so_in_both_directions() -> None:
+    vae = overflowing_vae()
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    half = overflowing_vae().to(torch.float16)
+    weights = {name: weight.clone() for name, weight in half.named_parameters()}
+    vae.to(torch.float16).to(torch.float32)  # weights as float16 has them
+    with torch.no_grad():
+        latents = encode_latents(vae, images, sample=False)
+        torch.testing.assert_close(encode_latents(half, images, sample=False), latents)
+        torch.testing.assert_close(decode_latents(half, latents), decode_latents(vae, latents))
+    # The autoencoder itself stays as it is.
+    assert half.dtype == torch.float16
+    for name, weight in half.named_parameters():
+        assert weight.dtype == torch.float16
+        assert torch.equal(weight, weights[name])
+
+
+def test_gradients_pass_an_upcast_decoder_after_its_call() -> None:
+    half = overflowing_vae().to(torch.float16)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    images = decode_latents(half, latents)
+    decode_latents(half, latents.detach())
+    (slope,) = torch.autograd.grad(images.square().sum(), latents)
+    reference = overflowing_vae().to(torch.float16).to(torch.float32)
+    (expected,) = torch.autograd.grad(decode_latents(reference, latents).square().sum(), latents)
+    torch.testing.assert_close(slope, expected)
+
+
+def test_threads_share_an_upcast_autoencoder() -> None:
+    half = overflowing_vae().to(torch.float16)
+    batches = [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+    with torch.no_grad():
+        alone = [decode_latents(half, batch) for batch in batches]
+
+    def decode(batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return [decode_latents(half, batch) for _ in range(5)][-1]
+
+    with ThreadPoolExecutor(4) as pool:
+        torch.testing.assert_close(list(pool.map(decode, batches)), alone)
+
+
+@pytest.mark.parametrize(("dtype", "force"), [(torch.bfloat16, True), (torch.float16, False)])
+def test_nothing_is_upcast_without_need(dtype: torch.dtype, force: bool) -> None:
+    vae = tiny_vae("kl", force_upcast=force).to(dtype)
+    seen = []
+    vae.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    with torch.no_grad():
+        decode_latents(vae, torch.zeros(1, 4, 8, 8))
+    assert seen == [dtype]
+
+
+def test_images_of_integers_are_refused() -> None:
+    with pytest.raises(ValueError, match="`images` must be floating-point with values in .-1, 1., got torch.uint8"):
+        encode_latents(tiny_vae("kl"), torch.zeros(1, 3, 16, 16, dtype=torch.uint8))

@@ -743,6 +743,12 @@ def test_scheduler_of_a_stock_flow_pipeline_is_converted() -> None:
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline.scheduler) is FlowMatchScheduler
     assert type(stock) is FlowMatchEulerDiscreteScheduler
-    images_of(pipeline, num_inference_steps=4)
+    laid_out = []
+
+    def callback(given: FlowMatchPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        laid_out.append(given.scheduler.timesteps)
+        return {}
+
+    images_of(pipeline, num_inference_steps=4, callback_on_step_end=callback)
     stock.set_timesteps(4)
-    torch.testing.assert_close(pipeline.scheduler.timesteps, stock.timesteps)
+    torch.testing.assert_close(laid_out, [stock.timesteps] * 4)

@@ -44,13 +44,15 @@ def noise_test(noise: torch.Tensor) -> NoiseTest:
         [`NoiseTest`]: Statistics, score and p-value.
 
     Raises:
-        ValueError: If the noise is no batch of samples of at least two values each.
+        ValueError: If the noise is no batch of samples of at least two finite values each.
     """
     if noise.ndim < 2 or noise[:1].numel() < 2 or not noise.is_floating_point():
         raise ValueError(
             f"`noise` must be a floating-point batch of samples of at least two values, got {noise.dtype} of shape "
             f"{tuple(noise.shape)}."
         )
+    if not bool(noise.isfinite().all()):
+        raise ValueError("`noise` must be finite, got values that are not.")
     noise = noise.double()
     values = noise[0].numel()
     squares = noise.square().flatten(1).sum(1)
@@ -62,8 +64,11 @@ def noise_test(noise: torch.Tensor) -> NoiseTest:
             continue
         products = noise.narrow(axis, 1, noise.shape[axis] - 1) * noise.narrow(axis, 0, noise.shape[axis] - 1)
         pairs = products[0].numel()
-        # In units of the sample's own variance, so that size and correlation are told apart.
-        statistics.append(products.flatten(1).sum(1) / (squares / values) / math.sqrt(pairs))
+        # In units of the sample's own variance, so that size and correlation are told apart. All zeros are as much
+        # alike as any other constant.
+        variance = squares / values
+        correlation = products.flatten(1).sum(1) / torch.where(variance > 0, variance, 1.0)
+        statistics.append(torch.where(variance > 0, correlation, float(pairs)) / math.sqrt(pairs))
     table = torch.stack(statistics, dim=1)
     score = table.square().sum(1)
     degrees = torch.full_like(score, table.shape[1] / 2)

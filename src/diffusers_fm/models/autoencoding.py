@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to latents and back: the one place of the scaling, shift and mean factors of an autoencoder."""
 
+import itertools
+import threading
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution, EncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from torch import nn
+
+
+# While an autoencoder has other weights for a call, no other thread calls it or asks for its dtype.
+_UPCAST = threading.Lock()
 
 
 def spatial_scale_factor(vae: ModelMixin) -> int:
@@ -38,7 +47,8 @@ def encode_latents(
 
     Args:
         vae (`ModelMixin`):
-            The autoencoder; it runs in its own dtype.
+            The autoencoder; it runs in its own dtype, or in float32 where that is float16 and its config says
+            `force_upcast`.
         images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
             Images with values in [-1, 1].
         generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
@@ -62,19 +72,23 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae (`ModelMixin`):
-            The autoencoder; it runs in its own dtype.
+            The autoencoder; it runs in its own dtype, or in float32 where that is float16 and its config says
+            `force_upcast`.
         images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
             Images with values in [-1, 1].
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 2 * latent_channels, height / factor, width / factor)`: means and log
-        variances of the posterior, in the autoencoder's dtype; of a deterministic autoencoder, its
+        variances of the posterior, in the dtype in which the autoencoder ran; of a deterministic autoencoder, its
         `latent_channels` latents.
 
     Raises:
-        ValueError: if the autoencoder's `encode` returns a kind of output that is not known here.
+        ValueError: if the images are integers, or the autoencoder's `encode` returns a kind of output that is not
+            known here.
     """
-    encoded = vae.encode(images.to(vae.dtype))
+    if not images.is_floating_point():
+        raise ValueError(f"`images` must be floating-point with values in [-1, 1], got {images.dtype}.")
+    encoded = _run(vae, "encode", images)
     if isinstance(encoded, AutoencoderKLOutput):
         return encoded.latent_dist.parameters
     if isinstance(encoded, AutoencoderTinyOutput):
@@ -124,7 +138,8 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
 
     Args:
         vae (`ModelMixin`):
-            The autoencoder; it runs in its own dtype.
+            The autoencoder; it runs in its own dtype, or in float32 where that is float16 and its config says
+            `force_upcast`.
         latents (`torch.Tensor` of shape `(batch_size, latent_channels, height, width)`):
             Latents in the scale of the flow matching model.
 
@@ -133,7 +148,29 @@ def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
         [-1, 1].
     """
     shift, scale = _shift_and_scale(vae, latents)
-    return vae.decode((latents.float() / scale + shift).to(vae.dtype)).sample.float()
+    return _run(vae, "decode", latents.float() / scale + shift).sample.float()
+
+
+class _Half(nn.Module):
+    """One half of an autoencoder as a module."""
+
+    def __init__(self, vae: ModelMixin, name: str) -> None:
+        super().__init__()
+        self.vae, self.name = vae, name
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return getattr(self.vae, self.name)(x)
+
+
+def _run(vae: ModelMixin, name: str, x: torch.Tensor) -> Any:
+    """`vae.encode` or `vae.decode`. SDXL's autoencoder, and all that do not deny it, overflow in float16."""
+    with _UPCAST:
+        dtype = vae.dtype
+        if dtype == torch.float16 and vae.config.get("force_upcast"):
+            tensors = itertools.chain(vae.named_parameters(), vae.named_buffers())
+            weights = {f"vae.{key}": tensor.detach().float() for key, tensor in tensors if tensor.is_floating_point()}
+            return torch.func.functional_call(_Half(vae, name), weights, (x.float(),))
+    return getattr(vae, name)(x.to(dtype))
 
 
 def _shift_and_scale(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the pipelines of this package share: components, classes, guidance, and the way from noise to data."""
+"""Base of the pipelines: components, classes, guidance, and the way from noise to data."""
 
+import copy
 import json
-import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,9 +24,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DModel,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.models.embeddings import LabelEmbedding
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
@@ -41,16 +40,16 @@ from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import Solution
 from ..transport import transport
 from .cards import pipeline_content
-from .components import check_components, check_one_network, has_weights
+from .checks import Generators, Labels, check_finite, check_noise, check_output, is_whole
+from .components import KeepDtypeMixin, check_channels, check_components, check_one_network, has_weights, keep_labels
+from .sampling import SamplingCall, SamplingOptions, begin_call, call_in_progress
 
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-ADAPTIVE_SOLVERS = ("dopri5", "bosh3")
-
-# How far from an end the flow begins where the network's answer leaves the velocity without a limit there.
+# How far from an end the flow begins where the network's answer leaves the velocity without a limit there, and the
+# least t that a network of the logarithm of time is given.
 MARGIN = 1e-4
 
-Callback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks
+GuidedPredict = Callable[[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], float], torch.Tensor]
 
 PipelineT = TypeVar("PipelineT", bound="FlowMatchPipelineBase")
 
@@ -73,18 +72,7 @@ class FlowMatchPipelineOutput(BaseOutput):
 
 
 def flow_end(scheduler: FlowMatchScheduler, t: float) -> float:
-    """
-    A time, or for an end where the network's answer determines no velocity, one beside it.
-
-    Args:
-        scheduler ([`FlowMatchScheduler`]):
-            The path, and what the network predicts.
-        t (`float`):
-            In [0, 1], 0 = data, 1 = noise.
-
-    Returns:
-        `float`: The time.
-    """
+    """A time in [0, 1], or a time near it for an end where the network's answer determines no velocity."""
     at = torch.tensor(t, dtype=torch.float64)
     derivative = Coordinates(scheduler.path, "ot").derivative(at)
     if bool(scheduler.path.determines(at, scheduler.config.prediction_type, derivative)):
@@ -95,43 +83,32 @@ def flow_end(scheduler: FlowMatchScheduler, t: float) -> float:
 class NetworkField:
     """The network of a pipeline as a field of the path's time, with the guidance that sampling would use."""
 
-    def __init__(self, pipeline: "FlowMatchPipelineBase", guidance_scale: float = 1.0) -> None:
-        self.pipeline = pipeline
-        self.guidance_scale = guidance_scale
+    def __init__(
+        self, pipeline: "FlowMatchPipelineBase", guidance_scale: float = 1.0, predict: GuidedPredict | None = None
+    ) -> None:
+        self.scheduler, self.guidance_scale = pipeline.scheduler, guidance_scale
+        self.predict = pipeline.predict_guided if predict is None else predict
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
-        scheduler = self.pipeline.scheduler
-        inverted = scheduler.config.invert_sigmas
-        timestep = scheduler.timestep_scale * (1 - t if inverted else t)
-        output = self.pipeline.predict_guided(x_t, timestep, args, self.guidance_scale).to(x_t.dtype)
+        inverted = self.scheduler.config.invert_sigmas
+        timestep = self.scheduler.timestep_scale * (1 - t if inverted else t)
+        output = self.predict(x_t, timestep, args, self.guidance_scale).to(x_t.dtype)
         return -output if inverted else output
 
 
-class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
+class FlowMatchPipelineBase(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     """
-    Components, classes, guidance and integration of the pipelines of this package, which say what a call is given.
+    Components, classes, guidance and integration of the pipelines of this package.
 
-    A pipeline has its own `predict(sample, timestep, ..., class_labels=None)`: what the network is given besides x_t
-    are tensors with one row for each sample, labels last. Tuples `args` in here are those.
+    A pipeline has its own `predict(sample, timestep, ..., class_labels=None)`: after the timestep come tensors with a
+    row for each sample, labels last. Tuples `args` in here are those. The components are those of
+    [`FlowMatchPipeline`].
 
-    Args:
-        scheduler ([`FlowMatchScheduler`] or another diffusers scheduler):
-            The path, what the network predicts, and how to sample; another one is converted.
-        unet ([`~diffusers.UNet2DModel`], *optional*):
-            The network. Exactly one of `unet` and `transformer` is given.
-        transformer ([`~diffusers.DiTTransformer2DModel`] or [`~diffusers.SD3Transformer2DModel`], *optional*):
-            The network.
-        vae ([`~diffusers.AutoencoderKL`], [`~diffusers.AutoencoderTiny`] or [`~diffusers.AutoencoderDC`], *optional*):
-            The autoencoder of a latent model.
-        class_embedder ([`ClassEmbedder`], *optional*):
-            The class conditioning of an `SD3Transformer2DModel`, and of no other network.
-        num_classes (`int`, *optional*):
-            Number of classes, where a `UNet2DModel` has a null class besides.
-        id2label (`dict`, *optional*):
-            Names of the classes by label.
+    All state of a call is its own, so calls of one pipeline may overlap, in threads or in a callback. In a call,
+    `scheduler` is the call's copy, with its loop laid out.
 
     Raises:
-        ValueError: if the components do not fit together.
+        ValueError: If the components do not fit together.
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
@@ -152,6 +129,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
     ) -> None:
         super().__init__()
         check_components(unet, transformer, vae, class_embedder, num_classes)
+        self._check_channels(unwrap_module(transformer if unet is None else unet), vae)
         is_ours = isinstance(scheduler, FlowMatchScheduler)
         self.register_modules(
             scheduler=scheduler if is_ours else FlowMatchScheduler.from_stock(scheduler),
@@ -162,7 +140,20 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         )
         self.register_to_config(num_classes=num_classes, id2label=id2label)
         self.vae_scale_factor = 1 if vae is None else spatial_scale_factor(vae)
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # Images keep their own size, and no number of channels marks latents.
+        self.image_processor = VaeImageProcessor(
+            do_resize=False, vae_scale_factor=self.vae_scale_factor, vae_latent_channels=0
+        )
+        self._last_call = SamplingCall(self.scheduler)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "transformer" and value is not None:
+            keep_labels(value)
+        super().__setattr__(name, value)
+
+    @staticmethod
+    def _check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+        check_channels(network, vae)
 
     @classmethod
     def from_pretrained(
@@ -207,20 +198,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
 
     def card_content(self, repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0) -> CardContent:
-        """
-        Content of a model card.
-
-        Args:
-            repo_id (`str`):
-                Hub id, or folder, of the pipeline.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Steps of the example.
-            guidance_scale (`float`, *optional*, defaults to 1.0):
-                Guidance of the example; 1 is off.
-
-        Returns:
-            [`~hub.CardContent`]: the content; `dataclasses.replace` adds to it.
-        """
+        """Content of a model card, with the settings of its example; `dataclasses.replace` adds to it."""
         return pipeline_content(
             self.denoiser,
             self.scheduler,
@@ -236,6 +214,16 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
     def build_model_card(self, repo_id: str) -> ModelCard:
         """The card that `push_to_hub` writes where the repository has none."""
         return model_card(self.card_content(repo_id))
+
+    @property
+    def scheduler(self) -> FlowMatchScheduler:
+        """The scheduler; in a call, the call's own copy of it."""
+        call = call_in_progress(self)
+        return self.__dict__["scheduler"] if call is None else call.scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: FlowMatchScheduler) -> None:
+        self.__dict__["scheduler"] = scheduler
 
     @property
     def denoiser(self) -> ModelMixin:
@@ -291,24 +279,47 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         return patch * self.vae_scale_factor
 
     @property
+    def _call(self) -> SamplingCall:
+        """The call in progress in this thread; elsewhere the one that began last, so that any thread can stop it."""
+        return call_in_progress(self) or self._last_call
+
+    @property
     def guidance_scale(self) -> float:
         """Scale of classifier-free guidance of the call in progress; 1 is off."""
-        return self._guidance_scale
+        return self._call.guidance_scale
 
     @property
     def do_classifier_free_guidance(self) -> bool:
         """Whether the call in progress evaluates the null class beside the wanted one."""
-        return self._guidance_scale != 1.0
+        return self.guidance_scale != 1.0
 
     @property
     def num_timesteps(self) -> int:
         """Number of times at which the call in progress evaluates the network."""
-        return self._num_timesteps
+        return self._call.num_timesteps
 
     @property
     def interrupt(self) -> bool:
         """Whether a callback has asked to stop, by setting `_interrupt`."""
-        return self._interrupt
+        return self._call.interrupt
+
+    # diffusers' names of what a callback sets.
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, guidance_scale: float) -> None:
+        self._call.guidance_scale = guidance_scale
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, interrupt: bool) -> None:
+        self._call.interrupt = interrupt
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
         """
@@ -345,7 +356,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
 
     def prepare_class_labels(
         self,
-        class_labels: int | str | list[int] | list[str] | torch.Tensor | None,
+        class_labels: Labels,
         batch_size: int | None = None,
         device: torch.device | str = "cpu",
         allow_null: bool = False,
@@ -392,7 +403,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         self,
         shape: tuple[int, ...],
         device: torch.device | str,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -457,8 +468,11 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
     ) -> torch.Tensor:
         network = unwrap_module(self.denoiser)
         batch_size, device = model_input.shape[0], model_input.device
-        model_input = model_input.to(network.dtype)
+        dtype = _input_dtype(network)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch_size)
+        if isinstance(network, UNet2DModel) and network.config.time_embedding_type == "fourier":
+            # It takes the logarithm of the timestep, and divides by it.
+            timestep = timestep.clamp(min=MARGIN * self.scheduler.timestep_scale)
         if class_labels is not None:
             class_labels = class_labels.to(device)
         elif self.num_classes > 0:
@@ -469,60 +483,43 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         if self.class_embedder is not None:
             tokens, pooled = self.class_embedder(class_labels)
             model_output = self.denoiser(
-                hidden_states=model_input,
+                hidden_states=model_input.to(dtype),
                 timestep=timestep,
-                encoder_hidden_states=tokens.to(network.dtype),
-                pooled_projections=pooled.to(network.dtype),
+                encoder_hidden_states=tokens.to(dtype),
+                pooled_projections=pooled.to(dtype),
                 return_dict=False,
             )[0]
         else:
-            if isinstance(network, DiTTransformer2DModel):
-                for module in network.modules():
-                    if isinstance(module, LabelEmbedding):
-                        module.eval()
-            model_output = self.denoiser(model_input, timestep, class_labels=class_labels, return_dict=False)[0]
+            model_output = self.denoiser(
+                model_input.to(dtype), timestep, class_labels=class_labels, return_dict=False
+            )[0]
         return model_output[:, : self.data_channels]
 
-    def check_inputs(
-        self,
-        batch_size: int,
-        latent_shape: tuple[int, int, int],
-        guidance_scale: float,
-        sigmas: list[float] | None,
-        timesteps: list[float] | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: torch.Tensor | None,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ) -> None:
-        """Raises a `ValueError` for arguments of a call that cannot work, before any work."""
-        if sigmas is not None and timesteps is not None:
-            raise ValueError("Only one of `sigmas` and `timesteps` can be given.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size}.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-        if output_type == "pil" and self.image_channels not in (1, 3, 4):
+    def check_inputs(self, batch_size: int, latent_shape: tuple[int, int, int], options: SamplingOptions) -> None:
+        """Raise a `ValueError` for arguments of a call that cannot work, before any work."""
+        if not is_whole(batch_size):
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
+        check_output(batch_size, options.output_type, options.generator)
+        if options.output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(
                 f"An image of {self.image_channels} channels cannot be a PIL image: use `output_type` np, pt or"
                 " latent."
             )
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale}.")
-        if guidance_scale != 1.0 and self.num_classes == 0:
-            raise ValueError(f"`guidance_scale` {guidance_scale} needs classes, and this pipeline has none: use 1.")
-        if guidance_scale != 1.0 and self.null_class is None:
+        scale, latents = options.guidance_scale, options.latents
+        if scale != 1.0 and self.num_classes == 0:
+            raise ValueError(f"`guidance_scale` {scale} needs classes, and this pipeline has none: use 1.")
+        if scale != 1.0 and self.null_class is None:
             raise ValueError(
-                f"`guidance_scale` {guidance_scale} needs a null class, and this network has none: use 1, or train one"
+                f"`guidance_scale` {scale} needs a null class, and this network has none: use 1, or train one"
                 " with `num_class_embeds == num_classes + 1`."
             )
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}.")
         if latents is not None and tuple(latents.shape) != (batch_size, *latent_shape):
             raise ValueError(
                 f"`latents` must have the shape {(batch_size, *latent_shape)}, got {tuple(latents.shape)}."
             )
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if latents is not None:
+            check_noise("latents", latents)
+        unknown = [name for name in options.tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
@@ -556,7 +553,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             height = default_height * self.vae_scale_factor if height is None else height
             width = default_width * self.vae_scale_factor if width is None else width
         multiple = self.size_multiple
-        if height < 1 or width < 1 or height % multiple or width % multiple:
+        if not all(is_whole(side) and side % multiple == 0 for side in (height, width)):
             raise ValueError(
                 f"`height` and `width` must be positive multiples of {multiple} for this pipeline, got"
                 f" {height} x {width}."
@@ -570,97 +567,88 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             )
         return self.data_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
 
-    def check_solver(
-        self,
-        solver: str | None,
-        rtol: float | None,
-        atol: float | None,
-        sigmas: list[float] | None,
-        timesteps: list[float] | None,
-        mu: float | None,
-        callback_on_step_end: Callback | None,
-    ) -> None:
-        """Raises a `ValueError` for arguments that the solver of a call has no use for, before any work."""
-        adaptive = solver in ADAPTIVE_SOLVERS
-        # An adaptive solver has no timesteps to lay out and no steps to call back after.
-        fixed_only = {"sigmas": sigmas, "timesteps": timesteps, "mu": mu, "callback_on_step_end": callback_on_step_end}
-        unused = fixed_only if adaptive else {"rtol": rtol, "atol": atol}
-        given = [name for name, value in unused.items() if value is not None]
-        if given:
-            kind = "an adaptive one" if adaptive else "one with fixed steps"
-            raise ValueError(f"`{given[0]}` has no meaning for the solver {solver!r}, which is {kind}.")
-
     def integrate(
         self,
         latents: torch.Tensor,
         args: tuple[torch.Tensor, ...],
-        guidance_scale: float,
-        num_inference_steps: int,
-        sigmas: list[float] | None,
-        timesteps: list[float] | None,
-        mu: float | None,
-        solver: str | None,
-        rtol: float | None,
-        atol: float | None,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback_on_step_end: Callback | None,
-        tensor_inputs: list[str],
+        options: SamplingOptions,
+        predict: GuidedPredict | None = None,
     ) -> tuple[torch.Tensor, int]:
         """
-        From noise to data, by the scheduler's solver or that of the call. The arguments are those of a call.
+        Integrate from noise to data, by the scheduler's solver or that of the call.
 
         Args:
             latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
                 x_t at t = 1, as [`prepare_latents`] gives it.
             args (`tuple[torch.Tensor, ...]`):
                 What [`predict`] takes after the timestep, labels last.
+            options ([`SamplingOptions`]):
+                Arguments of the call.
+            predict (`Callable`, *optional*):
+                In place of [`predict_guided`].
 
         Returns:
             `tuple[torch.Tensor, int]`: x_t at t = 0, in float32, and the number of calls of the network.
+
+        Raises:
+            ValueError: If the solver and the scheduler do not go together, or the network gives NaN.
         """
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
-        if solver in ADAPTIVE_SOLVERS:
+        if options.is_adaptive:
             # Each sample takes its own steps.
-            options = {"method": solver, "num_steps": None, "rtol": rtol, "atol": atol, "step_control": "per_sample"}
-            solution = self.transport(latents, 1.0, 0.0, args, guidance_scale, **options)
+            steps = {"num_steps": None, "rtol": options.rtol, "atol": options.atol, "step_control": "per_sample"}
+            with self._begin(SamplingCall(self.scheduler, options.guidance_scale)):
+                field = NetworkField(self, options.guidance_scale, predict)
+                solution = self._transport(field, latents, 1.0, 0.0, args, method=options.solver, **steps)
             return solution.x.float(), int(solution.evaluations.max())
 
-        # 1. Timesteps
         scheduler = self.scheduler
-        if solver is not None:
-            scheduler = scheduler.with_settings(solver=solver)
-        if mu is None and scheduler.config.use_dynamic_shifting:
-            mu = self._default_mu(scheduler, tuple(latents.shape[1:]))
-        scheduler.set_timesteps(
-            num_inference_steps if sigmas is None and timesteps is None else None,
-            device=latents.device,
-            sigmas=sigmas,
-            timesteps=timesteps,
-            mu=mu,
-        )
-        scheduler.set_begin_index(0)
-        self._num_timesteps = len(scheduler.timesteps)
+        scheduler = copy.copy(scheduler) if options.solver is None else scheduler.with_settings(solver=options.solver)
+        self._lay_out(scheduler, latents, options)
+        answer = self.predict_guided if predict is None else predict
+        with self._begin(SamplingCall(scheduler, options.guidance_scale, len(scheduler.timesteps))) as call:
+            return self._sample(
+                scheduler,
+                lambda x_t, i: answer(x_t, scheduler.timesteps[i], args, call.guidance_scale).float(),
+                latents,
+                options,
+            )
 
-        # 2. From noise to data
+    def _begin(self, call: SamplingCall) -> AbstractContextManager[SamplingCall]:
+        self._last_call = call
+        return begin_call(self, call)
+
+    def _lay_out(self, scheduler: FlowMatchScheduler, latents: torch.Tensor, options: SamplingOptions) -> None:
+        shape = tuple(latents.shape[1:])
+        mu = self._default_mu(scheduler, shape) if scheduler.config.use_dynamic_shifting else None
+        options.set_timesteps(scheduler, latents.device, mu)
+
+    def _sample(
+        self,
+        scheduler: FlowMatchScheduler,
+        answer: Callable[[torch.Tensor, int], torch.Tensor],
+        latents: torch.Tensor,
+        options: SamplingOptions,
+    ) -> tuple[torch.Tensor, int]:
+        """The sampling loop: `answer` is what the scheduler's step takes, at x_t and the index of the time."""
         nfe = 0
-        order, last = scheduler.order, self._num_timesteps - 1
+        order, last = scheduler.order, len(scheduler.timesteps) - 1
         with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, timestep in enumerate(scheduler.timesteps):
                 if self.interrupt:
                     break
-                model_output = self.predict_guided(latents, timestep, args, self.guidance_scale).float()
+                output = answer(latents, i)
                 nfe += 1
-                latents = scheduler.step(model_output, timestep, latents, generator=generator, return_dict=False)[0]
+                latents = scheduler.step(output, timestep, latents, generator=options.generator, return_dict=False)[0]
 
-                # Every step has `order` stages, save the last, which is a single one where the path asks for it.
+                # Every step has `order` stages, except the last, which is a single one where the path asks for it.
                 if (i + 1) % order == 0 or i == last:
-                    if callback_on_step_end is not None:
+                    if options.callback_on_step_end is not None:
                         begin = scheduler.timesteps[i // order * order]
-                        tensors = {"latents": latents} if "latents" in tensor_inputs else {}
-                        outputs = callback_on_step_end(self, i // order, begin, tensors)
+                        tensors = {"latents": latents} if "latents" in options.tensor_inputs else {}
+                        outputs = options.callback_on_step_end(self, i // order, begin, tensors)
                         latents = outputs.pop("latents", latents)
                     progress_bar.update()
+        check_finite(unwrap_module(self.denoiser), latents)
         return latents, nfe
 
     def _default_mu(self, scheduler: FlowMatchScheduler, shape: tuple[int, int, int]) -> float:
@@ -693,6 +681,7 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         if output_type == "latent":
             return data
         pixels = data if self.vae is None else decode_latents(self.vae, data)
+        check_finite(self.denoiser if self.vae is None else self.vae, pixels)
         if size is not None:
             pixels = pixels[..., : size[0], : size[1]]
         return self.image_processor.postprocess(pixels, output_type=output_type)
@@ -731,8 +720,19 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
         Raises:
             ValueError: If an argument is out of range.
         """
-        return transport(
-            NetworkField(self, guidance_scale),
+        return self._transport(NetworkField(self, guidance_scale), x_t, start, end, args, **options)
+
+    def _transport(
+        self,
+        field: Callable[..., torch.Tensor],
+        x_t: torch.Tensor,
+        start: float,
+        end: float,
+        args: tuple[torch.Tensor, ...],
+        **options: Any,
+    ) -> Solution:
+        solution = transport(
+            field,
             x_t,
             self.scheduler.path,
             start=flow_end(self.scheduler, start),
@@ -741,3 +741,12 @@ class FlowMatchPipelineBase(PushMixin, DiffusionPipeline):
             args=args,
             **options,
         )
+        check_finite(unwrap_module(self.denoiser), solution.x)
+        return solution
+
+
+def _input_dtype(network: ModelMixin) -> torch.dtype:
+    """Dtype in which a network takes its input. `network.dtype` looks at every module, at every call."""
+    dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    # Weights stored in 8 bits are cast to another dtype layer by layer.
+    return network.dtype if dtype.itemsize == 1 else dtype

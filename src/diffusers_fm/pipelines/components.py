@@ -1,53 +1,77 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the components of a [`FlowMatchPipeline`] must be, and whether a folder holds them."""
+"""Components of the pipelines: whether they fit together, whether a folder holds them, and how they are shared."""
 
 from pathlib import Path
+from typing import Any, TypeVar
 
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
+    DiffusionPipeline,
     DiTTransformer2DModel,
     ModelMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
 
 from ..models.class_embedder import ClassEmbedder
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".flashpack")
 
+PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
+
+
+class KeepDtypeMixin:
+    """`from_pipe` without a cast."""
+
+    @classmethod
+    def from_pipe(cls: type[PipelineT], pipeline: DiffusionPipeline, **kwargs: Any) -> PipelineT:  # type: ignore[misc]
+        """
+        Make a pipeline of this class that shares the components of another one.
+
+        Args:
+            pipeline ([`~diffusers.DiffusionPipeline`]):
+                The other pipeline.
+            kwargs (*optional*):
+                Arguments of [`~diffusers.DiffusionPipeline.from_pipe`], such as components that the other one lacks.
+                Its own way is to cast everything to float32, in both pipelines: here dtypes stay as they are unless
+                `torch_dtype` asks for one.
+
+        Returns:
+            The pipeline.
+
+        Raises:
+            ValueError: If a component is missing, or they do not fit together.
+        """
+        cast = kwargs.get("torch_dtype") is not None or kwargs.get("dtype") is not None
+        # The cast is the last thing that diffusers' method does, by a call of `to`.
+        made = cls if cast else type(cls.__name__, (cls,), {"to": lambda self, **_: self})
+        parent: Any = super(KeepDtypeMixin, made)
+        shared = parent.from_pipe(pipeline, **kwargs)
+        shared.__class__ = cls
+        return shared
+
 
 def has_weights(folder: Path) -> bool:
-    """
-    Whether a component's folder holds weights of any format and variant.
-
-    Args:
-        folder (`Path`):
-            A component's folder, which need not exist.
-
-    Returns:
-        `bool`: whether there is a file of weights.
-    """
+    """Whether a component's folder holds weights of any format and variant."""
     return any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*.*"))
 
 
+def keep_labels(network: nn.Module) -> None:
+    """Have a network keep its labels in training too: a `LabelEmbedding` would drop a tenth of them by itself."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+
+
 def check_one_network(unet: object, transformer: object) -> None:
-    """
-    Checks that a pipeline has one network.
-
-    Args:
-        unet (`object`):
-            The network under this name, or `None`.
-        transformer (`object`):
-            The network under this name, or `None`.
-
-    Raises:
-        ValueError: if both or neither is given.
-    """
+    """Raise a `ValueError` if a pipeline has both networks or neither."""
     if (unet is None) == (transformer is None):
         given = "neither was" if unet is None else "both were"
         raise ValueError(f"A FlowMatchPipeline needs either `unet` or `transformer`, {given} given.")
@@ -60,24 +84,7 @@ def check_components(
     class_embedder: ClassEmbedder | None,
     num_classes: int | None,
 ) -> None:
-    """
-    Checks that the components of a pipeline fit together.
-
-    Args:
-        unet ([`~diffusers.UNet2DModel`]):
-            The network, or `None`.
-        transformer ([`~diffusers.DiTTransformer2DModel`] or [`~diffusers.SD3Transformer2DModel`]):
-            The network, or `None`.
-        vae ([`~diffusers.AutoencoderKL`], [`~diffusers.AutoencoderTiny`] or [`~diffusers.AutoencoderDC`]):
-            The autoencoder of a latent model, or `None`.
-        class_embedder ([`ClassEmbedder`]):
-            The class conditioning of an `SD3Transformer2DModel`, or `None`.
-        num_classes (`int`):
-            Number of classes, or `None` where the network says it all.
-
-    Raises:
-        ValueError: if they do not.
-    """
+    """Raise a `ValueError` if the components of a [`FlowMatchPipeline`] do not fit together."""
     check_one_network(unet, transformer)
     network = unwrap_module(transformer if unet is None else unet)
     if unet is not None and not isinstance(network, UNet2DModel):
@@ -118,18 +125,7 @@ def check_components(
 
 
 def check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
-    """
-    Checks that what a network of a [`FlowMatchPipeline`] takes is what it gives.
-
-    Args:
-        network ([`~diffusers.ModelMixin`]):
-            The network.
-        vae ([`~diffusers.ModelMixin`]):
-            The autoencoder of a latent model, or `None`.
-
-    Raises:
-        ValueError: if it is not, or does not fit the autoencoder.
-    """
+    """Raise a `ValueError` if a network gives other channels than it takes, or other ones than the autoencoder has."""
     config = unwrap_module(network).config
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
@@ -143,18 +139,22 @@ def check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
         )
 
 
+def check_upscale_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+    """Raise a `ValueError` if a network does not take the low-resolution image beside x_t."""
+    config = unwrap_module(network).config
+    channels = config.in_channels if config.out_channels is None else config.out_channels
+    if config.in_channels not in (2 * channels, 2 * channels + 1):
+        raise ValueError(
+            "An upscaling network takes x_t, the low-resolution image and perhaps a channel for its noise level: with"
+            f" `out_channels` {channels} its `in_channels` must be {2 * channels} or {2 * channels + 1}, got"
+            f" {config.in_channels}."
+        )
+    if vae is not None and vae.config.latent_channels != channels:
+        raise ValueError(f"The autoencoder has {vae.config.latent_channels} latent channels, the network {channels}.")
+
+
 def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
-    """
-    Checks that the components of a Stable Diffusion 3 pipeline fit together; diffusers itself finds out in the first
-    step, in a matrix product.
-
-    Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            The pipeline; text encoders may be missing.
-
-    Raises:
-        ValueError: if they do not.
-    """
+    """Raise a `ValueError` for a Stable Diffusion 3 pipeline that diffusers would refuse in a matrix product."""
     config = pipeline.transformer.config
     if pipeline.vae is not None and pipeline.vae.config.latent_channels != config.in_channels:
         raise ValueError(
@@ -181,28 +181,3 @@ def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
             f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
             f" {config.joint_attention_dim}."
         )
-
-
-def check_upscale_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
-    """
-    Checks that a network takes the low-resolution image beside x_t.
-
-    Args:
-        network ([`~diffusers.ModelMixin`]):
-            The network of a [`FlowMatchUpscalePipeline`].
-        vae ([`~diffusers.ModelMixin`]):
-            The autoencoder of a latent model, or `None`.
-
-    Raises:
-        ValueError: if it does not, or does not fit the autoencoder.
-    """
-    config = unwrap_module(network).config
-    channels = config.in_channels if config.out_channels is None else config.out_channels
-    if config.in_channels not in (2 * channels, 2 * channels + 1):
-        raise ValueError(
-            "An upscaling network takes x_t, the low-resolution image and perhaps a channel for its noise level: with"
-            f" `out_channels` {channels} its `in_channels` must be {2 * channels} or {2 * channels + 1}, got"
-            f" {config.in_channels}."
-        )
-    if vae is not None and vae.config.latent_channels != channels:
-        raise ValueError(f"The autoencoder has {vae.config.latent_channels} latent channels, the network {channels}.")

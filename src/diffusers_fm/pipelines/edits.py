@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the edit pipelines share: the grid, the two methods, inversion, and images that stay as they are."""
+"""Edits of images: the grid, the two methods, inversion, and images that stay as they are."""
 
 import math
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,8 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from ..applications.editing import Predict, flow_edit
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..transport import transport
-from .base import OUTPUT_TYPES, flow_end
-from .transport import Images
+from .base import flow_end
+from .checks import Generators, Images, check_finite, is_number, is_whole, read_images
 
 
 EDIT_METHODS = ("flowedit", "inversion")
@@ -45,28 +45,7 @@ class FlowMatchInversionOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class EditOptions:
-    """
-    How an image is edited: arguments that the calls of the edit pipelines have in common.
-
-    Args:
-        method (`str`):
-            One of `EDIT_METHODS`.
-        num_inference_steps (`int`):
-            Steps of the whole way from noise to data.
-        strength (`float`):
-            The part of them that is gone, in (0, 1].
-        num_averages (`int`):
-            Draws of noise for each step of `"flowedit"`.
-        num_free_steps (`int`):
-            Last steps of `"flowedit"` that follow the target alone.
-        solver (`str`):
-            Solver of `"inversion"`.
-        generator (`torch.Generator` or a list of them, *optional*):
-            Source of the noise of `"flowedit"`.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """Arguments of a call, as [`FlowMatchEditPipeline.__call__`] describes them; a `ValueError` for wrong ones."""
 
     method: str
     num_inference_steps: int
@@ -74,20 +53,24 @@ class EditOptions:
     num_averages: int
     num_free_steps: int
     solver: str
-    generator: torch.Generator | list[torch.Generator] | None
+    generator: Generators
 
     def __post_init__(self) -> None:
         if self.method not in EDIT_METHODS:
             raise ValueError(f"`method` must be one of {list(EDIT_METHODS)}, got {self.method!r}.")
-        if not 0 < self.strength <= 1:
+        if not (is_number(self.strength) and 0 < self.strength <= 1):
             raise ValueError(f"`strength` must be a number in (0, 1], got {self.strength!r}.")
+        if not is_whole(self.num_inference_steps):
+            raise ValueError(
+                f"`num_inference_steps` must be an integer of at least 1, got {self.num_inference_steps!r}."
+            )
         if self.num_steps < 1:
             raise ValueError(
                 f"`strength` {self.strength:g} of `num_inference_steps` {self.num_inference_steps} leaves no step."
             )
-        if self.num_averages < 1:
+        if not is_whole(self.num_averages):
             raise ValueError(f"`num_averages` must be at least 1, got {self.num_averages!r}.")
-        if not 0 <= self.num_free_steps <= self.num_steps:
+        if not is_whole(self.num_free_steps, 0) or self.num_free_steps > self.num_steps:
             raise ValueError(
                 f"`num_free_steps` must be from 0 to the {self.num_steps} steps made, got {self.num_free_steps!r}."
             )
@@ -100,39 +83,9 @@ class EditOptions:
         return math.floor(self.num_inference_steps * self.strength + 1e-6)
 
 
-def check_batch(
-    batch_size: int,
-    output_type: str,
-    generator: torch.Generator | list[torch.Generator] | None,
-    **guidance_scales: float,
-) -> None:
-    """
-    Checks what remains of the arguments of a call.
-
-    Args:
-        batch_size (`int`):
-            Number of images.
-        output_type (`str`):
-            One of `OUTPUT_TYPES`.
-        generator (`torch.Generator` or a list of them, *optional*):
-            One, or one for each image.
-        guidance_scales (`float`):
-            Scales by name.
-
-    Raises:
-        ValueError: If they do not fit.
-    """
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
-    if isinstance(generator, list) and len(generator) != batch_size:
-        raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}.")
-    for name, scale in guidance_scales.items():
-        if not math.isfinite(scale):
-            raise ValueError(f"`{name}` must be a finite number, got {scale}.")
-
-
 def edit(
     pipeline: DiffusionPipeline,
+    network: ModelMixin,
     scheduler: FlowMatchScheduler,
     source: Predict,
     target: Predict,
@@ -141,26 +94,10 @@ def edit(
     mu: float | None = None,
 ) -> tuple[torch.Tensor, int]:
     """
-    Carries data from a source condition to a target condition, by either method.
+    Carry data from a source condition to a target condition, by either method, under the pipeline's progress bar.
 
-    Args:
-        pipeline ([`~diffusers.DiffusionPipeline`]):
-            Whose progress bar tells how far it is.
-        scheduler ([`FlowMatchScheduler`]):
-            The path, what the network predicts, and the grid.
-        source (`Callable`):
-            The network under the source condition, a function of `x_t` and `t`.
-        target (`Callable`):
-            The same under the target condition.
-        data (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Pixels in [-1, 1], or latents.
-        options ([`EditOptions`]):
-            How.
-        mu (`float`, *optional*):
-            Dynamic shift of the grid.
-
-    Returns:
-        `tuple[torch.Tensor, int]`: The edited data, and the number of calls of the network.
+    `source` and `target` are the network under the conditions, functions of `x_t` and `t`. Returns the edited data,
+    and the number of calls of the network.
     """
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
     # A copy with a step for each timestep, whatever the solver of the scheduler.
@@ -191,6 +128,7 @@ def edit(
                 method=options.solver,
             )
             data, nfe = solution.x.float(), nfe + solution.nfe
+        check_finite(network, data)
         return data, nfe
 
     def draw_noise() -> torch.Tensor:
@@ -212,34 +150,24 @@ def edit(
         for state in steps:
             edited = state
             progress_bar.update()
+    check_finite(network, edited)
     return edited, nfe
 
 
 def invert(
-    scheduler: FlowMatchScheduler, predict: Predict, data: torch.Tensor, num_inference_steps: int, solver: str
+    network: ModelMixin,
+    scheduler: FlowMatchScheduler,
+    predict: Predict,
+    data: torch.Tensor,
+    num_inference_steps: int,
+    solver: str,
 ) -> FlowMatchInversionOutput:
-    """
-    Carries data to the noise that it comes from, and back again to see how well that went.
-
-    Args:
-        scheduler ([`FlowMatchScheduler`]):
-            The path, and what the network predicts.
-        predict (`Callable`):
-            The network, a function of `x_t` and `t`.
-        data (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Pixels in [-1, 1], or latents.
-        num_inference_steps (`int`):
-            Steps of each way.
-        solver (`str`):
-            A method of [`~solvers.odeint`].
-
-    Returns:
-        [`FlowMatchInversionOutput`]: The noise, the work, and the error of the round trip.
-    """
+    """Carry data to the noise that it comes from, and back again to see how well that went."""
     options = {"prediction_type": scheduler.config.prediction_type, "num_steps": num_inference_steps}
     near, far = flow_end(scheduler, 0.0), flow_end(scheduler, 1.0)
     there = transport(predict, data, scheduler.path, start=near, end=far, method=solver, **options)
     back = transport(predict, there.x.float(), scheduler.path, start=far, end=near, method=solver, **options)
+    check_finite(network, there.x, back.x)
     errors = (back.x.float() - data).flatten(1)
     return FlowMatchInversionOutput(
         there.x.float() / scheduler.init_noise_sigma,
@@ -256,26 +184,9 @@ def to_images(
     unchanged: torch.Tensor,
     output_type: str,
 ) -> Images:
-    """
-    Edited pixels as images. Where there was nothing to change, the original is handed back, bit for bit.
-
-    Args:
-        image_processor (`VaeImageProcessor`):
-            The pipeline's.
-        pixels (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Edited pixels in about [-1, 1].
-        originals (PIL images, `np.ndarray` or `torch.Tensor`):
-            The images as they were given.
-        unchanged (`torch.BoolTensor` of shape `(batch_size,)`):
-            Which of them are to stay.
-        output_type (`str`):
-            `"pil"`, `"np"` or `"pt"`.
-
-    Returns:
-        PIL images, an array or a tensor, as `output_type` says.
-    """
+    """Edited pixels in [-1, 1] as images; where there was nothing to change, the original, bit for bit."""
     # Scaled to [-1, 1] and back, a number in [0, 1] may lose its last bit; an autoencoder would lose far more.
-    as_given = VaeImageProcessor(do_resize=False, do_normalize=False).preprocess(originals).to(pixels)
+    as_given = read_images("image", originals, VaeImageProcessor(do_resize=False, do_normalize=False)).to(pixels)
     keep = unchanged.to(pixels.device)[:, None, None, None]
     kept = torch.where(keep, as_given, pixels)
     return image_processor.postprocess(kept, output_type, [not same for same in unchanged.tolist()])

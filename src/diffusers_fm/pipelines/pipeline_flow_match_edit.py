@@ -4,13 +4,14 @@
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..applications.editing import Predict
 from ..models.autoencoding import decode_latents
 from .base import FlowMatchPipelineOutput, NetworkField
-from .edits import EditOptions, FlowMatchInversionOutput, check_batch, edit, invert, to_images
+from .checks import Generators, Images, Labels, check_guidance, check_output
+from .edits import EditOptions, FlowMatchInversionOutput, edit, invert, to_images
 from .pipeline_flow_match import FlowMatchPipeline
-from .transport import Images, Labels
 
 
 class FlowMatchEditPipeline(FlowMatchPipeline):
@@ -36,7 +37,7 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         num_free_steps: int = 0,
         solver: str = "ab2",
         mu: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> FlowMatchPipelineOutput | tuple[Any, int]:
@@ -86,14 +87,14 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         """
         # 1. A check of everything
         options = EditOptions(method, num_inference_steps, strength, num_averages, num_free_steps, solver, generator)
+        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
         if self.num_classes == 0:
             raise ValueError("Editing needs a pipeline with classes, and this one has none.")
         for scale in (source_guidance_scale, guidance_scale):
             if scale != 1.0 and self.null_class is None:
                 raise ValueError(f"A guidance scale of {scale} needs a null class, and this network has none: use 1.")
         data = self.to_data(image)
-        scales = {"source_guidance_scale": source_guidance_scale, "guidance_scale": guidance_scale}
-        check_batch(len(data), output_type, generator, **scales)
+        check_output(len(data), output_type, generator)
         source_labels = self.prepare_class_labels(source_class_labels, len(data), data.device, allow_null=True)
         labels = self.prepare_class_labels(class_labels, len(data), data.device, allow_null=True)
         if mu is None and self.scheduler.config.use_dynamic_shifting:
@@ -105,7 +106,7 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         if not bool(unchanged.all()):
             source = self._under(source_labels, source_guidance_scale)
             target = self._under(labels, guidance_scale)
-            edited, nfe = edit(self, self.scheduler, source, target, data, options, mu)
+            edited, nfe = edit(self, unwrap_module(self.denoiser), self.scheduler, source, target, data, options, mu)
             edited = torch.where(unchanged[:, None, None, None], data, edited)
 
         # 3. Images
@@ -149,7 +150,9 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         """
         data = self.to_data(image)
         labels = self.prepare_class_labels(class_labels, len(data), data.device, allow_null=True)
-        output = invert(self.scheduler, self._under(labels, 1.0), data, num_inference_steps, solver)
+        output = invert(
+            unwrap_module(self.denoiser), self.scheduler, self._under(labels, 1.0), data, num_inference_steps, solver
+        )
         self.maybe_free_model_hooks()
         return output
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inpainting and other linear inverse problems with a trained flow matching model, without training it again."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 
 from ..applications.inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
 from ..applications.operators import LinearOperator, MaskOperator, check_operator
 from ..models.autoencoding import decode_latents, encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from .base import Callback, FlowMatchPipelineOutput, NetworkField
+from .base import FlowMatchPipelineOutput, NetworkField
+from .checks import Callback, Generators, Images, Labels, is_number, is_whole, read_images
 from .pipeline_flow_match import FlowMatchPipeline
-from .transport import Images, Labels
+from .sampling import SamplingCall, SamplingOptions
 
 
 METHODS = ("projection", "guided")
@@ -73,7 +73,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         mu: float | None = None,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -115,10 +115,6 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
                 What is in the images: one label, or one for each measurement. Needed exactly if the model has classes;
                 `null_class`, where there is one, stands for any.
-            guidance_scale (`float`, *optional*, defaults to 1.0):
-                Scale of classifier-free guidance, see [`FlowMatchPipeline`].
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of steps.
             num_images_per_measurement (`int`, *optional*, defaults to 1):
                 How many images to draw for each measurement; they stand side by side in the batch.
             eta (`float`, *optional*):
@@ -128,25 +124,14 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             solver (`str`, *optional*):
                 Solver of this call, one of those with fixed steps. Defaults to `"euler"` where `eta` is not 0, and to
                 the scheduler's otherwise.
-            mu (`float`, *optional*):
-                Dynamic shift, see [`FlowMatchPipeline`].
-            height (`int`, *optional*):
-                Height of the images in pixels, where it is not that of `image` or the network's own.
-            width (`int`, *optional*):
-                Width, likewise.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise. With one for each image, the images do not depend on the batch they are made in.
-            latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`, *optional*):
-                The noise to start from, standard normal on every path.
+            height (`int`, *optional*), width (`int`, *optional*):
+                Size of the images in pixels, where it is not that of `image` or the network's own.
             output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"`, or `"latent"` for latents, or pixels in about [-1, 1]. Of latent models, all
-                but the latents themselves meet a measurement without noise.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`FlowMatchInversePipelineOutput`] or a tuple of its values.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step, as in [`FlowMatchPipeline`].
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                Names of the tensors handed to the callback.
+                As in [`FlowMatchPipeline`]. Of latent models, all but the latents themselves meet a measurement
+                without noise.
+            guidance_scale, num_inference_steps, mu, generator, latents, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs (*optional*):
+                As in [`FlowMatchPipeline`].
 
         Returns:
             [`FlowMatchInversePipelineOutput`] or `tuple`: The images, the work, and how well they fit.
@@ -154,13 +139,17 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         Raises:
             ValueError: For arguments that do not fit the pipeline or each other, before any work.
         """
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = callback_on_step_end.tensor_inputs
-
         # 1. The measurement, labels, sizes, and a check of everything else
+        options = SamplingOptions(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            mu=mu,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         device = self._execution_device
         sigma_data = self.scheduler.config.sigma_data if sigma_data is None else sigma_data
         _check_options(method, covariance, noise_level, sigma_data)
@@ -168,7 +157,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             ("num_covariance_iterations", num_covariance_iterations),
             ("num_images_per_measurement", num_images_per_measurement),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not is_whole(value):
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
         copies = num_images_per_measurement
         if image is not None or mask_image is not None:
@@ -182,65 +171,41 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             measurement = measurement.to(device, torch.float32).repeat_interleave(copies, 0)
         batch_size = len(measurement)
         labels = self.prepare_class_labels(class_labels, batch_size // copies, device, allow_null=True)
-        labels = None if labels is None else labels.repeat_interleave(copies)
+        args = () if labels is None else (labels.repeat_interleave(copies),)
         shape = self.latent_shape(height, width)
-        self.check_inputs(
-            batch_size, shape, guidance_scale, None, None, generator, latents, output_type, tensor_inputs
-        )
-        channels = shape[0] if self.vae is None else self.vae.config.in_channels
-        image_shape = (channels, shape[1] * self.vae_scale_factor, shape[2] * self.vae_scale_factor)
+        self.check_inputs(batch_size, shape, options)
+        image_shape = (self.image_channels, shape[1] * self.vae_scale_factor, shape[2] * self.vae_scale_factor)
         check_operator(operator, image_shape, measurement)
         measured = LinearMeasurement(measurement, operator, noise_level, *self._autoencoder())
-        self._guidance_scale = guidance_scale
-        self._interrupt = False
 
-        # 2. Timesteps: the corrected estimate of the data takes the network's place
+        # 2. Noise and timesteps: the corrected estimate of the data takes the network's place
         scheduler = self.prepare_scheduler(eta, solver)
-        if mu is None and scheduler.config.use_dynamic_shifting:
-            mu = self._default_mu(scheduler, shape)
-        scheduler.set_timesteps(num_inference_steps, device=device, mu=mu)
-        scheduler.set_begin_index(0)
-        self._num_timesteps = len(scheduler.timesteps)
+        latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
+        self._lay_out(scheduler, latents, options)
         times = scheduler.time(scheduler.timesteps.to("cpu", torch.float64))
         path, prediction_type = scheduler.path, self.scheduler.config.prediction_type
         path.coefficients(times, prediction_type, "sample")
 
-        # 3. Latents
-        latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
+        # 3. Integration from noise to data
+        num_backward = 0
 
-        # 4. Integration from noise to data
-        nfe = num_backward = 0
-        network = NetworkField(self, guidance_scale)
-        order, last = scheduler.order, self._num_timesteps - 1
-        with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
-            for i, t in enumerate(times):
-                if self.interrupt:
-                    break
+        def estimate(x_t: torch.Tensor, i: int) -> torch.Tensor:
+            nonlocal num_backward
+            t, network = times[i], NetworkField(self, self.guidance_scale)
 
-                def denoise(x_t: torch.Tensor, t: torch.Tensor = t) -> torch.Tensor:
-                    output = network(x_t, t.to(x_t), *(() if labels is None else (labels,)))
-                    return path.convert(output, x_t, t, prediction_type, "sample")
+            def denoise(x_t: torch.Tensor) -> torch.Tensor:
+                return path.convert(network(x_t, t.to(x_t), *args), x_t, t, prediction_type, "sample")
 
-                if method == "guided":
-                    data, backward = guide(
-                        denoise, latents, t, path, measured, covariance, sigma_data, num_covariance_iterations
-                    )
-                    num_backward += backward
-                else:
-                    data = project(denoise(latents), measured, data_variance(path, t, sigma_data).item())
-                nfe += 1
-                timestep = scheduler.timesteps[i]
-                latents = scheduler.step(data, timestep, latents, generator=generator, return_dict=False)[0]
+            if method == "projection":
+                return project(denoise(x_t), measured, data_variance(path, t, sigma_data).item())
+            data, backward = guide(denoise, x_t, t, path, measured, covariance, sigma_data, num_covariance_iterations)
+            num_backward += backward
+            return data
 
-                if (i + 1) % order == 0 or i == last:
-                    if callback_on_step_end is not None:
-                        begin = scheduler.timesteps[i // order * order]
-                        tensors = {"latents": latents} if "latents" in tensor_inputs else {}
-                        outputs = callback_on_step_end(self, i // order, begin, tensors)
-                        latents = outputs.pop("latents", latents)
-                    progress_bar.update()
+        with self._begin(SamplingCall(self.scheduler, guidance_scale, len(times))):
+            latents, nfe = self._sample(scheduler, estimate, latents, options)
 
-        # 5. Images, which meet the measurement
+        # 4. Images, which meet the measurement
         pixels = latents if self.vae is None else decode_latents(self.vae, latents)
         pixels = self._meet(pixels, measured, clip=output_type != "latent")
         residuals = (measurement - operator.forward(pixels)).abs().flatten(1).amax(1)
@@ -249,7 +214,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         else:
             images = self.image_processor.postprocess(pixels, output_type=output_type)
 
-        # 6. Offloading
+        # 5. Offloading
         self.maybe_free_model_hooks()
 
         if not return_dict:
@@ -259,34 +224,18 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
     def prepare_mask(
         self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
     ) -> tuple[torch.Tensor, MaskOperator]:
-        """
-        The measurement that inpainting is: the known pixels of images.
-
-        Args:
-            image (PIL images, `np.ndarray` or `torch.Tensor`):
-                The images.
-            mask_image (PIL images, `np.ndarray` or `torch.Tensor`):
-                White where they are unknown: one mask, or one for each image.
-            num_images_per_image (`int`, *optional*, defaults to 1):
-                How often each image is repeated.
-
-        Returns:
-            `tuple[torch.Tensor, MaskOperator]`: The known pixels, in [-1, 1], and 0 elsewhere, of shape
-            `(batch_size, channels, height, width)`; and the operator.
-
-        Raises:
-            ValueError: If one of them is missing, or their sizes or numbers differ.
-        """
+        """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting, as in a call."""
         if image is None or mask_image is None:
             missing = "image" if image is None else "mask_image"
             raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`.")
-        # At their own size: an image of another size than the network can draw is an error, not a reason to rescale.
-        as_image = VaeImageProcessor(do_resize=False)
         as_mask = VaeImageProcessor(do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-        pixels = as_image.preprocess(image).to(self._execution_device, torch.float32)
-        if isinstance(mask_image, torch.Tensor):
+        pixels = read_images("image", image, self.image_processor).to(self._execution_device, torch.float32)
+        # Masks are often Boolean.
+        if isinstance(mask_image, np.ndarray):
+            mask_image = mask_image.astype(np.float32)
+        elif isinstance(mask_image, torch.Tensor):
             mask_image = mask_image.float()
-        unknown = as_mask.preprocess(mask_image).to(self._execution_device, torch.float32)
+        unknown = read_images("mask_image", mask_image, as_mask).to(self._execution_device, torch.float32)
         if unknown.shape[-2:] != pixels.shape[-2:]:
             raise ValueError(
                 f"`mask_image` must have the size of `image`, {_size(pixels)}, got {_size(unknown)} (height x width)."
@@ -302,21 +251,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         return operator.forward(pixels), operator
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
-        """
-        The scheduler of a call, a copy whose steps take estimates of the data.
-
-        Args:
-            eta (`float`, *optional*):
-                Fresh noise in each step, as in a call.
-            solver (`str`, *optional*):
-                The solver, as in a call.
-
-        Returns:
-            [`FlowMatchScheduler`]: The scheduler.
-
-        Raises:
-            ValueError: If they do not go together.
-        """
+        """Copy of the scheduler for a call, whose steps take estimates of the data."""
         if eta is None:
             eta = 1.0 if solver in (None, "euler") else 0.0
         changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}
@@ -368,7 +303,7 @@ def _check_options(method: str, covariance: str, noise_level: float, sigma_data:
         raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
     if covariance not in COVARIANCES:
         raise ValueError(f"`covariance` must be one of {list(COVARIANCES)}, got {covariance!r}.")
-    if not 0 <= noise_level < math.inf:
+    if not (is_number(noise_level) and noise_level >= 0):
         raise ValueError(f"`noise_level` must be a number of at least 0, got {noise_level!r}.")
-    if not 0 < sigma_data < math.inf:
+    if not (is_number(sigma_data) and sigma_data > 0):
         raise ValueError(f"`sigma_data` must be a number above 0, got {sigma_data!r}.")

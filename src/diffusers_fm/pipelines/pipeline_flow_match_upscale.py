@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upscaling of images with a flow matching model that sees the low-resolution image, in pixels or in latents."""
 
+import functools
 from typing import Any
 
 import PIL.Image
@@ -10,23 +11,23 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiTTransformer2DModel,
+    ModelMixin,
     SchedulerMixin,
     SD3Transformer2DModel,
     UNet2DModel,
 )
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from torch.nn import functional
 
 from ..models.autoencoding import encode_latents
 from ..models.class_embedder import ClassEmbedder
 from ..paths import OTPath
-from .base import Callback, FlowMatchPipelineBase, FlowMatchPipelineOutput
+from .base import FlowMatchPipelineBase, FlowMatchPipelineOutput
+from .checks import Callback, Generators, Images, Labels, is_number, is_whole, read_images
 from .components import check_upscale_channels
 from .resampling import resize_bicubic
+from .sampling import SamplingOptions
 from .tiling import TileGrid
-from .transport import Images, Labels
 
 
 # Modes of PIL images that become those of so many channels without loss.
@@ -43,20 +44,8 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
     channel, because every network has channels, and the classes stay free for classes.
 
     Args:
-        scheduler ([`FlowMatchScheduler`] or another diffusers scheduler):
-            The path, what the network predicts, and how to sample.
-        unet ([`~diffusers.UNet2DModel`], *optional*):
-            The network. Exactly one of `unet` and `transformer` is given.
-        transformer ([`~diffusers.DiTTransformer2DModel`] or [`~diffusers.SD3Transformer2DModel`], *optional*):
-            The network.
-        vae ([`~diffusers.AutoencoderKL`], [`~diffusers.AutoencoderTiny`] or [`~diffusers.AutoencoderDC`], *optional*):
-            The autoencoder of a latent model.
-        class_embedder ([`ClassEmbedder`], *optional*):
-            The class conditioning of an `SD3Transformer2DModel`, and of no other network.
-        num_classes (`int`, *optional*):
-            Number of classes, where a `UNet2DModel` has a null class besides.
-        id2label (`dict`, *optional*):
-            Names of the classes by label.
+        scheduler, unet, transformer, vae, class_embedder, num_classes, id2label:
+            As in [`FlowMatchPipeline`].
         scale_factor (`int`, *optional*, defaults to 4):
             How many times larger an image becomes if a call does not say. What the network was trained for.
 
@@ -76,13 +65,13 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         scale_factor: int = 4,
     ) -> None:
         super().__init__(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label)
-        check_upscale_channels(self.denoiser, vae)
-        if not isinstance(scale_factor, int) or scale_factor < 2:
+        if not is_whole(scale_factor, 2):
             raise ValueError(f"`scale_factor` must be a whole number of 2 or more, got {scale_factor!r}.")
         self.register_to_config(scale_factor=scale_factor)
-        # No number of channels marks latents here.
-        self.condition_processor = VaeImageProcessor(do_resize=False, vae_latent_channels=0)
-        self._tiles: TileGrid | None = None
+
+    @staticmethod
+    def _check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+        check_upscale_channels(network, vae)
 
     @property
     def data_channels(self) -> int:
@@ -96,25 +85,10 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         return unwrap_module(self.denoiser).config.in_channels == 2 * self.data_channels + 1
 
     def preprocess(self, image: Images) -> torch.Tensor:
-        """
-        Low-resolution images as a tensor, checked.
-
-        Args:
-            image (PIL images, `np.ndarray` or `torch.Tensor`):
-                One image or a list, of one size: PIL images, arrays `(batch_size, height, width, channels)` or tensors
-                `(batch_size, channels, height, width)` with values in [0, 1].
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32 in [-1, 1].
-
-        Raises:
-            ValueError: if number or channels, mode or sizes do not fit.
-        """
+        """Low-resolution images of a call as a float32 tensor in [-1, 1], checked."""
         channels = self.image_channels
         images = image if isinstance(image, list) else [image]
-        if not images:
-            raise ValueError("`image` is an empty list: at least one image must be given.")
-        if all(isinstance(one, PIL.Image.Image) for one in images):
+        if images and all(isinstance(one, PIL.Image.Image) for one in images):
             accepted = LOSSLESS_MODES.get(channels)
             if accepted is None:
                 raise ValueError(f"No PIL image has the {channels} channels of this pipeline: give arrays or tensors.")
@@ -130,7 +104,7 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             images = [one if one.mode == accepted[0] else one.convert(accepted[0]) for one in images]
         else:
             images = image
-        pixels = self.condition_processor.preprocess(images).to(torch.float32)
+        pixels = read_images("image", images, self.image_processor).to(torch.float32)
         if pixels.ndim != 4 or pixels.shape[1] != channels:
             raise ValueError(
                 f"`image` must have {channels} channels for this pipeline, got the shape {tuple(pixels.shape)}"
@@ -192,17 +166,13 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         class_labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        One call of the network at x_t, as in sampling: what comes out is of the scheduler's `prediction_type`.
+        Call the network at x_t, as in sampling; see [`FlowMatchPipeline.predict`].
 
         Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                x_t, pixels or latents.
-            timestep (`torch.Tensor` of shape `()` or `(batch_size,)`, or `float`):
-                `num_train_timesteps * t`, continuous.
+            sample, timestep, class_labels:
+                As there.
             condition (`torch.Tensor` of shape `(batch_size, condition_channels, height, width)`):
                 As [`augment_condition`] gives it.
-            class_labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                Integer labels, [`null_class`] among them.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`.
@@ -210,35 +180,22 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         model_input = self.scheduler.scale_model_input(sample, timestep)
         return self._call_network(torch.cat([model_input, condition.to(model_input)], dim=1), timestep, class_labels)
 
-    def predict_guided(
+    def _predict_tiles(
         self,
+        tiles: TileGrid,
         sample: torch.Tensor,
         timestep: torch.Tensor,
-        args: tuple[torch.Tensor, ...] = (),
-        guidance_scale: float = 1.0,
+        args: tuple[torch.Tensor, ...],
+        guidance_scale: float,
     ) -> torch.Tensor:
-        """[`predict`] with classifier-free guidance, tile by tile in a call that asked for tiles."""
-        whole = super().predict_guided
-        if self._tiles is None:
-            return whole(sample, timestep, args, guidance_scale)
+        """[`predict_guided`] tile by tile."""
         condition, *labels = args
-        return self._tiles.blend(
-            lambda window: whole(sample[window], timestep, (condition[window], *labels), guidance_scale)
+        return tiles.blend(
+            lambda window: self.predict_guided(sample[window], timestep, (condition[window], *labels), guidance_scale)
         )
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """
-        The smallest size that holds an image and that the network takes.
-
-        Args:
-            height (`int`):
-                Height of the image in pixels.
-            width (`int`):
-                Width of the image in pixels.
-
-        Returns:
-            `tuple[int, int]`: height and width in pixels.
-        """
+        """Smallest size in pixels that holds an image and that the network takes."""
         multiple = self.size_multiple
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
@@ -246,11 +203,11 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         self, low: tuple[int, int], height: int | None, width: int | None, num_images_per_prompt: int
     ) -> tuple[int, int]:
         """Size of the high-resolution images; raises a `ValueError` for one that is smaller than the image."""
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be 1 or more, got {num_images_per_prompt}.")
+        if not is_whole(num_images_per_prompt):
+            raise ValueError(f"`num_images_per_prompt` must be 1 or more, got {num_images_per_prompt!r}.")
         factor = self.config.scale_factor
         size = (low[0] * factor if height is None else height, low[1] * factor if width is None else width)
-        if size[0] < low[0] or size[1] < low[1]:
+        if not all(is_whole(side, least) for side, least in zip(size, low)):
             raise ValueError(
                 f"`height` and `width` must not be below those of the image, {low[0]} x {low[1]}, got"
                 f" {size[0]} x {size[1]}."
@@ -258,33 +215,17 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         return size
 
     def make_tiles(self, size: tuple[int, int], tile_size: int | None, tile_overlap: int | None) -> TileGrid | None:
-        """
-        The tiles of a call.
-
-        Args:
-            size (`tuple[int, int]`):
-                Height and width of what is drawn, in pixels, as [`padded_size`] gives it.
-            tile_size (`int`, *optional*):
-                Height and width of a tile in pixels; without it there are no tiles.
-            tile_overlap (`int`, *optional*):
-                Least overlap of neighbours in pixels; by default a quarter of a tile.
-
-        Returns:
-            [`TileGrid`], *optional*: the tiles, if there is more than one.
-
-        Raises:
-            ValueError: if the network does not take tiles of this size, or the overlap does not fit.
-        """
+        """Tiles of a call on a canvas of `size` pixels, if there is more than one."""
         multiple, factor = self.size_multiple, self.vae_scale_factor
         if tile_size is None:
             if tile_overlap is not None:
                 raise ValueError(f"`tile_overlap` {tile_overlap} has no meaning without a `tile_size`.")
             return None
-        if tile_size < multiple or tile_size % multiple:
-            raise ValueError(f"`tile_size` must be a positive multiple of {multiple}, got {tile_size}.")
+        if not is_whole(tile_size) or tile_size % multiple:
+            raise ValueError(f"`tile_size` must be a positive multiple of {multiple}, got {tile_size!r}.")
         if tile_overlap is None:
             tile_overlap = tile_size // 4 // multiple * multiple
-        if not 0 <= tile_overlap < tile_size or tile_overlap % multiple:
+        if not is_whole(tile_overlap, 0) or tile_overlap >= tile_size or tile_overlap % multiple:
             raise ValueError(
                 f"`tile_overlap` must be a multiple of {multiple} from 0 to {tile_size - multiple}, got"
                 f" {tile_overlap}."
@@ -316,7 +257,7 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         width: int | None = None,
         tile_size: int | None = None,
         tile_overlap: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -339,22 +280,7 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             num_images_per_prompt (`int`, *optional*, defaults to 1):
                 Number of samples for each image. Those of the first image come first.
             guidance_scale (`float`, *optional*, defaults to 1.0):
-                Scale w of classifier-free guidance between classes, see [`FlowMatchPipeline`]; 1 is off. The image is
-                seen by both sides.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of solver steps.
-            sigmas (`list[float]`, *optional*):
-                Grid of the steps instead of `num_inference_steps`, see [`FlowMatchScheduler.set_timesteps`].
-            timesteps (`list[float]`, *optional*):
-                The same in the network's timesteps.
-            mu (`float`, *optional*):
-                Dynamic shift, see [`FlowMatchPipeline`].
-            solver (`str`, *optional*):
-                Solver of this call instead of the scheduler's. `"dopri5"` and `"bosh3"` choose their own steps.
-            rtol (`float`, *optional*, defaults to 1e-5):
-                Relative tolerance of an adaptive solver.
-            atol (`float`, *optional*, defaults to 1e-5):
-                Absolute tolerance of an adaptive solver.
+                Scale w of classifier-free guidance between classes; 1 is off. The image is seen by both sides.
             height (`int`, *optional*):
                 Height of the upscaled image in pixels, any number from the image's own; by default `scale_factor`
                 times that.
@@ -371,12 +297,9 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
                 The noise itself, standard normal on every path, for all samples, of the padded size.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"`, or `"latent"` for what the integration ends with, of the padded size.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`FlowMatchPipelineOutput`] or a tuple `(images, nfe)`.
-            callback_on_step_end (`Callable`, *optional*):
-                Called after each step as `callback(pipeline, step_index, timestep, tensors)`.
-            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
-                Names of the tensors handed to the callback.
+            num_inference_steps, sigmas, timesteps, mu, solver, rtol, atol, return_dict, callback_on_step_end,
+            callback_on_step_end_tensor_inputs (*optional*):
+                As in [`FlowMatchPipeline`].
 
         Returns:
             [`FlowMatchPipelineOutput`] or `tuple`: the images, and the number of calls of the network, in which a call
@@ -385,13 +308,22 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         Raises:
             ValueError: for arguments that do not fit the pipeline, before any work.
         """
-        tensor_inputs = (
-            ["latents"] if callback_on_step_end_tensor_inputs is None else callback_on_step_end_tensor_inputs
-        )
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            tensor_inputs = callback_on_step_end.tensor_inputs
-
         # 1. Sizes, labels, and a check of everything else
+        options = SamplingOptions(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            sigmas=sigmas,
+            timesteps=timesteps,
+            mu=mu,
+            solver=solver,
+            rtol=rtol,
+            atol=atol,
+            generator=generator,
+            latents=latents,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+        )
         device = self._execution_device
         pixels = self.preprocess(image)
         size = self.check_sizes((pixels.shape[-2], pixels.shape[-1]), height, width, num_images_per_prompt)
@@ -402,12 +334,9 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         shape = (self.data_channels, *(side // self.vae_scale_factor for side in padded))
         labels = self._prepare_labels(class_labels, len(pixels), guidance_scale, device)
         batch_size = len(pixels) * num_images_per_prompt
-        self.check_inputs(
-            batch_size, shape, guidance_scale, sigmas, timesteps, generator, latents, output_type, tensor_inputs
-        )
-        self.check_solver(solver, rtol, atol, sigmas, timesteps, mu, callback_on_step_end)
-        if not 0.0 <= noise_level <= 1.0:
-            raise ValueError(f"`noise_level` must be in [0, 1], got {noise_level}.")
+        self.check_inputs(batch_size, shape, options)
+        if not (is_number(noise_level) and 0.0 <= noise_level <= 1.0):
+            raise ValueError(f"`noise_level` must be in [0, 1], got {noise_level!r}.")
 
         # 2. The condition, each sample with its own noise
         condition = self.encode_condition(pixels.to(device), size).repeat_interleave(num_images_per_prompt, dim=0)
@@ -421,25 +350,8 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
 
         # 4. Integration from noise to data
-        self._tiles = tiles
-        try:
-            latents, nfe = self.integrate(
-                latents,
-                args,
-                guidance_scale=guidance_scale,
-                num_inference_steps=num_inference_steps,
-                sigmas=sigmas,
-                timesteps=timesteps,
-                mu=mu,
-                solver=solver,
-                rtol=rtol,
-                atol=atol,
-                generator=generator,
-                callback_on_step_end=callback_on_step_end,
-                tensor_inputs=tensor_inputs,
-            )
-        finally:
-            self._tiles = None
+        predict = None if tiles is None else functools.partial(self._predict_tiles, tiles)
+        latents, nfe = self.integrate(latents, args, options, predict)
 
         # 5. Images
         images = self.to_images(latents, output_type, size)

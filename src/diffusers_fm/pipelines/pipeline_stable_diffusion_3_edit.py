@@ -5,17 +5,19 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusion3Pipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from ..applications.editing import Predict
 from ..models.autoencoding import decode_latents, encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import FlowMatchPipelineOutput
-from .edits import EditOptions, FlowMatchInversionOutput, check_batch, edit, invert, to_images
-from .transport import Images
+from .checks import Generators, Images, check_guidance, check_output, read_images
+from .components import KeepDtypeMixin
+from .edits import EditOptions, FlowMatchInversionOutput, edit, invert, to_images
 
 
-class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
+class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
     r"""
     Edits images by two prompts, one for what they show and one for what they shall show, with Stable Diffusion 3.
 
@@ -44,7 +46,7 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
         solver: str = "ab2",
         mu: float | None = None,
         max_sequence_length: int = 256,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> FlowMatchPipelineOutput | tuple[Any, int]:
@@ -60,34 +62,17 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
                 What they shall show, likewise. An image for which this is the same is returned bit for bit.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What guidance leads away from, on both sides.
-            method (`str`, *optional*, defaults to `"flowedit"`):
-                `"flowedit"`: by differences of velocities, without going to noise (arXiv 2412.08629, see
-                [`~editing.flow_edit`]). `"inversion"`: to noise under the one prompt and back under the other.
-            strength (`float`, *optional*, defaults to 0.66):
-                How far back towards noise the edit begins, in (0, 1]: the part of `num_inference_steps` that is made.
-                The lower, the more of the image stays.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Steps of the whole way.
             source_guidance_scale (`float`, *optional*, defaults to 3.5):
                 Scale of classifier-free guidance under the source prompt; 1 is off.
             guidance_scale (`float`, *optional*, defaults to 13.5):
                 The same under the wanted prompt.
-            num_averages (`int`, *optional*, defaults to 1):
-                Draws of noise that each step of `"flowedit"` is averaged over.
-            num_free_steps (`int`, *optional*, defaults to 0):
-                Last steps of `"flowedit"` that follow the wanted prompt alone, which lets details change more.
-            solver (`str`, *optional*, defaults to `"ab2"`):
-                Solver of `"inversion"`, a method of [`~solvers.odeint`].
             mu (`float`, *optional*):
                 Dynamic shift, where the scheduler uses it; defaults to what follows from the size.
             max_sequence_length (`int`, *optional*, defaults to 256):
                 Tokens of the third text encoder.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Source of the noise of `"flowedit"`. With one for each image, the images do not depend on their batch.
-            output_type (`str`, *optional*, defaults to `"pil"`):
-                `"pil"`, `"np"`, `"pt"`, or `"latent"`.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`FlowMatchPipelineOutput`] or a tuple `(images, nfe)`.
+            method, strength, num_inference_steps, num_averages, num_free_steps, solver, generator, output_type,
+            return_dict (*optional*):
+                As in [`FlowMatchEditPipeline`].
 
         Returns:
             [`FlowMatchPipelineOutput`] or `tuple`: The images and the number of calls of the network, two for each
@@ -100,8 +85,8 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
         options = EditOptions(method, num_inference_steps, strength, num_averages, num_free_steps, solver, generator)
         pixels = self._to_pixels(image)
         batch_size = len(pixels)
-        scales = {"source_guidance_scale": source_guidance_scale, "guidance_scale": guidance_scale}
-        check_batch(batch_size, output_type, generator, **scales)
+        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
+        check_output(batch_size, output_type, generator)
         source_prompts = _for_each(batch_size, "source_prompt", source_prompt)
         prompts = _for_each(batch_size, "prompt", prompt)
         negative = _for_each(batch_size, "negative_prompt", "" if negative_prompt is None else negative_prompt)
@@ -116,7 +101,7 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
         if not bool(unchanged.all()):
             source = self._under(scheduler, source_prompts, negative, source_guidance_scale, max_sequence_length)
             target = self._under(scheduler, prompts, negative, guidance_scale, max_sequence_length)
-            edited, nfe = edit(self, scheduler, source, target, data, options, mu)
+            edited, nfe = edit(self, self.transformer, scheduler, source, target, data, options, mu)
             edited = torch.where(unchanged[:, None, None, None], data, edited)
 
         # 3. Images
@@ -165,7 +150,7 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
         scheduler = self._flow_scheduler()
         data = encode_latents(self.vae, pixels, sample=False)
         predict = self._under(scheduler, prompts, [""] * len(prompts), 1.0, max_sequence_length)
-        output = invert(scheduler, predict, data, num_inference_steps, solver)
+        output = invert(self.transformer, scheduler, predict, data, num_inference_steps, solver)
         self.maybe_free_model_hooks()
         return output
 
@@ -176,7 +161,8 @@ class StableDiffusion3EditPipeline(StableDiffusion3Pipeline):
 
     def _to_pixels(self, image: Images) -> torch.Tensor:
         """Images in [-1, 1] at their own size, which has to be one that the transformer takes."""
-        pixels = self.image_processor.preprocess(image).to(self._execution_device, torch.float32)
+        processor = VaeImageProcessor(do_resize=False, vae_latent_channels=0)
+        pixels = read_images("image", image, processor).to(self._execution_device, torch.float32)
         multiple = self.vae_scale_factor * self.patch_size
         height, width = pixels.shape[-2:]
         largest = self.transformer.config.pos_embed_max_size * multiple

@@ -181,6 +181,10 @@ class _Watcher(FlowMatchScheduler):
     end: torch.Tensor
     called_at: list[float] | None = None
 
+    def __copy__(self) -> "_Watcher":
+        """Itself: pipelines sample with copies of their scheduler, and notes are to be found here."""
+        return self
+
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the sampling pipelines: the arguments that they share, and the state that each has for itself."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from .checks import Callback, Generators, check_guidance
+
+
+ADAPTIVE_SOLVERS = ("dopri5", "bosh3")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Arguments of a call, as [`FlowMatchPipeline.__call__`] describes them; raises a `ValueError` for wrong ones."""
+
+    guidance_scale: float = 1.0
+    num_inference_steps: int = 50
+    sigmas: list[float] | None = None
+    timesteps: list[float] | None = None
+    mu: float | None = None
+    solver: str | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    generator: Generators = None
+    latents: torch.Tensor | None = None
+    output_type: str = "pil"
+    callback_on_step_end: Callback | None = None
+    callback_on_step_end_tensor_inputs: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigmas is not None and self.timesteps is not None:
+            raise ValueError("Only one of `sigmas` and `timesteps` can be given.")
+        check_guidance(guidance_scale=self.guidance_scale)
+        # An adaptive solver has no timesteps to lay out and no steps to call back after.
+        names = ("sigmas", "timesteps", "mu", "callback_on_step_end") if self.is_adaptive else ("rtol", "atol")
+        given = [name for name in names if getattr(self, name) is not None]
+        if given:
+            kind = "an adaptive one" if self.is_adaptive else "one with fixed steps"
+            raise ValueError(f"`{given[0]}` has no meaning for the solver {self.solver!r}, which is {kind}.")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the solver chooses its own steps."""
+        return self.solver in ADAPTIVE_SOLVERS
+
+    @property
+    def tensor_inputs(self) -> list[str]:
+        """Names of the tensors that the callback is handed."""
+        if isinstance(self.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            return self.callback_on_step_end.tensor_inputs
+        names = self.callback_on_step_end_tensor_inputs
+        return ["latents"] if names is None else names
+
+    def set_timesteps(self, scheduler: FlowMatchScheduler, device: torch.device, mu: float | None) -> None:
+        """Lay out a scheduler's loop; `mu` counts where the call gives none."""
+        given = self.sigmas is not None or self.timesteps is not None
+        scheduler.set_timesteps(
+            None if given else self.num_inference_steps,
+            device=device,
+            sigmas=self.sigmas,
+            timesteps=self.timesteps,
+            mu=mu if self.mu is None else self.mu,
+        )
+        scheduler.set_begin_index(0)
+
+
+@dataclass
+class SamplingCall:
+    """State of one call of a pipeline, which callbacks read and change."""
+
+    scheduler: FlowMatchScheduler
+    guidance_scale: float = 1.0
+    num_timesteps: int = 0
+    interrupt: bool = False
+
+
+# By the id of the pipeline. Each thread, and each asynchronous task, sees its own calls alone.
+_CALLS: ContextVar[Mapping[int, SamplingCall]] = ContextVar("calls", default=MappingProxyType({}))
+
+
+def call_in_progress(pipeline: DiffusionPipeline) -> SamplingCall | None:
+    """The innermost call of a pipeline in this thread."""
+    return _CALLS.get().get(id(pipeline))
+
+
+@contextmanager
+def begin_call(pipeline: DiffusionPipeline, call: SamplingCall) -> Iterator[SamplingCall]:
+    """Make a call the pipeline's call in progress."""
+    token = _CALLS.set({**_CALLS.get(), id(pipeline): call})
+    try:
+        yield call
+    finally:
+        _CALLS.reset(token)
