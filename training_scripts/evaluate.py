@@ -25,6 +25,7 @@ the number of processes nor, but for rounding, on the batch size.
 
 import argparse
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,12 @@ from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
 from diffusers_fm.data.sources import choose_split, held_out_split_name, load_splits
 from diffusers_fm.data.transforms import ImageTransform
+from diffusers_fm.evaluation.distances import import_torchmetrics
 from diffusers_fm.evaluation.features import (
     FeatureExtractor,
     classifier_features,
     find_inception_weights,
+    import_inception,
     inception_features,
 )
 from diffusers_fm.evaluation.measures import (
@@ -73,6 +76,9 @@ from diffusers_fm.training.validation import data_and_labels, held_out_loss
 logger = logging.getLogger("diffusers_fm.evaluate")
 
 METRICS = ("quality", "likelihood", "solvers", "trajectories", "loss", "neighbours")
+
+# Precision and recall look at the third neighbour of an image.
+MIN_IMAGES = 4
 
 # Results do not depend on these.
 FREE = ("output_dir", "metrics", "use_cpu", "mixed_precision", "cache_dir")
@@ -174,14 +180,8 @@ def choose_features(
     args: argparse.Namespace, train_data: ImageData, num_classes: int, store: ResultStore, accelerator: Any
 ) -> FeatureExtractor:
     """Inception's features where its weights are at hand; a classifier's where they are asked for."""
-    weights = None if args.features == "classifier" else find_inception_weights(args.inception_weights)
-    if weights is not None:
-        return inception_features(weights, accelerator.device)
     if args.features != "classifier":
-        raise ValueError(
-            "No Inception weights were found in torch's cache: give their file with --inception_weights, or compare by"
-            " the features of a small classifier of this data set with --features classifier."
-        )
+        return inception_features(find_inception_weights(args.inception_weights), accelerator.device)
     if num_classes < 2:
         raise ValueError(
             f"--features classifier needs labels, and the data set has no column {args.label_column!r} of classes."
@@ -190,6 +190,27 @@ def choose_features(
         return classifier_features(
             store.folder / "classifier.safetensors", train_data, num_classes, accelerator.device
         )
+
+
+def check_figures(args: Any, wanted: set[str]) -> None:
+    """Refuse, before any work, missing packages and weights, and fewer images than the figures need."""
+    if (args.dataset_name is None) == (args.train_data_dir is None):
+        given = "neither" if args.dataset_name is None else "both"
+        raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
+    if wanted & {"quality", "solvers"}:
+        import_torchmetrics()
+        if args.features != "classifier":
+            find_inception_weights(args.inception_weights)
+            import_inception()
+    least = dict.fromkeys(
+        ("num_images", "max_train_samples", "max_validation_samples"), MIN_IMAGES * ("quality" in wanted)
+    )
+    for name, number in (least | {"num_solver_images": 2 * ("solvers" in wanted)}).items():
+        value = getattr(args, name)
+        if value is not None and value < number:
+            raise ValueError(f"--{name} must be at least {number} for these --metrics, got {value}.")
+    if not math.isfinite(args.guidance_scale):
+        raise ValueError(f"--guidance_scale must be a finite number, got {args.guidance_scale}.")
 
 
 def weights_digest(folder: Path) -> dict[str, str]:
@@ -243,6 +264,7 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffusers_fm").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     wanted, batch_size = set(args.metrics), args.eval_batch_size
+    check_figures(args, wanted)
 
     # 1. Model and data
     source = args.pretrained_model_name_or_path
@@ -251,6 +273,9 @@ def main(args: argparse.Namespace) -> None:
             source = FlowMatchPipeline.download(source, revision=args.revision, variant=args.variant)
         pipeline = FlowMatchPipeline.from_pretrained(source, variant=args.variant).to(accelerator.device)
         train_data, held_out, num_classes = load_data(args, pipeline)
+    for data in (train_data, held_out):
+        if "quality" in wanted and data is not None and len(data) < MIN_IMAGES:
+            raise ValueError(f"Quality needs {MIN_IMAGES} images of each split, got {len(data)}.")
     if held_out is None and wanted & {"likelihood", "loss"}:
         raise ValueError(f"The data set has no split held out, which {' and '.join(sorted(wanted))} would need.")
     if "likelihood" in wanted and pipeline.vae is not None:

@@ -349,6 +349,12 @@ def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path
         ({"num_images": 0}, "--num_images must be at least 1, got 0"),
         ({"num_calls": [4, 0]}, r"--num_calls must be at least 1, got \[4, 0\]"),
         ({"levels": 1}, "--levels must be from 2 to 256, got 1"),
+        ({"num_images": 3}, "--num_images must be at least 4 for these --metrics, got 3"),
+        ({"max_validation_samples": 2}, "--max_validation_samples must be at least 4 for these --metrics, got 2"),
+        ({"num_solver_images": 1}, "--num_solver_images must be at least 2 for these --metrics, got 1"),
+        ({"guidance_scale": "nan"}, "--guidance_scale must be .*, got nan"),
+        ({"guidance_scale": "inf"}, "--guidance_scale must be .*, got inf"),
+        ({"train_data_dir": "images"}, "Exactly one of --dataset_name and --train_data_dir must be given, got both"),
         ({"features": "inception"}, "No Inception weights were found"),
         ({"features": "inception", "inception_weights": "x.pth"}, "no file of Inception weights 'x.pth'"),
         ({"validation_split": "dev"}, "no split 'dev'"),
@@ -360,6 +366,9 @@ def test_bad_arguments_are_refused(
     model: Path, data: Path, tmp_path: Path, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    # Of the model and the data nothing is needed to refuse a value.
+    if not {"validation_split", "label_column"} & set(options):
+        model = data = tmp_path / "nowhere"
     with pytest.raises(ValueError, match=message):
         run_script(load_script(SCRIPT), command_line(model, data, tmp_path / "out", **options))
     assert not (tmp_path / "out" / "metrics.json").exists()

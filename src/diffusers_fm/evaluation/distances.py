@@ -2,6 +2,7 @@
 """Distances between two sets of features, by the names of the papers."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ class _AsGiven(nn.Module):
         return features
 
 
-def _torchmetrics():
+def import_torchmetrics() -> tuple[Any, Any, Any]:
+    """torchmetrics' modules of FID, Inception score and KID; a `ValueError` if it is not installed."""
     try:
         from torchmetrics.image import fid, inception, kid
     except ImportError as error:
@@ -65,7 +67,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
         ValueError: if shapes do not fit, there are fewer than 2 images, or torchmetrics is not installed.
     """
     _check(features, reference, 2)
-    fid, _, _ = _torchmetrics()
+    fid, _, _ = import_torchmetrics()
     metric = fid.FrechetInceptionDistance(feature=_AsGiven(features.shape[1]), **_ALONE).set_dtype(torch.float64)
     metric.update(torch.from_numpy(reference).double(), real=True)
     metric.update(torch.from_numpy(features).double(), real=False)
@@ -94,7 +96,7 @@ def kernel_distance(
         ValueError: if shapes do not fit, there are fewer than 2 images, or torchmetrics is not installed.
     """
     _check(features, reference, 2)
-    _, _, kid = _torchmetrics()
+    _, _, kid = import_torchmetrics()
     size = min(subset_size, len(features), len(reference))
     metric = kid.KernelInceptionDistance(
         feature=_AsGiven(features.shape[1]), subsets=num_subsets, subset_size=size, **_ALONE
@@ -125,7 +127,7 @@ def inception_score(logits: np.ndarray, num_splits: int = 10, seed: int = 0) -> 
     """
     if len(logits) < num_splits:
         raise ValueError(f"At least {num_splits} images are needed for {num_splits} parts, got {len(logits)}.")
-    _, inception, _ = _torchmetrics()
+    _, inception, _ = import_torchmetrics()
     metric = inception.InceptionScore(feature=_AsGiven(logits.shape[1]), splits=num_splits, **_ALONE).set_dtype(
         torch.float64
     )

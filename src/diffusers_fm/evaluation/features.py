@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,18 +91,23 @@ class FeatureExtractor:
         return features.float().cpu().numpy(), logits.float().cpu().numpy()
 
 
-def find_inception_weights(path: str | None) -> Path | None:
-    """File of Inception weights: `path` where it is given, else torch-fidelity's in torch's cache, if it is there."""
+def find_inception_weights(path: str | None) -> Path:
+    """File of Inception weights: `path` where it is given, else torch-fidelity's in torch's cache."""
     if path is not None:
         if not Path(path).is_file():
             raise ValueError(f"There is no file of Inception weights {path!r}.")
         return Path(path)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
-    return cached if cached.is_file() else None
+    if not cached.is_file():
+        raise ValueError(
+            "No Inception weights were found in torch's cache: give their file with --inception_weights, or compare by"
+            " the features of a small classifier of this data set with --features classifier."
+        )
+    return cached
 
 
-def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
-    """The 2048 features that FID and KID are defined on, by torch-fidelity and its file of weights."""
+def import_inception() -> Any:
+    """torch-fidelity's class of the Inception network; a `ValueError` if it is not installed."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
             FeatureExtractorInceptionV3,
@@ -110,7 +116,12 @@ def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
         raise ValueError(
             'torch-fidelity is not installed: Inception features need `pip install "diffusers-fm[inception]"`.'
         ) from error
-    network = FeatureExtractorInceptionV3(
+    return FeatureExtractorInceptionV3
+
+
+def inception_features(weights: Path, device: torch.device) -> FeatureExtractor:
+    """The 2048 features that FID and KID are defined on, by torch-fidelity and its file of weights."""
+    network = import_inception()(
         "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
     )
     return FeatureExtractor("inception", network.to(device).eval(), device)

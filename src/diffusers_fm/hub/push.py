@@ -11,10 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from .portable import clean_settings, portable_files
 
 
-ADVICE = {
-    401: "log in with `hf auth login`, or set HF_TOKEN",
-    403: "the token has to be one that may do this",
-}
+ADVICE = {401: "log in with `hf auth login`, or set HF_TOKEN", 403: "the token has to be one that may do this"}
 
 
 class PushMixin:
@@ -34,26 +31,19 @@ class PushMixin:
         clean_settings(Path(save_directory))
 
     def _upload_folder(
-        self,
-        working_dir: str,
-        repo_id: str,
-        token: str | None,
-        commit_message: str | None,
-        create_pr: bool,
-        **more: Any,
+        self, working_dir: str, repo_id: str, subfolder: str | None = None, **options: Any
     ) -> CommitInfo:
         """Last step of diffusers' `push_to_hub(...)` and `save_pretrained(..., push_to_hub=True)`."""
-        api = HfApi(token=token)
+        api = HfApi(token=options.get("token"))
         files = portable_files(Path(working_dir))
         # diffusers has written its template into the folder, all of it to be filled in.
         files.pop("README.md", None)
-        subfolder = more.get("subfolder")
         if subfolder is None and not api.file_exists(repo_id, "README.md"):
             files["README.md"] = str(self.build_model_card(repo_id)).encode()
         under = "" if subfolder is None else f"{subfolder}/"
         additions = [CommitOperationAdd(f"{under}{name}", content) for name, content in files.items()]
-        message = commit_message or f"Upload {type(self).__name__}"
-        return api.create_commit(repo_id, additions, commit_message=message, create_pr=create_pr)
+        message = options.get("commit_message") or f"Upload {type(self).__name__}"
+        return api.create_commit(repo_id, additions, commit_message=message, create_pr=options.get("create_pr"))
 
 
 def hub_reason(error: BaseException) -> str:
