@@ -37,6 +37,7 @@ from training_runs import (
     train,
 )
 
+from diffusers_fm.data import streams
 from diffusers_fm.data.buckets import assign_buckets
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.order import make_loader
@@ -256,6 +257,9 @@ def test_rows_are_shuffled_among_those_of_the_buffer(tmp_path: Path) -> None:
     assert [sorted(half[start : start + 50]) for start in (0, 50, 100, 150)] == [
         list(range(start, start + 50)) for start in (0, 50, 100, 150)
     ]
+    # Each block, and each epoch, has an order of its own.
+    twice = rows_of(read(stream(source, buffer_size=100), 400, 1)[0])
+    assert len({tuple(row % 50 for row in twice[start : start + 50]) for start in range(0, 400, 50)}) == 8
     assert rows_of(read(stream(source, buffer_size=1), 200, 1)[0]) == list(range(200))
 
 
@@ -305,6 +309,18 @@ def test_other_workers_go_on_if_they_divide_the_readers(sources: dict) -> None:
         StreamPosition(stream(sources["parquet"], buffer_size=9), 1, 2, 2, saved)
     with pytest.raises(ValueError, match="had num_shards 3 and has 1 now"):
         StreamPosition(stream(sources["classes"]), 1, 2, 2, saved)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_is_read_on_from_any_row(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # More rows than are read at once, and files that are no multiple of that, two to a shard.
+    monkeypatch.setattr(streams, "MAX_SHARDS", 2)
+    data = stream(save(tmp_path / "data", kind, num_shards=4, num_rows=90))
+    rows = [(shard, *row) for shard in range(data.num_shards) for row in data.read(shard)]
+    assert len(rows) == 90
+    for place, (shard, number, _, state) in enumerate(rows):
+        rest = data.read(shard, number, json.loads(json.dumps(state)))
+        assert [row[:2] for row in rest] == [row[1:3] for row in rows[place:] if row[0] == shard]
 
 
 def test_a_position_of_another_version_is_refused(sources: dict) -> None:
