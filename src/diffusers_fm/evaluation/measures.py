@@ -138,8 +138,6 @@ def likelihood(
                 images,
                 batch.get("labels"),
                 levels=levels,
-                # In training 0 is -1 and 255 is 1.
-                spacing=2 / (levels - 1),
                 generator=make_generator(sampler.seed, "dequantisation", numbers.start, draw),
                 **options,
             )

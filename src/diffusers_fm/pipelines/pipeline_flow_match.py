@@ -390,9 +390,9 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
             num_samples (`int`, *optional*, defaults to 1):
                 Values of the dequantisation noise for each image: the K of the paper.
             levels (`int`, *optional*, defaults to 256):
-                Number of levels of a value.
+                Number of levels of a value. The lowest is -1 for the network, and the highest 1, as in [`encode`].
             options:
-                Arguments of [`~likelihood.log_likelihood`].
+                Arguments of [`~likelihood.log_likelihood`], and `spacing` of [`~likelihood.bits_per_dim`].
 
         Returns:
             [`~likelihood.BitsPerDim`]: Bits per dimension of shape `(batch_size,)`, and the work it took.
@@ -404,7 +404,11 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         self._check_shape("images", images, self.image_channels, 1)
         images = images.to(self._execution_device)
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
-        options = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)} | options
+        options = {
+            "spacing": 2 / max(levels - 1, 1),
+            "start": flow_end(self.scheduler, 0.0),
+            "end": flow_end(self.scheduler, 1.0),
+        } | options
         result = bits_per_dim(
             NetworkField(self),
             images,
