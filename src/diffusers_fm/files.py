@@ -60,16 +60,7 @@ def sync_to_disk(*paths: Path) -> None:
 
 @contextmanager
 def written_aside(file: Path) -> Iterator[Path]:
-    """
-    Path to write a file to, which then takes the file's place. After an error the file is as it was.
-
-    Args:
-        file (`Path`):
-            The file, which may exist.
-
-    Yields:
-        `Path`: in the same folder, with the same suffix; of this process alone.
-    """
+    """Path to write a file to, beside it, which then takes its place. After an error the file is as it was."""
     aside = file.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}-{file.name}")
     try:
         yield aside
@@ -155,17 +146,8 @@ def is_ours(folder: Path, name: str) -> bool:
 
 def make_way(folder: Path, name: str) -> str:
     """
-    Find a place for a file of a run, without loss of the user's.
-
-    Args:
-        folder (`Path`):
-            Where the file is to be.
-        name (`str`):
-            Its name there, with `/`.
-
-    Returns:
-        `str`: the same, or another for a text or a picture in whose place the user has one. Any other file of the
-        user's is renamed: a pipeline cannot do without its own.
+    Name for a file of a run, without loss of the user's. A text or a picture of the user's keeps its place, and the
+    run's gets another; any other file of the user's is renamed: a pipeline cannot do without its own.
     """
     if not is_ours(folder, name) and (folder / name).exists() and Path(name).suffix in (".md", ".png"):
         taken, name = name, Path(name).with_stem(f"{Path(name).stem}.new").as_posix()
@@ -177,9 +159,9 @@ def make_way(folder: Path, name: str) -> str:
     return name
 
 
-def set_aside(path: Path) -> None:
+def set_aside(path: Path, name: str | None = None) -> None:
     """Rename what is not the run's and stands in its way, with a warning."""
-    names = (f"{path.name}.kept-{number}" for number in itertools.count(1))
+    names = (f"{name or path.name}.kept-{number}" for number in itertools.count(1))
     kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(kept)
     logger.warning("%s was not written by this run and stood in its way: it is %s now.", path, kept)
@@ -196,18 +178,8 @@ def written_for_run(folder: Path, name: str) -> Iterator[Path]:
 
 def bind_folder(folder: Path, file_name: str, fingerprint: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """
-    Bind a folder to what its contents depend on: the first call writes that down, later ones compare.
-
-    Args:
-        folder (`Path`):
-            The folder; made if it is not there.
-        file_name (`str`):
-            Name of the file in it that holds the fingerprint.
-        fingerprint (`dict[str, Any]`):
-            Everything that the contents depend on, in JSON types.
-
-    Returns:
-        `dict[str, tuple[Any, Any]]`: the entries that differ, as found and as given; empty if the folder fits.
+    Bind a folder to a fingerprint in JSON types, everything that its contents depend on: the first call writes it to
+    the file `file_name`. Later ones compare, and return the entries that differ, as found and as given.
     """
     file, given = folder / file_name, json.loads(json.dumps(fingerprint))
     if not file.is_file():
@@ -227,20 +199,14 @@ def sweep(folder: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def lock_folder(folder: Path) -> None:
+def lock_folder(folder: Path) -> bool:
     """
-    Lock an output folder for this process, until it ends or [`unlock_folder`] is called.
-
-    Args:
-        folder (`Path`):
-            The folder, which exists.
-
-    Raises:
-        ValueError: if another process has it.
+    Lock an output folder until [`unlock_folder`] or the end of the process; whether it was unlocked. A `ValueError` if
+    another process has it.
     """
     path = folder.resolve()
     if path in _locks:
-        return
+        return False
     lock = FileLock(path / LOCK, timeout=LOCK_TIMEOUT, thread_local=False)
     try:
         lock.acquire()
@@ -250,6 +216,7 @@ def lock_folder(folder: Path) -> None:
             " --output_dir."
         ) from None
     _locks[path] = lock
+    return True
 
 
 def unlock_folder(folder: Path) -> None:

@@ -12,9 +12,11 @@ import xxhash
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
+from diffusers_fm.files import unlock_folder
 from diffusers_fm.training.checkpoints import (
     MANIFEST,
     CheckpointError,
+    agree_on_checkpoint,
     damage,
     find_checkpoint,
     handle_model_files,
@@ -127,6 +129,80 @@ def test_damaged_checkpoints_are_named_and_passed_over(tmp_path: Path, caplog: p
     for record, step, fault in zip(caplog.records, (21, 20, 4, 3, 2), faults, strict=True):
         assert f"checkpoint-{step} is damaged" in record.getMessage()
         assert fault in record.getMessage()
+
+
+def flip(file: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_start_anew(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(fake(tmp_path, step) / "file.bin")
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is whole \(checkpoint-2: file.bin is not what was"):
+        find_checkpoint(tmp_path, "latest")
+    # Another one made of a manifest that lost its step, or of another trainer's files.
+    for step, manifest in ((1, '{"files": {}}'), (2, None)):
+        (tmp_path / f"checkpoint-{step}" / MANIFEST).unlink()
+        if manifest is not None:
+            (tmp_path / f"checkpoint-{step}" / MANIFEST).write_text(manifest)
+    with pytest.raises(ValueError, match=r"is whole \(checkpoint-2: it holds no checkpoint.json\)"):
+        find_checkpoint(tmp_path, "latest")
+    assert damage(tmp_path / "checkpoint-1") == "its checkpoint.json cannot be read"
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "pytorch_lora_weights.safetensors"])
+def test_what_was_trained_is_not_trained_anew(tmp_path: Path, file: str) -> None:
+    (tmp_path / "log.jsonl").write_text("{}")
+    assert find_checkpoint(tmp_path, "latest") is None
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(ValueError, match=rf"holds what a run has trained \({file}\) and no checkpoint to go on from"):
+        find_checkpoint(tmp_path, "latest")
+    assert find_checkpoint(tmp_path, str(fake(tmp_path, 3))) == tmp_path / "checkpoint-3"
+    assert find_checkpoint(tmp_path, "latest") == tmp_path / "checkpoint-3"
+
+
+def test_files_of_the_users_are_not_rotated_away(accelerator: Accelerator, tmp_path: Path) -> None:
+    prepare(accelerator, 0)
+    # Of another trainer, by its name; a file where a checkpoint will be; notes in a checkpoint.
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "unet.bin").write_text("mine")
+    (tmp_path / "checkpoint-4").write_text("mine")
+    save_checkpoint(accelerator, tmp_path, 2, {}, total_limit=1)
+    (tmp_path / "checkpoint-2" / "notes.txt").write_text("mine")
+    save_checkpoint(accelerator, tmp_path, 3, {}, total_limit=1)
+    (tmp_path / "checkpoint-3" / "samples").mkdir()
+    (tmp_path / "checkpoint-3" / "samples" / "grid.png").write_text("mine")
+    # The same step anew, and another one.
+    save_checkpoint(accelerator, tmp_path, 3, {}, total_limit=1)
+    save_checkpoint(accelerator, tmp_path, 4, {}, total_limit=1)
+    kept = {"checkpoint-1": "unet.bin", "checkpoint-2.kept-1": "notes.txt", "checkpoint-3.kept-1": "samples/grid.png"}
+    assert names(tmp_path) == [*kept, "checkpoint-4", "checkpoint-4.kept-1"]
+    for folder, file in kept.items():
+        assert [path for path in (tmp_path / folder).rglob("*") if path.is_file()] == [tmp_path / folder / file]
+    assert (tmp_path / "checkpoint-4.kept-1").read_text() == "mine"
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+
+
+def test_a_folder_is_locked_swept_and_refused_as_one(
+    accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ValueError, match="Cannot resume from '~/other/checkpoint-3': there is no such folder"):
+        agree_on_checkpoint(accelerator, tmp_path / "run", "~/other/checkpoint-3")
+    assert names(tmp_path) == []
+    first = fake(tmp_path / "run", 3)
+    (tmp_path / "run" / ".partial-removed-checkpoint-2").mkdir()
+    (tmp_path / "run" / "ema_snapshots").mkdir()
+    (tmp_path / "run" / "ema_snapshots" / ".partial-step-3.safetensors").write_text("half")
+    assert agree_on_checkpoint(accelerator, tmp_path / "other", "~/run/checkpoint-3")[0] == first
+    checkpoint, manifest = agree_on_checkpoint(accelerator, tmp_path / "run", "latest")
+    assert (checkpoint, manifest["step"]) == (first, 3)
+    assert names(tmp_path / "run") == [".lock", "checkpoint-3", "ema_snapshots"]
+    assert names(tmp_path / "run" / "ema_snapshots") == []
+    unlock_folder(tmp_path / "run")
 
 
 def test_where_a_run_starts(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that are whole or not there: written aside, listed in a manifest, renamed, and only then rotated."""
+"""Checkpoint writer and reader: written aside, listed in a manifest, renamed, and only then rotated."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 
-from ..files import PARTIAL, checksum, sync_to_disk
+from ..files import PARTIAL, checksum, lock_folder, set_aside, sweep, sync_to_disk
 from .distributed import failures
 
 
@@ -26,6 +26,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 MAX_FAILED_IN_A_ROW = 3
 
 _RUN_FILES = ("model_index.json", "training_args.json", "log.jsonl")
+_TRAINED = ("model_index.json", "pytorch_lora_weights.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -40,30 +41,23 @@ def _checkpoint_steps(output_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """Manifest of a whole checkpoint: `step`, the state given to [`save_checkpoint`], and the `files`."""
+    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+
+
 def damage(checkpoint: Path, thorough: bool = True) -> str | None:
-    """
-    What is wrong with a checkpoint.
-
-    Args:
-        checkpoint (`Path`):
-            Its folder.
-        thorough (`bool`, *optional*, defaults to `True`):
-            Read every file and compare its checksum. Otherwise only sizes are looked at.
-
-    Returns:
-        `str`, *optional*: the fault in a few words, or `None` if each file that the manifest lists is as it was
-        written.
-    """
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
+    """Fault of a checkpoint in a few words, or `None`. Not `thorough`: sizes alone, no checksums."""
+    if not (checkpoint / MANIFEST).is_file():
         return f"it holds no {MANIFEST}"
     try:
-        files = read_manifest(checkpoint)["files"]
-        listed = {checkpoint / name: (entry["bytes"], entry["xxh3_128"]) for name, entry in files.items()}
+        manifest = read_manifest(checkpoint)
+        listed = {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
+        int(manifest["step"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {MANIFEST} cannot be read"
-    for path, (size, digest) in listed.items():
-        name = path.relative_to(checkpoint).as_posix()
+    for name, (size, digest) in listed.items():
+        path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
@@ -77,16 +71,7 @@ def damage(checkpoint: Path, thorough: bool = True) -> str | None:
 
 
 def latest_checkpoint(output_dir: Path) -> Path | None:
-    """
-    The newest whole checkpoint of a run. Damaged ones are named in a warning and passed over.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run; it need not exist.
-
-    Returns:
-        `Path`, *optional*: the checkpoint's folder.
-    """
+    """Newest whole checkpoint of a run. Damaged ones are named in a warning and passed over."""
     for step in reversed(_checkpoint_steps(output_dir)):
         checkpoint = output_dir / f"checkpoint-{step}"
         fault = damage(checkpoint)
@@ -98,17 +83,8 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
 
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
-    The checkpoint that a run starts from, and a check that the run may use its output folder.
-
-    Args:
-        output_dir (`Path`):
-            Folder of the run.
-        resume_from_checkpoint (`str`, *optional*):
-            `"latest"` for the newest whole checkpoint in `output_dir`, where there is one; or a checkpoint's folder,
-            by its path or by its name in `output_dir`.
-
-    Returns:
-        `Path`, *optional*: the checkpoint's folder, or `None` to start afresh.
+    Checkpoint that a run starts from, or `None` to start afresh: `"latest"` for the newest whole one in `output_dir`,
+    or a checkpoint's folder, by its path or by its name in `output_dir`.
 
     Raises:
         ValueError: if the folder to resume from is not a whole checkpoint, or `output_dir` holds another run and this
@@ -116,9 +92,9 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"The output folder {str(output_dir)!r} is a file.")
+    names = [f"checkpoint-{step}" for step in _checkpoint_steps(output_dir)]
     if resume_from_checkpoint is None:
-        held = [name for name in _RUN_FILES if (output_dir / name).exists()]
-        held += [f"checkpoint-{step}" for step in _checkpoint_steps(output_dir)]
+        held = [*(name for name in _RUN_FILES if (output_dir / name).exists()), *names]
         if held:
             raise ValueError(
                 f"The output folder {str(output_dir)!r} holds another run ({', '.join(held[:4])}): choose another"
@@ -127,11 +103,21 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
         return None
     if resume_from_checkpoint == "latest":
         checkpoint = latest_checkpoint(output_dir)
-        if checkpoint is None:
-            logger.info("There is no checkpoint in %s yet: a new run starts.", output_dir)
+        trained = [name for name in _TRAINED if (output_dir / name).exists()]
+        if checkpoint is None and names:
+            fault = damage(output_dir / names[-1])
+            raise ValueError(
+                f"No checkpoint in {str(output_dir)!r} is whole ({names[-1]}: {fault}): resume from a copy, or choose"
+                " another --output_dir to start anew."
+            )
+        if checkpoint is None and trained:
+            raise ValueError(
+                f"The output folder {str(output_dir)!r} holds what a run has trained ({trained[0]}) and no checkpoint"
+                " to go on from: choose another --output_dir."
+            )
         return checkpoint
     inside = output_dir / resume_from_checkpoint
-    checkpoint = inside if inside.is_dir() else Path(resume_from_checkpoint)
+    checkpoint = inside if inside.is_dir() else Path(resume_from_checkpoint).expanduser()
     fault = damage(checkpoint) if checkpoint.is_dir() else "there is no such folder"
     if fault is not None:
         raise ValueError(f"Cannot resume from {resume_from_checkpoint!r}: {fault}.")
@@ -141,29 +127,18 @@ def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Pat
 def agree_on_checkpoint(
     accelerator: Accelerator, output_dir: Path, resume_from_checkpoint: str | None
 ) -> tuple[Path | None, dict[str, Any]]:
-    """
-    [`find_checkpoint`] by the main process, for all. Every process calls it.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-        output_dir (`Path`):
-            Folder of the run.
-        resume_from_checkpoint (`str`, *optional*):
-            As [`find_checkpoint`] takes it.
-
-    Returns:
-        `tuple[Path | None, dict[str, Any]]`: the checkpoint's folder, or `None` to start afresh, and its manifest.
-
-    Raises:
-        ValueError: as [`find_checkpoint`].
-    """
+    """Lock, sweep and [`find_checkpoint`], by the main process for all: the folder, or `None`, and its manifest."""
     found: list[Any] = [None, {}, None]
     if accelerator.is_main_process:
         try:
+            if output_dir.is_dir():
+                lock_folder(output_dir)
+                sweep(output_dir)
             checkpoint = find_checkpoint(output_dir, resume_from_checkpoint)
+            if checkpoint is None and resume_from_checkpoint is not None:
+                logger.info("There is no checkpoint in %s yet: a new run starts.", output_dir)
             found = [checkpoint, {} if checkpoint is None else read_manifest(checkpoint), None]
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             found[2] = str(error)
     checkpoint, manifest, refusal = broadcast_object_list(found)
     if refusal is not None:
@@ -175,11 +150,7 @@ def handle_model_files(accelerator: Accelerator) -> None:
     """
     Make the accelerator's checkpoints hold the bare model's weights, so that a run can be resumed with another number
     of processes. Of a model that is trained in part they hold that part alone, such as its adapters. Sharded engines
-    keep their own format.
-
-    Args:
-        accelerator (`Accelerator`):
-            Whose `save_state` and `load_state` are meant; one model is prepared with it.
+    keep their own format. One model is prepared with the accelerator.
     """
 
     def save_model(models: list[torch.nn.Module], weights: list[dict], output_dir: str) -> None:
@@ -211,16 +182,7 @@ def handle_model_files(accelerator: Accelerator) -> None:
 
 
 def trained_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """
-    What training changes of a model.
-
-    Args:
-        model (`nn.Module`):
-            The bare model.
-
-    Returns:
-        `dict[str, torch.Tensor]`: its state; of a model that is trained in part, the parameters that are.
-    """
+    """State of a bare model; of one that is trained in part, the parameters that are."""
     state = model.state_dict()
     parameters = dict(model.named_parameters())
     if all(parameter.requires_grad for parameter in parameters.values()):
@@ -240,36 +202,54 @@ def _write_manifest(folder: Path, state: dict[str, Any]) -> None:
     sync_to_disk(manifest, *(path for path in folder.rglob("*") if path.is_dir()), folder)
 
 
-def _remove(folder: Path) -> None:
-    """Remove a folder under a name that is no checkpoint's, so that no half of one is ever seen."""
-    doomed = folder.with_name(f"{PARTIAL}removed-{folder.name}")
+def _has_manifest(checkpoint: Path) -> bool:
+    """Whether a run wrote a folder; one that a user made may have the name of a checkpoint."""
+    fault = damage(checkpoint, thorough=False)
+    return fault is None or MANIFEST not in fault
+
+
+def _rename(checkpoint: Path) -> Path:
+    """Give a checkpoint a name that is no checkpoint's, so that no half of one is ever seen."""
+    doomed = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
-    folder.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    return checkpoint.rename(doomed)
+
+
+def _remove(doomed: Path, name: str) -> None:
+    """Remove a renamed checkpoint; a user's files in it stay."""
+    listed = {MANIFEST, *read_manifest(doomed)["files"]}
+    files = {path.relative_to(doomed).as_posix(): path for path in doomed.rglob("*") if path.is_file()}
+    if files.keys() <= listed:
+        shutil.rmtree(doomed, ignore_errors=True)
+        return
+    for file in files.keys() & listed:
+        files[file].unlink()
+    set_aside(doomed, name)
 
 
 def _put_in_place(partial: Path, checkpoint: Path) -> None:
     """Rename a folder that is whole; one of that name is gone no longer than between two renames."""
-    former = checkpoint.with_name(f"{PARTIAL}removed-{checkpoint.name}")
-    shutil.rmtree(former, ignore_errors=True)
+    former = _rename(checkpoint) if _has_manifest(checkpoint) else None
     if checkpoint.exists():
-        checkpoint.rename(former)
+        set_aside(checkpoint)
     partial.rename(checkpoint)
     sync_to_disk(checkpoint.parent)
-    shutil.rmtree(former, ignore_errors=True)
+    if former is not None:
+        _remove(former, checkpoint.name)
 
 
 def _rotate(output_dir: Path, step: int, total_limit: int) -> None:
     """
     Remove what is older than the newest `total_limit` whole checkpoints up to a step. Damaged ones are not counted,
-    and later ones, of a run that was resumed from an earlier checkpoint, are none of ours.
+    later ones, of a run that was resumed from an earlier checkpoint, stay, and so does what no run has written.
     """
     steps = [old for old in _checkpoint_steps(output_dir) if old <= step]
     whole = [old for old in steps if damage(output_dir / f"checkpoint-{old}", thorough=False) is None]
     for old in steps:
-        if old < min(whole[-total_limit:], default=0):
+        checkpoint = output_dir / f"checkpoint-{old}"
+        if old < min(whole[-total_limit:], default=0) and _has_manifest(checkpoint):
             try:
-                _remove(output_dir / f"checkpoint-{old}")
+                _remove(_rename(checkpoint), checkpoint.name)
             except OSError as error:
                 logger.warning("An old checkpoint could not be removed: %s.", error)
 
@@ -278,28 +258,9 @@ def save_checkpoint(
     accelerator: Accelerator, output_dir: Path, step: int, state: dict[str, Any], total_limit: int | None = None
 ) -> Path:
     """
-    Saves everything that the accelerator prepared or was given to keep, as `checkpoint-STEP`. Every process calls it.
-
-    The files are written to a folder beside it, which is renamed when it is whole. Only then are the oldest
-    checkpoints beyond the limit removed.
-
-    Args:
-        accelerator (`Accelerator`):
-            What it prepared is saved.
-        output_dir (`Path`):
-            Folder of the run.
-        step (`int`):
-            Optimizer steps done.
-        state (`dict[str, Any]`):
-            What else is needed to go on, for the manifest.
-        total_limit (`int`, *optional*):
-            Whole checkpoints to keep, at least 1.
-
-    Returns:
-        `Path`: the checkpoint's folder.
-
-    Raises:
-        CheckpointError: in every process, if one could not write. The earlier checkpoints are as they were.
+    Save what the accelerator prepared or registered as `checkpoint-STEP`, with `state` in its manifest. Every process
+    calls it, and gets a `CheckpointError` if one could not write; earlier checkpoints are then as they were. The files
+    are written aside and renamed, and only then are the oldest beyond `total_limit` whole checkpoints removed.
     """
     checkpoint = output_dir / f"checkpoint-{step}"
     partial = output_dir / f"{PARTIAL}{checkpoint.name}"
@@ -333,20 +294,10 @@ def save_checkpoint(
     return checkpoint
 
 
-class CheckpointKeeper:
+class CheckpointWriter:
     """
-    Writes a run's checkpoints and knows the last good one. What cannot be written does not end the run at once: the
-    disk may have room again at the next checkpoint, and the steps until then are worth having.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-        output_dir (`Path`):
-            Its folder.
-        total_limit (`int`, *optional*):
-            Whole checkpoints to keep, at least 1.
-        last (`Path`, *optional*):
-            The checkpoint that was resumed.
+    Writer of a run's checkpoints, which knows the `last` good one. What cannot be written does not end the run at
+    once: the disk may have room again at the next checkpoint, and the steps until then are worth having.
     """
 
     def __init__(
@@ -357,23 +308,7 @@ class CheckpointKeeper:
         self.last = last
 
     def save(self, step: int, state: dict[str, Any], rotate: bool = True) -> bool:
-        """
-        Save a checkpoint. Every process calls it.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-            state (`dict[str, Any]`):
-                What else is needed to go on.
-            rotate (`bool`, *optional*, defaults to `True`):
-                Remove the checkpoints beyond the limit afterwards.
-
-        Returns:
-            `bool`: whether there is a new checkpoint; if not, an error is in the log.
-
-        Raises:
-            CheckpointError: if this was the third attempt in a row that failed.
-        """
+        """Save a checkpoint; if it cannot be, log it and return `False`, or raise if that was the third in a row."""
         try:
             limit = self._total_limit if rotate else None
             self.last = save_checkpoint(self._accelerator, self._output_dir, step, state, limit)
@@ -391,30 +326,8 @@ class CheckpointKeeper:
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """
-    Loads what [`save_checkpoint`] saved into the same objects. Called by every process.
-
-    Args:
-        accelerator (`Accelerator`):
-            With the same objects prepared.
-        checkpoint (`Path`):
-            Folder of a whole checkpoint.
-    """
+    """Load what [`save_checkpoint`] saved into the same objects. Every process calls it."""
     accelerator.load_state(str(checkpoint))
     # Checkpoints lie between optimizer steps; the number of accumulation steps may be another now.
     accelerator.step = 0
     accelerator.wait_for_everyone()
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """
-    What a checkpoint says of itself.
-
-    Args:
-        checkpoint (`Path`):
-            Folder of a whole checkpoint.
-
-    Returns:
-        `dict[str, Any]`: `step`, and the `state` that was given to [`save_checkpoint`].
-    """
-    return json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))

@@ -311,6 +311,11 @@ class EvalWeights:
         """The model as the script made it, without shards or wrappers; its values may be old."""
         return self._whole
 
+    @property
+    def trained(self) -> nn.Module:
+        """The model that is trained, in shards where there are some."""
+        return self._whole if self._trained is None else self._trained
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the script's models have the weights that would be saved. Every process enters it."""

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 
 from ..files import replace_contents
 from .arguments import saved_arguments
-from .checkpoints import CheckpointKeeper
+from .checkpoints import CheckpointWriter
 from .distributed import SHARDING, EvalWeights, StopSignal, failures
 from .ema import NUM_SNAPSHOTS
 from .logs import RunLog
 from .meters import RunMeters
+from .optimizers import non_finite_parameters
 from .publishing import Publisher
 
 
@@ -79,7 +80,7 @@ class Interlude:
             What is validated and saved, with the averages.
         log ([`RunLog`]):
             Where it is told.
-        checkpoints ([`CheckpointKeeper`]):
+        checkpoints ([`CheckpointWriter`]):
             Where the run is kept.
         publisher ([`Publisher`], *optional*):
             Of the main process, if there is something to upload.
@@ -95,7 +96,7 @@ class Interlude:
         meters: RunMeters,
         weights: EvalWeights,
         log: RunLog,
-        checkpoints: CheckpointKeeper,
+        checkpoints: CheckpointWriter,
         publisher: Publisher | None,
         validate: Validate,
         export: Export,
@@ -103,8 +104,10 @@ class Interlude:
         self._args, self._accelerator, self._place, self._meters = args, accelerator, place, meters
         self._weights, self._log, self._checkpoints, self._publisher = weights, log, checkpoints, publisher
         self._validate, self._export = validate, export
-        self._output_dir = Path(args.output_dir)
+        self._output_dir = Path(args.output_dir).expanduser()
         self._figures: dict[str, Any] = {}
+        # None if no loss of the last line of the log was finite.
+        self._loss: float | None = 0.0
         self._checkpoint_is_due = False
 
     def __enter__(self) -> "Interlude":
@@ -213,7 +216,9 @@ class Interlude:
         if summary:
             self._log.write(done, {f"run/{name}": value for name, value in summary.items()})
             logger.info("Speed: %s.", ", ".join(f"{name} {value:g}" for name, value in summary.items()))
+        self._refuse_non_finite(done)
         figures = self.run_validation(done, "grid.png")
+        self._refuse_non_finite(done, figures.get("validation_loss", self._loss))
         error: Exception | None = None
         try:
             with self._weights.applied():
@@ -231,6 +236,21 @@ class Interlude:
         if self._publisher is not None:
             self._publisher.finish()
 
+    def _refuse_non_finite(self, done: int, loss: float | None = 0.0) -> None:
+        """End the run without a checkpoint if trained weights or a loss (`None`: no finite one) are not finite."""
+        error: Exception | None = None
+        names = non_finite_parameters(self._weights.trained)
+        if names:
+            error = ValueError(f"{len(names)} trained parameters are not finite, such as {names[0]!r}")
+        elif self._accelerator.is_main_process and (loss is None or not math.isfinite(loss)):
+            error = ValueError(f"the loss of what was trained is {'not finite' if loss is None else loss}")
+        faults = failures(self._accelerator, error)
+        if faults:
+            raise ValueError(
+                f"Nothing is saved at step {done}: {'; '.join(faults)}. The last good checkpoint is"
+                f" {self._checkpoints.last or 'none'}; a lower --learning_rate may help."
+            )
+
     def _epoch(self, done: int) -> float | None:
         """Epochs that were seen; of a stream of unknown length, the number of the one that is read."""
         if self._place.num_samples is not None:
@@ -240,6 +260,7 @@ class Interlude:
     def _write_log(self, done: int, learning_rate: float) -> None:
         values = {"epoch": self._epoch(done), "learning_rate": learning_rate, **self._meters.report()}
         self._log.write(done, values)
+        self._loss = values["loss"]
         self._progress_bar.set_postfix(
             loss=values["loss"], lr=learning_rate, images_per_second=values["images_per_second"]
         )
@@ -248,6 +269,7 @@ class Interlude:
         """A checkpoint of everything that the next step needs, if there is none yet; whether it could be written."""
         if self._checkpoints.last == self._output_dir / f"checkpoint-{step}":
             return True
+        self._refuse_non_finite(step)
         self._meters.gather()
         sharded = self._accelerator.distributed_type in SHARDING
         state = {

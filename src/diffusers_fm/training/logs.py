@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from accelerate import Accelerator
 
-from ..files import replace_text
+from ..files import replace_text, written_for_run
 
 
 logger = logging.getLogger(__name__)
@@ -232,12 +232,13 @@ class RunLog:
             name (`str`, *optional*):
                 File name in the output folder; by default `samples/step-STEP.png`.
         """
-        file = self._output_dir / (name or f"samples/step-{step}.png")
+        name = name or f"samples/step-{step}.png"
         try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            grid.save(file)
+            (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            with written_for_run(self._output_dir, name) as file:
+                grid.save(file)
         except OSError as error:
-            logger.error("%s could not be written: %s.", file, error)
+            logger.error("%s could not be written: %s.", self._output_dir / name, error)
         for tracker in self._accelerator.trackers:
             if tracker.name in ("tensorboard", "wandb"):
                 pictures = np.asarray(grid.convert("RGB"))[None] if tracker.name == "tensorboard" else [grid]

@@ -20,8 +20,9 @@ from ..data.images import ImageData
 from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
+from ..files import lock_folder, unlock_folder
 from .arguments import compare_arguments, saved_arguments
-from .checkpoints import CheckpointKeeper, agree_on_checkpoint, handle_model_files, load_checkpoint
+from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
 from .distributed import SHARDING, EvalWeights, make_accelerator
 from .ema import ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .interlude import Export, Interlude, Place, Validate
@@ -95,7 +96,7 @@ class TrainingRun:
     def __init__(self, args: argparse.Namespace, fixed_on_resume: Collection[str] = ()) -> None:
         self.args = args
         self._fixed_on_resume = (*FIXED_ON_RESUME, *fixed_on_resume)
-        self.output_dir = Path(args.output_dir)
+        self.output_dir = Path(args.output_dir).expanduser()
         self.accelerator = make_accelerator(
             self.output_dir,
             args.logging_dir,
@@ -120,6 +121,9 @@ class TrainingRun:
                 self._publisher = Publisher(args, self.output_dir)
                 self._publisher.start()
             self.output_dir.mkdir(parents=True, exist_ok=True)
+            # A folder that was not there: another run may have made it meanwhile.
+            if lock_folder(self.output_dir):
+                find_checkpoint(self.output_dir, None)
         if args.seed is None:
             seeds = [self._manifest.get("seed", int.from_bytes(os.urandom(4), "little"))]
             args.seed = broadcast_object_list(seeds)[0]
@@ -128,7 +132,7 @@ class TrainingRun:
         self.global_batch_size: int = (
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
-        self._checkpoints = CheckpointKeeper(
+        self._checkpoints = CheckpointWriter(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
         self._meters = RunMeters(
@@ -178,6 +182,11 @@ class TrainingRun:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         if args.max_train_steps is None:
             args.max_train_steps = math.ceil(args.num_train_epochs * (num_samples or 0) / self.global_batch_size)
+        if args.max_train_steps < self.first_step:
+            raise ValueError(
+                f"--max_train_steps {args.max_train_steps} is fewer than the {self.first_step} steps that"
+                f" {self.checkpoint} has done."
+            )
         self._weights = EvalWeights(accelerator, model)
         model = self._weights.for_training()
         optimizer = make_optimizer(
@@ -326,6 +335,7 @@ class TrainingRun:
 
     def __exit__(self, *exception: object) -> None:
         self._interlude.__exit__(*exception)
+        unlock_folder(self.output_dir)
 
     def steps(self) -> Iterator[int]:
         """
