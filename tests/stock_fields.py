@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Velocity fields of tiny stock pipelines, and single steps of those pipelines by diffusers' own scheduler."""
 
+import inspect
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.guiders import ClassifierFreeGuidance
 from stock_pipelines import StockCase, flow_cases
 
 from diffusers_fm.pipelines import VelocityField
@@ -73,35 +75,47 @@ class StepFrom(FlowMatchEulerDiscreteScheduler):
     def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
         return sample if self.state is None else self.state
 
+    def scale_model_input(self, sample: torch.Tensor, timestep: Any) -> torch.Tensor:
+        return sample
+
     def step(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = super().step(model_output, timestep, sample, *args, **kwargs)
-        self.taken = (model_output, sample, out[0])
-        return out
+        self.taken = (model_output, sample.clone(), out[0])  # some pipelines write the result into the state
+        if self.result is None:
+            return out
+        return (self.result,) if kwargs.get("return_dict") is False else type(out)(prev_sample=self.result)
 
 
 def stock_step(
-    pipeline: DiffusionPipeline, x_t: torch.Tensor | None, t: float, **call: Any
+    pipeline: DiffusionPipeline,
+    x_t: torch.Tensor | None,
+    t: float,
+    *,
+    network: str = "transformer",
+    result: torch.Tensor | None = None,
+    **call: Any,
 ) -> tuple[torch.Tensor, ...]:
     """Network output, state and result of one Euler step from t to 0 of the stock pipeline.
 
-    Without x_t, image-to-image pipelines begin from their images.
+    Without x_t, the pipeline begins from its own noise, or its image. With `result`, it goes on with that.
     """
-    old = pipeline.scheduler
-    scheduler = StepFrom(**{key: value for key, value in old.config.items() if not key.startswith("_")})
-    scheduler.t, scheduler.state = t, x_t
+    old, guiders = pipeline.scheduler, {}
+    names = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    scheduler = StepFrom(**{key: value for key, value in old.config.items() if key in names})
+    scheduler.t, scheduler.state, scheduler.result = t, x_t, result
+    for name, component in pipeline.components.items():
+        if name.endswith("guider") and component is not None:
+            guiders[name] = component
+            setattr(pipeline, name, ClassifierFreeGuidance(guidance_scale=1.0))
     pipeline.scheduler = scheduler
     pipeline.set_progress_bar_config(disable=True)
+    taken = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    fixed = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 2, "output_type": "latent"}
     try:
         with torch.no_grad():
-            pipeline(
-                **{
-                    "latents": x_t,
-                    "generator": torch.Generator().manual_seed(0),
-                    "num_inference_steps": 2,
-                    "output_type": "latent",
-                }
-                | call
-            )
+            pipeline(**{name: value for name, value in ({"latents": x_t} | fixed | call).items() if name in taken})
     finally:
         pipeline.scheduler = old
+        for name, component in guiders.items():
+            setattr(pipeline, name, component)
     return scheduler.taken

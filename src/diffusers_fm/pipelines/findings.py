@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .network_calls import TimeMap, find_times
+from .network_calls import TimeMap, find_all
 from .one_step import Tree
 from .pipeline_calls import ENTRIES, PROBES, Findings, PipelineCalls, same_state
 
@@ -50,15 +50,15 @@ def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findin
 
     # 3. Time: in 16 bits, not all numbers of the first probes are exact
     probed = probes
-    times, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
+    times, sides, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
     if wrong is not None and not pipe.others:
         probed = PROBES[1]
-        times, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
+        times, sides, wrong = _find_times(pipe, x_t, call, entry, outputs, probed)
     if wrong is not None:
         raise ValueError(f"The argument {wrong!r} of the network of {name} is not affine in the time.")
     if not any(times):
         raise ValueError(f"No argument of the network of {name} depends on the time.")
-    found = Findings(tuple(x_t.shape), entry, times, rows, outputs, calls.sign(step.velocity), step.mu)
+    found = Findings(tuple(x_t.shape), entry, times, rows, outputs, sides, calls.sign(step.velocity), step.mu)
 
     # 4. One time a sample against one time a batch
     if len(x_t) > 1:
@@ -67,8 +67,7 @@ def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findin
         for first, t in enumerate(probed[1:]):
             expected = _check(pipe, x_t, None, t, call, found)[first::2]
             error = (velocity[first::2] - expected).abs().max().item()
-            tolerance = 5e-2 if _in_16_bits(pipe, x_t) else 1e-4
-            if not error <= tolerance * max(expected.abs().max().item(), 1e-6):
+            if not error <= tolerance(pipe, x_t) * max(expected.abs().max().item(), 1e-6):
                 raise ValueError(
                     f"{name} gives another velocity where times differ within a batch (error {error:.1e}): it uses"
                     " the time outside its network."
@@ -83,16 +82,19 @@ def _find_times(
     entry: str,
     outputs: tuple[Tree, ...],
     probes: tuple[float, ...],
-) -> tuple[tuple[dict[str, TimeMap], ...], str | None]:
-    """Time arguments of each call of the network in a step, and one that is not affine."""
-    seen = []
+) -> tuple[tuple[dict[str, TimeMap], ...], dict[str, tuple[dict[str, TimeMap], ...]], str | None]:
+    """Time arguments of each call in a step of the network and of others beside it, and one that is not affine."""
+    runs = []
     for t in probes:
         torch.manual_seed(0)
         asked = pipe.calls(outputs * 2)
         pipe.run(t, call, asked, x_t if entry == "latents" else x_t.float(), entry)
-        seen.append(asked.seen[-len(outputs) :])
-    maps = [find_times(calls, probes, pipe.state) for calls in zip(*seen)]
-    return tuple(times for times, _ in maps), next((wrong for _, wrong in maps if wrong), None)
+        runs.append(asked)
+    maps, beside = find_all(runs, probes, len(outputs), bool(pipe.sides)), {}
+    for name in pipe.sides:
+        of_side = find_all([run.sides[name] for run in runs], probes, 0, True)
+        beside[name] = tuple(times for times, _ in of_side)
+    return tuple(times for times, _ in maps), beside, next((wrong for _, wrong in maps if wrong), None)
 
 
 def _check(
@@ -107,6 +109,8 @@ def _check(
     return pipe.velocity(x_t, t, offered, call, found).float()
 
 
-def _in_16_bits(pipe: PipelineCalls, x_t: torch.Tensor) -> bool:
+def tolerance(pipe: PipelineCalls, x_t: torch.Tensor) -> float:
+    """Relative difference of velocities that rounding explains."""
     dtypes = {x_t.dtype, pipe.pipeline.components[pipe.name].dtype}
-    return torch.is_autocast_enabled(x_t.device.type) or not dtypes <= {torch.float32, torch.float64}
+    wide = dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(x_t.device.type)
+    return 1e-4 if wide else 5e-2

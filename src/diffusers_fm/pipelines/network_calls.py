@@ -63,6 +63,7 @@ class NetworkCalls:
         times: Sequence[dict[str, TimeMap]] = (),
         t: torch.Tensor | None = None,
         offered: float = 0.0,
+        side_times: dict[str, Sequence[dict[str, TimeMap]]] | None = None,
     ) -> None:
         self.network, self.state, self.dtype, self.answers, self.stop = network, state, dtype, answers, stop
         self.times, self.t, self.offered = times, t, offered
@@ -72,6 +73,8 @@ class NetworkCalls:
         self.cubes: list[torch.Tensor] = []
         self.mu: float | None = None
         self.differentiable = False
+        self.side_times = side_times or {}
+        self.sides: dict[str, NetworkCalls] = {}
 
     def __call__(self, arguments: dict[str, Any]) -> Tree:
         """Answer one call."""
@@ -97,6 +100,13 @@ class NetworkCalls:
             self.cubes.append(sum(leaf.double().pow(3).sum() for leaf in leaves(output)))  # type: ignore[arg-type]
         return output
 
+    def beside(self, network: nn.Module, state: str, name: str) -> "NetworkCalls":
+        """Calls of another network at the same times."""
+        times = self.side_times.get(name, ({},))
+        calls = NetworkCalls(network, state, self.dtype, times=times, t=self.t, offered=self.offered)
+        calls.gradients = self.gradients
+        return calls
+
     def sign(self, velocity: torch.Tensor) -> str:
         """Sign of the network's output in terms of the velocity, whatever their order."""
         cube = velocity.double().pow(3).sum()
@@ -112,15 +122,20 @@ class NetworkCalls:
 
 
 def find_times(
-    calls: Sequence[dict[str, Any]], t: Sequence[float], state: str
+    calls: Sequence[dict[str, Any]], t: Sequence[float], state: str, sides: bool = False
 ) -> tuple[dict[str, TimeMap], str | None]:
-    """Arguments that differ between calls at three times, and the first of them that is not affine in the time."""
+    """Arguments that differ between calls at three times, and the first of them that is not affine in the time.
+
+    Where other networks are called for this one, lists may hold their answers.
+    """
     maps: dict[str, TimeMap] = {}
     for name in calls[0]:
         given = [call[name] for call in calls]
         if all(_equal(given[0], each) for each in given[1:]):
             continue
         numbers = all(isinstance(each, (torch.Tensor, float, int)) for each in given)
+        if sides and not numbers:
+            continue
         if name == state or not numbers:
             return maps, name
         low, middle, high = (torch.as_tensor(each).double() for each in given)
@@ -131,6 +146,13 @@ def find_times(
             return maps, name
         maps[name] = TimeMap(_number(start), _number(slope))
     return maps, None
+
+
+def find_all(
+    runs: Sequence[NetworkCalls], t: Sequence[float], last: int, sides: bool
+) -> list[tuple[dict[str, TimeMap], str | None]]:
+    """The same for each of the last calls of a network, or for all of them."""
+    return [find_times(calls, t, runs[0].state, sides) for calls in zip(*(run.seen[-last:] for run in runs))]
 
 
 def _zeros(tensor: torch.Tensor) -> torch.Tensor:

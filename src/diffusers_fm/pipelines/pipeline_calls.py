@@ -53,6 +53,7 @@ class Findings:
     times: tuple[dict[str, TimeMap], ...]  # for each call of the network in a step
     rows: tuple[int, ...]
     outputs: tuple[Tree, ...]  # zeros of the shapes of the network's answers
+    sides: dict[str, tuple[dict[str, TimeMap], ...]]  # the same times for other networks
     sign: str
     mu: float | None
 
@@ -90,7 +91,10 @@ class PipelineCalls(nn.Module):
         # Networks that share the times with this one, such as those of high and of low noise.
         own = type(self.network)
         self.others = [n for n in networks if n != network and type(getattr(pipeline, n)) is own]
-        self._components = {"guider": pipeline.guider} if "guider" in pipeline.components else {}
+        # Networks that are called for it, with times of their own.
+        self.sides = [n for n in ("transformer", "controlnet") if n in networks and n not in (network, *self.others)]
+        guiders = [name for name in pipeline.components if name.endswith("guider")]
+        self._components = {name: getattr(pipeline, name) for name in guiders}
         self._outputs: dict[tuple[int, ...], tuple[Tree, ...]] = {}
         self.times_range: tuple[float, float] | None = None
         self.check_names(call)
@@ -160,6 +164,10 @@ class PipelineCalls(nn.Module):
             arguments["latents"] = x_t
         scheduler = self._scheduler.offer(t, (x_t,) if entry == "step" else ())
         replaced = self._replaced(scheduler, calls)
+        for name in self.sides:
+            side = getattr(self.pipeline, name)
+            calls.sides[name] = calls.beside(side, argument_names(side)[0], name)
+            replaced[name] = StandIn(side, calls.sides[name])
         if entry == "prepare_latents":
             replaced["prepare_latents"] = lambda *a, **k: _with_first(self.pipeline.prepare_latents(*a, **k), x_t)
         # Texts and images are encoded without gradients, unless something that goes in asks for them.
@@ -190,7 +198,7 @@ class PipelineCalls(nn.Module):
         self, x_t: torch.Tensor, t: torch.Tensor | None, offered: float, call: dict[str, Any], found: Findings
     ) -> torch.Tensor:
         """The verified way; with the offered time for all samples where `t` is not given."""
-        calls = self.calls(found.skipped, times=found.times, t=t, offered=offered)
+        calls = self.calls(found.skipped, times=found.times, t=t, offered=offered, side_times=found.sides)
         step = self.run(offered, call, calls, x_t, found.entry)
         if not same_state(step.sample, x_t):
             raise ValueError(f"The loop of {type(self.pipeline).__name__} does not hold the x_t that it is given.")

@@ -116,7 +116,8 @@ def capture(field: VelocityField, x_t: torch.Tensor, **call: Any) -> CapturedCal
         Rearrangement.ask(enter, tuple(x_t.shape[1:]), f"{name}, before its network,"),
         Rearrangement.ask(leave, tuple(_main(found.outputs[0]).shape[1:]), f"{name}, after its network,"),
     )
-    t = torch.linspace(0.4, 0.6, len(x_t), device=x_t.device)
+    low, high = field.times_range or (0.0, 1.0)
+    t = low + (high - low) * torch.linspace(0.4, 0.6, len(x_t), device=x_t.device)
     with field.quiet(x_t):
         expected = field(x_t, t, **call).float()
         error = (captured(x_t, t).float() - expected).abs().max().item()
@@ -144,4 +145,7 @@ def _with_main(output: Tree, tensor: torch.Tensor) -> Tree:
     """The same output around another such tensor."""
     if isinstance(output, torch.Tensor):
         return tensor.to(output.dtype)
-    return (list(tensor) if isinstance(output[0], list) else tensor.to(output[0].dtype), *output[1:])
+    first = list(tensor) if isinstance(output[0], list) else tensor.to(output[0].dtype)
+    if isinstance(output, dict):
+        return type(output)(**{**output, next(iter(output)): first})
+    return (first, *output[1:])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from .findings import find
+from .findings import find, tolerance
 from .network_calls import NetworkReached
 from .pipeline_calls import Findings, PipelineCalls
 from .prompt_memo import PromptMemo
@@ -86,7 +86,10 @@ class VelocityField(PipelineCalls):
         low, high = self.times_range or (0.0, 1.0)
         if not low <= least <= most <= high:
             raise ValueError(f"`t` must lie in [{low:g}, {high:g}] for {self.name}, got {least:g} to {most:g}.")
-        return self.velocity(x_t, t, offered, call, found)
+        velocity = self.velocity(x_t, t, offered, call, found)
+        if isinstance(self._encode, PromptMemo) and self._encode.unverified is not None:
+            self._verify_text(self._encode, x_t, t, offered, call, found)
+        return velocity
 
     @torch.no_grad()
     def ask(self, x_t: torch.Tensor, **call: Any) -> Findings:
@@ -191,6 +194,21 @@ class VelocityField(PipelineCalls):
         """
         self._encode = memo = PromptMemo(self.pipeline, device)
         return memo
+
+    @torch.no_grad()
+    def _verify_text(self, memo: PromptMemo, x_t: torch.Tensor, *arguments: Any) -> None:
+        """Compare a batch of kept captions of different lengths with the encoders' own."""
+        with self.quiet(x_t):
+            kept = self.velocity(x_t, *arguments).float()
+            self._encode = memo.encode
+            try:
+                expected = self.velocity(x_t, *arguments).float()
+            finally:
+                self._encode = memo
+        if not (kept - expected).abs().max() <= 0.1 * tolerance(self, x_t) * expected.abs().max():
+            memo.refuse()
+            self.velocity(x_t, *arguments)
+        memo.unverified = None
 
     def describe(self) -> list[dict[str, Any]]:
         """
