@@ -107,7 +107,7 @@ class Publisher:
 
     @property
     def repo_id(self) -> str:
-        """What a card loads: the repository, or the output folder as long as the Hub has not named the repository."""
+        """Name for the card's example: the repository, or the output folder until the Hub has named the repository."""
         return self._repo_id if self._is_ready else str(self._output_dir)
 
     def start(self) -> None:
@@ -126,7 +126,7 @@ class Publisher:
             )
 
     def checkpoint_saved(self, step: int, export: Callable[[Path], None]) -> None:
-        """Upload what `export` writes to a folder in the background, if checkpoints are to be uploaded."""
+        """Upload a checkpoint, which `export` writes to a folder, in the background, if the strategy is to."""
         if self._args.push_dry_run or self._args.hub_strategy == "end":
             return
         folder = self._output_dir / STAGING / f"step-{step}"
@@ -209,7 +209,7 @@ class Publisher:
                 enable_progress_bars()
 
     def _send(self, folder: Path, message: str) -> str:
-        """One commit; its address. What the Hub has already, from an earlier try too, is not sent again."""
+        """Make one commit and return its address. Files that the Hub has, from an earlier try too, are not sent again."""
         revision, waits = self._args.hub_revision, list(RETRY_WAITS)
         while True:
             try:
@@ -241,7 +241,7 @@ class Publisher:
         return files
 
     def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """The files of a folder; what else is in the same components on the Hub goes, such as shards of before."""
+        """Additions of a folder's files, and deletions of other files in the same components, such as former shards."""
         files = self.files(folder)
         owned = tuple(f"{name}/" for name in components(folder))
         present = self._api.list_repo_files(self._repo_id, revision=self._args.hub_revision)
