@@ -9,7 +9,7 @@ from typing import Any
 
 from training_runs import ROOT, load_script
 
-from diffusers_fm.training.arguments import parse_arguments
+from diffusers_fm.arguments import parse_arguments
 
 
 script = load_script(ROOT / "training_scripts" / "train_text_to_image_sd3.py")
@@ -26,6 +26,6 @@ def noted(pipeline: Any, batch: dict[str, Any], device: Any, part: Any = None, o
 
 
 if __name__ == "__main__":
-    args = parse_arguments(script.build_parser(), sys.argv[1:])
+    args = parse_arguments(script.ScriptArguments, sys.argv[1:])
     script.latents_of_batch = noted
     script.main(args)

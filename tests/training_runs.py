@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.training.arguments import parse_arguments
+from diffusers_fm.arguments import parse_arguments
 
 
 # Tiny models gain nothing from more, and runs of several processes have one each, too.
@@ -112,7 +112,7 @@ def train(pipeline: Path, data: Path, output_dir: Path, *words: object, **option
 def run_script(module: ModuleType, line: list[str]) -> None:
     """Run a script's `main` in this process, and leave no accelerator behind."""
     try:
-        module.main(parse_arguments(module.build_parser(), line))
+        module.main(parse_arguments(module.ScriptArguments, line))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
@@ -124,7 +124,7 @@ def run_script_file(file: Path, line: list[str]) -> None:
     # A server of processes hands its own way of starting them on; a script that a user starts has the platform's.
     multiprocessing.set_start_method("fork", force=True)
     module = load_script(file)
-    module.main(parse_arguments(module.build_parser(), line))
+    module.main(parse_arguments(module.ScriptArguments, line))
 
 
 def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config: str | None = None) -> list[str]:

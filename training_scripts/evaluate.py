@@ -23,15 +23,15 @@ Interrupted, the same command goes on where it was. Every image has a seed of it
 the number of processes nor, but for rounding, on the batch size.
 """
 
-import argparse
 import logging
-import math
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.arguments import Arguments, Count, Free, NotNegative, Range, Size, option, run_script
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
 from diffusers_fm.data.sources import choose_split, held_out_split_name, load_splits
@@ -67,7 +67,6 @@ from diffusers_fm.evaluation.report import (
 from diffusers_fm.evaluation.sampling import Sampler
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
-from diffusers_fm.training.arguments import parse_arguments, saved_arguments
 from diffusers_fm.training.distributed import make_accelerator
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
@@ -84,77 +83,109 @@ MIN_IMAGES = 4
 FREE = ("output_dir", "metrics", "use_cpu", "mixed_precision", "cache_dir")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments, by the names of the training scripts where those have them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+@dataclass(frozen=True, kw_only=True)
+class MeasurementArguments(Arguments):
+    """Output folder and what to measure."""
+
+    _argument_group_name = "measurement"
+
+    output_dir: str = option(MISSING, "Folder of the figures; results on the way are in its folder `results`.")
+    metrics: list[str] = option(list(METRICS), "Figures to measure; by default all.", METRICS)
+    seed: Size = option(0, "Seed of the samples' noise and of dequantisation.")
+    eval_batch_size: Free[Count] = option(64, "Images of a process at once.")
+    mixed_precision: str | None = option(None, "Precision of the network's arithmetic.", ["no", "fp16", "bf16"])
+    use_cpu: Free[bool] = option(False, "Use the CPU although there is an accelerator.")
+
+    def check(self) -> None:
+        if Path(self.output_dir).is_file():
+            raise ValueError(f"The output folder {self.output_dir!r} is a file.")
+        # Missing packages are found before any work.
+        pyplot()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(Arguments):
+    """Trained pipeline."""
+
+    _argument_group_name = "model"
+
+    pretrained_model_name_or_path: str = option(MISSING, "Folder of a trained pipeline, or a Hub id.")
+    revision: str | None = option(None, "Branch, tag or commit of the pipeline on the Hub.")
+    variant: str | None = option(None, "Variant of the weights to load.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceArguments(Arguments):
+    """Data that samples are compared with."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str | None = option(
+        None, "Hub id, or a local folder of parquet, arrow or image files or of save_to_disk."
     )
-    add = parser.add_argument
-    add("--config", help="JSON file of arguments; the command line wins.")
-    add("--output_dir", required=True, help="Where figures go; results on the way are in its folder `results`.")
-    add("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="What to measure; by default all.")
-    add("--seed", type=int, default=0, help="Seed of the samples' noise and of dequantisation.")
-    add("--eval_batch_size", type=int, default=64, help="Images of a process at once.")
-    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="Of the network's arithmetic.")
-    add("--use_cpu", action="store_true", help="Use the CPU although there is an accelerator.")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--pretrained_model_name_or_path", required=True, help="Folder of a trained pipeline, or a Hub id.")
-    add("--revision", help="Branch, tag or commit of the pipeline on the Hub.")
-    add("--variant", help="Variant of the weights to load.")
-
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset_name", help="Hub id, or a local folder of parquet, arrow or image files or of save_to_disk.")
-    add("--dataset_config_name", help="Configuration of the data set.")
-    add("--train_data_dir", help="Folder of images instead, classes in subfolders.")
-    add("--train_split", default="train", help="What the model was trained on: the reference of the samples.")
-    add("--validation_split", help="Split held out; by default `validation`, else `test`, where there is one.")
-    add("--image_column", default="image", help="Column of the images.")
-    add("--label_column", default="label", help="Column of the labels.")
-    add("--max_train_samples", type=int, help="Compare with so many images of the training split.")
-    add("--max_validation_samples", type=int, default=2048, help="Use so many held-out images at most.")
-    add("--cache_dir", help="Where downloaded and prepared data is kept.")
-
-    add = parser.add_argument_group("samples").add_argument
-    add("--num_images", type=int, default=10_000, help="Samples for quality; FID is customarily on 50,000.")
-    add("--num_inference_steps", type=int, default=50, help="Steps of the pipeline's own solver.")
-    add("--guidance_scale", type=float, default=1.0, help="Scale of classifier-free guidance; 1 is off.")
-    add("--features", choices=["inception", "classifier"], help="By default Inception's, if weights are at hand.")
-    add("--inception_weights", help="torch-fidelity's file of weights; by default the one in torch's cache.")
-
-    add = parser.add_argument_group("likelihood").add_argument
-    add("--num_draws", type=int, nargs="+", default=[1, 5, 20], help="Draws of dequantisation noise: the paper's K.")
-    add("--num_probes", type=int, default=1, help="Hutchinson probes of a draw.")
-    add("--levels", type=int, default=256, help="Levels of a value, evenly spread over 0 to 255.")
-    add("--likelihood_steps", type=int, default=32, help="Steps of the integration.")
-
-    add = parser.add_argument_group("solvers and ways").add_argument
-    add("--num_solver_images", type=int, default=256, help="Samples of each solver, and ways looked at.")
-    add("--num_calls", type=int, nargs="+", default=[6, 12, 24, 48], help="Calls of the network to sample with.")
-    return parser
+    dataset_config_name: str | None = option(None, "Configuration of the data set.")
+    train_data_dir: str | None = option(None, "Folder of images instead, classes in subfolders.")
+    train_split: str = option("train", "Split that the model was trained on: the reference of the samples.")
+    validation_split: str | None = option(
+        None, "Split held out; by default `validation`, else `test`, where there is one."
+    )
+    image_column: str = option("image", "Column of the images.")
+    label_column: str = option("label", "Column of the labels.")
+    max_train_samples: Count | None = option(None, "Compare with so many images of the training split.")
+    max_validation_samples: Count = option(2048, "Use so many held-out images at most.")
+    cache_dir: Free[str | None] = option(None, "Where downloaded and prepared data is kept.")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` for values that can be refused without looking at model or data."""
-    for name in (
-        "eval_batch_size num_images num_inference_steps num_probes likelihood_steps num_solver_images"
-        " max_validation_samples max_train_samples"
-    ).split():
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}.")
-    for name in ("num_draws", "num_calls"):
-        if min(getattr(args, name)) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    if not 2 <= args.levels <= 256:
-        raise ValueError(f"--levels must be from 2 to 256, got {args.levels}.")
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"The output folder {args.output_dir!r} is a file.")
-    # Missing packages are found before any work.
-    pyplot()
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(Arguments):
+    """Samples for quality."""
+
+    _argument_group_name = "samples"
+
+    num_images: Count = option(10_000, "Samples for quality; FID is customarily on 50,000.")
+    num_inference_steps: Count = option(50, "Steps of the pipeline's own solver.")
+    guidance_scale: NotNegative = option(1.0, "Scale of classifier-free guidance; 1 is off.")
+    features: str | None = option(None, "By default Inception's, if weights are at hand.", ["inception", "classifier"])
+    inception_weights: str | None = option(
+        None, "torch-fidelity's file of weights; by default the one in torch's cache."
+    )
 
 
-def load_data(args: argparse.Namespace, pipeline: FlowMatchPipeline) -> tuple[ImageData, ImageData | None, int]:
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodArguments(Arguments):
+    """Likelihood of the held-out images."""
+
+    _argument_group_name = "likelihood"
+
+    num_draws: list[Count] = option([1, 5, 20], "Draws of dequantisation noise: the paper's K.")
+    num_probes: Count = option(1, "Hutchinson probes of a draw.")
+    levels: Annotated[int, Range(2, 256)] = option(256, "Levels of a value, evenly spread over 0 to 255.")
+    likelihood_steps: Count = option(32, "Steps of the integration.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverArguments(Arguments):
+    """Error and quality by calls of the network."""
+
+    _argument_group_name = "solvers and trajectories"
+
+    num_solver_images: Count = option(256, "Samples of each solver, and trajectories looked at.")
+    num_calls: list[Count] = option([6, 12, 24, 48], "Calls of the network to sample with.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(
+    MeasurementArguments,
+    ModelArguments,
+    ReferenceArguments,
+    SampleArguments,
+    LikelihoodArguments,
+    SolverArguments,
+):
+    """Arguments of this script."""
+
+
+def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[ImageData, ImageData | None, int]:
     """The training images, those held out, and the number of classes in their label column."""
     splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     train_split = choose_split(splits, args.train_split)
@@ -177,7 +208,7 @@ def load_data(args: argparse.Namespace, pipeline: FlowMatchPipeline) -> tuple[Im
 
 
 def choose_features(
-    args: argparse.Namespace, train_data: ImageData, num_classes: int, store: ResultStore, accelerator: Any
+    args: ScriptArguments, train_data: ImageData, num_classes: int, store: ResultStore, accelerator: Any
 ) -> FeatureExtractor:
     """Inception's features where its weights are at hand; a classifier's where they are asked for."""
     if args.features != "classifier":
@@ -192,7 +223,7 @@ def choose_features(
         )
 
 
-def check_figures(args: Any, wanted: set[str]) -> None:
+def check_figures(args: ScriptArguments, wanted: set[str]) -> None:
     """Refuse, before any work, missing packages and weights, and fewer images than the figures need."""
     if (args.dataset_name is None) == (args.train_data_dir is None):
         given = "neither" if args.dataset_name is None else "both"
@@ -209,8 +240,6 @@ def check_figures(args: Any, wanted: set[str]) -> None:
         value = getattr(args, name)
         if value is not None and value < number:
             raise ValueError(f"--{name} must be at least {number} for these --metrics, got {value}.")
-    if not math.isfinite(args.guidance_scale):
-        raise ValueError(f"--guidance_scale must be a finite number, got {args.guidance_scale}.")
 
 
 def weights_digest(folder: Path) -> dict[str, str]:
@@ -254,9 +283,8 @@ def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -
                 plot_solvers(output_dir / "quality_by_calls.png", rows, column, column.replace("_", " "))
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: ScriptArguments) -> None:
     """Measure."""
-    check_arguments(args)
     output_dir = Path(args.output_dir)
     accelerator = make_accelerator(
         output_dir, mixed_precision=args.mixed_precision, report_to="none", use_cpu=args.use_cpu
@@ -282,7 +310,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("A latent pipeline has no likelihood of pixels: leave `likelihood` out of --metrics.")
 
     # 2. Where results are kept, and what they depend on
-    fingerprint = {name: value for name, value in saved_arguments(args).items() if name not in FREE}
+    fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
     store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(Path(source))})
     order = epoch_order(args.seed, 0, len(train_data))
     labels = train_data.labels[order] if pipeline.num_classes and train_data.labels is not None else None
@@ -354,4 +382,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(build_parser()))
+    run_script(main, ScriptArguments, __doc__)

@@ -39,72 +39,44 @@ Go on after an interruption:
       --resume_from_checkpoint latest
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from diffusers_fm import FlowMatchPipeline, init_pipeline
+from diffusers_fm.arguments import Free, option, run_script
+from diffusers_fm.data.arguments import LabelArguments, LatentArguments
 from diffusers_fm.data.latents import cache_latents, latents_of_batch
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training.arguments import (
-    add_average_arguments,
-    add_data_arguments,
-    add_latent_arguments,
-    add_objective_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_latent_arguments,
-    check_shared_arguments,
-    parse_arguments,
-    script_parser,
-)
+from diffusers_fm.training.arguments import TrainingArguments
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
-from diffusers_fm.training.planning import add_plan_arguments, is_main_process
+from diffusers_fm.training.planning import is_main_process
 from diffusers_fm.training.plans import flow_matching_plan
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
-    parser = script_parser(__doc__)
-    add = parser.add_argument
-    add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
-    add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
-    add_data_arguments(parser)
-    add_latent_arguments(parser)
-    add_objective_arguments(parser, has_classes=True)
-    add_optimisation_arguments(parser)
-    add_average_arguments(parser)
-    add_validation_arguments(parser)
-    add_run_arguments(parser, "train_flow_matching")
-    add_plan_arguments(parser)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments):
+    """Arguments of this script."""
+
+    tracker_project_name: Free[str] = option("train_flow_matching", "Name of the run in the trackers.")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` for values that can be refused without looking at model or data."""
-    check_shared_arguments(args)
-    check_latent_arguments(args)
-    if args.label_dropout is not None and not 0 <= args.label_dropout <= 1:
-        raise ValueError(f"--label_dropout must be in [0, 1], got {args.label_dropout}.")
-
-
-def main(args: argparse.Namespace) -> None:
+def main(args: ScriptArguments) -> None:
     """Train."""
-    check_arguments(args)
     if args.dry_run:
         if is_main_process():
             print(flow_matching_plan(args))
         return
     run = TrainingRun(args)
+    args = run.args
     device = run.accelerator.device
 
     # 1. Pipeline
@@ -135,22 +107,20 @@ def main(args: argparse.Namespace) -> None:
             if data is not None:
                 cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
 
-    # 3. Model, optimizer, schedule, average, checkpoint
+    # 3. Model
     model = TrainableModel(pipeline)
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
-    model = run.prepare(model, train_data.num_samples)
-    batches = run.batches(train_data)
 
-    # 4. What is looked at on the way, and what comes out
+    # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and picture grid of what would be saved now."""
         figures: dict[str, Any] = {}
         if held_out_data is not None:
             figures = held_out_loss(
                 run.accelerator,
-                model,
+                run.model,
                 pipeline.scheduler,
                 held_out_data,
                 args.eval_batch_size,
@@ -173,21 +143,20 @@ def main(args: argparse.Namespace) -> None:
         card = model_card(pipeline, args, run.repo_id, run.global_batch_size, figures, folder)
         card.save(folder / "README.md")
 
-    run.start(
+    model = run.begin(
+        model,
+        train_data,
         validate,
         export,
-        f"{pipeline.denoiser.__class__.__name__},"
-        f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {pipeline.scheduler.config.path} path, {prediction_type}; {train_data.description} of side {resolution},"
-        f" {0 if held_out_data is None else len(held_out_data)} held out.",
+        f"{type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path, {prediction_type};"
+        f" {train_data.description} of side {resolution}, {len(held_out_data or [])} held out.",
     )
 
-    # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.
+    # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
             # Noise, times and dropped labels are drawn for the whole global batch; a part of it is at hand.
-            for part in run.parts(step):
-                batch = next(batches)
+            for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     data = latents_of_batch(pipeline, batch, device, part)
                     labels = batch.get("labels")
@@ -208,4 +177,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(build_parser()))
+    run_script(main, ScriptArguments, __doc__)

@@ -32,7 +32,7 @@ Go on after an interruption:
       --config runs/paintings-lora/training_args.json --resume_from_checkpoint latest
 """
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +40,23 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from diffusers_fm import init_pipeline
+from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.losses import flow_matching_loss
+from diffusers_fm.text_to_image.arguments import LoraTrainingArguments
 from diffusers_fm.text_to_image.cards import lora_card
 from diffusers_fm.text_to_image.lora import (
-    FIXED_LORA_ARGUMENTS,
     adapted_text_encoders,
     add_adapters,
-    add_lora_arguments,
     check_adaptable,
     check_engine,
-    check_lora_arguments,
     parameter_groups,
     save_lora,
 )
 from diffusers_fm.text_to_image.options import (
     choose_encoder_dropout,
+    choose_resolution,
     choose_scheduler,
     choose_sizes,
     image_tokens,
@@ -73,54 +73,27 @@ from diffusers_fm.text_to_image.setup import (
     prepare_prompts,
     prompt_grid,
 )
-from diffusers_fm.training.arguments import (
-    add_average_arguments,
-    add_data_arguments,
-    add_objective_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    add_text_to_image_arguments,
-    add_validation_arguments,
-    check_shared_arguments,
-    check_text_to_image_arguments,
-    parse_arguments,
-    script_parser,
-)
 from diffusers_fm.training.objective import draw_times
-from diffusers_fm.training.planning import add_plan_arguments, is_main_process
+from diffusers_fm.training.planning import is_main_process
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.validation import held_out_loss
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
-    parser = script_parser(__doc__, "Folder of a trained pipeline, or a Hub id.")
-    add = parser.add_argument
-    add("--text_encoders_name_or_path", help="Pipeline whose text encoders take the place of the pipeline's own.")
-    add_data_arguments(parser)
-    add_text_to_image_arguments(parser)
-    add_lora_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimisation_arguments(parser)
-    add_average_arguments(parser)
-    add_validation_arguments(parser)
-    add_run_arguments(parser, "train_text_to_image_lora_sd3")
-    add_plan_arguments(parser)
-    # The first two are those of StableDiffusion3Pipeline, the third is that of diffusers' own LoRA scripts.
-    parser.set_defaults(num_inference_steps=28, guidance_scale=7.0, train_batch_size=4)
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(LoraTrainingArguments):
+    """Arguments of this script."""
+
+    tracker_project_name: Free[str] = option("train_text_to_image_lora_sd3", "Name of the run in the trackers.")
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: ScriptArguments) -> None:
     """Train."""
-    check_shared_arguments(args)
-    check_text_to_image_arguments(args)
-    check_lora_arguments(args)
     if args.dry_run:
         if is_main_process():
             print(text_to_image_plan(args, lora=True))
         return
-    run = TrainingRun(args, FIXED_LORA_ARGUMENTS)
+    run = TrainingRun(args)
+    args = run.args
     device = run.accelerator.device
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
 
@@ -135,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
         text_encoders=args.text_encoders_name_or_path,
     )
     check_adaptable(pipeline, args)
-    sizes = choose_sizes(pipeline, args)
+    resolution = choose_resolution(pipeline, args.resolution)
+    sizes = choose_sizes(pipeline, args, resolution)
     # Adapters carry no scheduler: what is sampled with them is sampled with the base model's own.
     sampling_scheduler = pipeline.scheduler
     scheduler = choose_scheduler(pipeline, args, sizes)
@@ -166,10 +140,8 @@ def main(args: argparse.Namespace) -> None:
         pipeline.transformer.enable_gradient_checkpointing()
         for text_encoder in text_encoders:
             text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    model = run.prepare(model, train_data.num_samples, parameter_groups(model, args.text_encoder_lr))
-    batches = run.batches(train_data)
 
-    # 4. What is looked at on the way, and what comes out
+    # 4. Validation and export
     @torch.no_grad()
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and pictures of what would be saved now."""
@@ -177,7 +149,7 @@ def main(args: argparse.Namespace) -> None:
         if held_out_data is not None:
             figures = held_out_loss(
                 run.accelerator,
-                model,
+                run.model,
                 scheduler,
                 held_out_data,
                 args.eval_batch_size,
@@ -192,7 +164,7 @@ def main(args: argparse.Namespace) -> None:
                     pipeline,
                     [prompts([prompt]) for prompt in args.validation_prompts],
                     prompts([""]),
-                    (args.resolution, args.resolution),
+                    (resolution, resolution),
                     args.num_validation_images,
                     args.num_inference_steps,
                     args.guidance_scale,
@@ -207,23 +179,23 @@ def main(args: argparse.Namespace) -> None:
         card = lora_card(pipeline, args, run.repo_id, run.global_batch_size, figures, folder)
         card.save(folder / "README.md")
 
-    run.start(
+    model = run.begin(
+        model,
+        train_data,
         validate,
         export,
-        f"Adapters of rank {args.rank} of {pipeline.transformer.__class__.__name__}"
-        f"{' and of both CLIPs' if text_encoders else ''},"
-        f" {sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6:.2f} M of"
-        f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {scheduler.config.path} path, {prediction_type}; {train_data.description} in {len(sizes)} sizes of about"
-        f" {args.resolution} x {args.resolution}, {0 if held_out_data is None else len(held_out_data)} held out.",
+        f"Adapters of rank {args.rank} of {type(pipeline.transformer).__name__}"
+        f"{' and of both CLIPs' if text_encoders else ''}, {scheduler.config.path} path, {prediction_type};"
+        f" {train_data.description} in {len(sizes)} sizes of about {resolution} x {resolution},"
+        f" {len(held_out_data or [])} held out.",
+        parameter_groups(model, args.text_encoder_learning_rate),
     )
 
-    # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.
+    # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
             # Noise, times and what is dropped are drawn for the whole global batch; a part of it is at hand.
-            for part in run.parts(step):
-                batch = next(batches)
+            for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     data = latents_of_batch(pipeline, batch, device, part, args.offload)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
@@ -232,10 +204,8 @@ def main(args: argparse.Namespace) -> None:
                         numbers = [part.uniform(f"text_encoder_dropout {number}") for number in range(3)]
                         embeds = encoder.drop(embeds, torch.stack(numbers, dim=1) < encoder_dropout)
 
-                    # Batches of one step may differ in size, and their noise must not share numbers.
-                    height, width = data.shape[2:]
-                    noise = part.normal(f"noise {height} x {width}", tuple(data.shape[1:]), device)
-                    t = draw_times(args, path, part, shift_of(scheduler, image_tokens(pipeline, height, width)))
+                    noise = run.draw_noise(part, data)
+                    t = draw_times(args, path, part, shift_of(scheduler, image_tokens(pipeline, *data.shape[2:])))
                     x_t = path.sample(data, noise, t)
 
                     prediction = model(x_t, (scheduler.timestep_scale * t).float().to(device), *embeds)
@@ -247,4 +217,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(build_parser()))
+    run_script(main, ScriptArguments, __doc__)

@@ -31,7 +31,7 @@ Go on after an interruption:
       --resume_from_checkpoint latest
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,15 @@ from typing import Any
 import torch
 
 from diffusers_fm import FlowMatchUpscalePipeline, init_pipeline
+from diffusers_fm.arguments import Arguments, Fraction, Free, Size, option, run_script
+from diffusers_fm.data.arguments import LabelArguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import normalize
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
-from diffusers_fm.training.arguments import (
-    add_average_arguments,
-    add_data_arguments,
-    add_objective_arguments,
-    add_optimisation_arguments,
-    add_run_arguments,
-    add_validation_arguments,
-    check_shared_arguments,
-    parse_arguments,
-    script_parser,
-)
+from diffusers_fm.training.arguments import TrainingArguments
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
@@ -65,43 +57,36 @@ from diffusers_fm.training.upscaling import PairedImageData, low_resolution, ups
 from diffusers_fm.training.validation import held_out_loss
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments, by the names and with the defaults of diffusers' own examples where those have them."""
-    parser = script_parser(__doc__)
-    add = parser.add_argument
-    add("--label_column", default="label", help="Column of the labels, read if the model has classes.")
-    add("--label_dropout", type=float, help="Part of the labels dropped for guidance; 0.1 if there is a null class.")
-    add("--conditioning_image_column", help="Column of low-resolution images; by default they are made of the images.")
-    add("--max_noise_level", type=float, default=0.0, help="Add noise to the condition, of a level from 0 to this.")
-    add("--noise_level", type=float, default=0.0, help="Noise level of the condition in validation.")
-    add("--num_measured_images", type=int, default=256, help="Held-out images for PSNR and SSIM; 0 for none.")
-    add_data_arguments(parser)
-    add_objective_arguments(parser)
-    add_optimisation_arguments(parser)
-    add_average_arguments(parser)
-    add_validation_arguments(parser)
-    add_run_arguments(parser, "train_upscale")
-    return parser
+@dataclass(frozen=True, kw_only=True)
+class UpscaleArguments(Arguments):
+    """Low-resolution condition."""
+
+    _argument_group_name = "upscaling"
+
+    conditioning_image_column: str | None = option(
+        None, "Column of low-resolution images; by default they are made of the images."
+    )
+    max_noise_level: Fraction = option(0.0, "Add noise to the condition, of a level from 0 to this.")
+    noise_level: Fraction = option(0.0, "Noise level of the condition in validation.")
+    num_measured_images: Size = option(256, "Held-out images for PSNR and SSIM; 0 for none.")
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Raises a `ValueError` for values that can be refused without looking at model or data."""
-    check_shared_arguments(args)
-    for name in ("label_dropout", "max_noise_level", "noise_level"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value <= 1:
-            raise ValueError(f"--{name} must be in [0, 1], got {value}.")
-    if args.streaming and args.conditioning_image_column is not None:
-        raise ValueError(
-            f"--conditioning_image_column {args.conditioning_image_column} does not go with --streaming, which"
-            " reads single images."
-        )
-    if args.num_measured_images < 0:
-        raise ValueError(f"--num_measured_images must be at least 0, got {args.num_measured_images}.")
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(TrainingArguments, LabelArguments, UpscaleArguments):
+    """Arguments of this script."""
+
+    tracker_project_name: Free[str] = option("train_upscale", "Name of the run in the trackers.")
+
+    def check(self) -> None:
+        if self.streaming and self.conditioning_image_column is not None:
+            raise ValueError(
+                f"--conditioning_image_column {self.conditioning_image_column} does not go with --streaming, which"
+                " reads single images."
+            )
 
 
 def load_data(
-    args: argparse.Namespace, pipeline: FlowMatchUpscalePipeline, resolution: int
+    args: ScriptArguments, pipeline: FlowMatchUpscalePipeline, resolution: int
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """The images to train on, and those held out, with low-resolution ones of their own if there is a column."""
     factor = pipeline.config.scale_factor
@@ -116,10 +101,10 @@ def load_data(
     return load_images(args, pipeline, resolution, paired, multiple=factor)
 
 
-def main(args: argparse.Namespace) -> None:
+def main(args: ScriptArguments) -> None:
     """Train."""
-    check_arguments(args)
     run = TrainingRun(args)
+    args = run.args
     device = run.accelerator.device
 
     # 1. Pipeline
@@ -144,15 +129,13 @@ def main(args: argparse.Namespace) -> None:
     with run.accelerator.main_process_first():
         train_data, held_out_data = load_data(args, pipeline, resolution)
 
-    # 3. Model, optimizer, schedule, average, checkpoint
+    # 3. Model
     model = TrainableModel(pipeline)
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
-    model = run.prepare(model, train_data.num_samples)
-    batches = run.batches(train_data)
 
-    # 4. What is looked at on the way, and what comes out
+    # 4. Validation and export
     def prepare(batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Data, condition without noise, and labels of held-out images."""
         data = normalize(batch["images"].to(device))
@@ -168,7 +151,7 @@ def main(args: argparse.Namespace) -> None:
         figures: dict[str, Any] = {}
         if held_out_data is not None:
             figures = held_out_loss(
-                run.accelerator, model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
+                run.accelerator, run.model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
             )
         shown = train_data if held_out_data is None else held_out_data
         if run.accelerator.is_main_process and not isinstance(shown, StreamData):
@@ -197,21 +180,21 @@ def main(args: argparse.Namespace) -> None:
         card = model_card(pipeline, args, run.repo_id, run.global_batch_size, rows, folder)
         card.save(folder / "README.md")
 
-    run.start(
+    model = run.begin(
+        model,
+        train_data,
         validate,
         export,
-        f"{pipeline.denoiser.__class__.__name__},"
-        f" {sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters,"
-        f" {pipeline.scheduler.config.path} path, {prediction_type}; {train_data.description} of side {resolution},"
-        f" from {resolution // scale_factor}, {0 if held_out_data is None else len(held_out_data)} held out.",
+        f"{type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path, {prediction_type};"
+        f" {train_data.description} of side {resolution}, from {resolution // scale_factor},"
+        f" {len(held_out_data or [])} held out.",
     )
 
-    # 5. The loop. Logs, validation, checkpoints and signals are dealt with between the steps.
+    # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
             # Noise, times and dropped labels are drawn for the whole global batch; a part of it is at hand.
-            for part in run.parts(step):
-                batch = next(batches)
+            for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     data = normalize(batch["images"].to(device, non_blocking=True))
                     small = normalize(low_resolution(batch, scale_factor).to(device, non_blocking=True))
@@ -229,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
                         dropped = part.uniform("label_dropout") < label_dropout
                         labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
 
-                    noise = part.normal("noise", tuple(data.shape[1:]), device)
+                    noise = run.draw_noise(part, data)
                     t = draw_times(args, path, part, shift)
                     x_t = path.sample(data, noise, t)
 
@@ -242,4 +225,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_arguments(build_parser()))
+    run_script(main, ScriptArguments, __doc__)

@@ -11,29 +11,33 @@ import logging
 import sys
 from pathlib import Path
 
-from .training.arguments import add_hub_arguments
+from transformers import HfArgumentParser
+
+from .training.arguments import HubArguments
 from .training.publishing import Publisher
 
 
 def main(argv: list[str] | None = None) -> int:
     """Upload a folder by a command line: 0 if it succeeded, 1 if not; argparse's exit 2 for a mistake in arguments."""
-    parser = argparse.ArgumentParser(
+    parser = HfArgumentParser(
+        HubArguments,
         prog="python -m diffusers_fm.push_to_hub",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="Folder of the run: a pipeline, or LoRA weights.")
-    add_hub_arguments(parser)
-    parser.set_defaults(hub_strategy="end", hub_license=None)
-    args = parser.parse_args(argv)
+    try:
+        args, words = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except ValueError as error:
+        parser.error(str(error))
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("diffusers_fm").setLevel(logging.INFO)
-    if not args.folder.is_dir():
-        parser.error(f"There is no folder {str(args.folder)!r}.")
-    publisher = Publisher(args, args.folder)
+    if not words.folder.is_dir():
+        parser.error(f"There is no folder {str(words.folder)!r}.")
+    publisher = Publisher(args, words.folder)
     try:
-        if not publisher.files(args.folder):
-            raise ValueError(f"The folder {str(args.folder)!r} holds no pipeline, LoRA weights or card to upload.")
+        if not publisher.files(words.folder):
+            raise ValueError(f"The folder {str(words.folder)!r} holds no pipeline, LoRA weights or card to upload.")
         publisher.start()
     except ValueError as error:
         parser.error(str(error))

@@ -24,6 +24,7 @@ import PIL.Image
 from diffusers import UNet2DModel
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import load_splits, stream_splits
@@ -96,7 +97,7 @@ def training_speed(
         line += f" --cache_dir={pictures.parent / 'cache'} --dataloader_num_workers={workers} --random_flip"
         line += f" --train_batch_size={batch_size} --max_train_steps={num_steps} --num_validation_images=0"
         line += f" --logging_steps={num_steps // 4} --checkpointing_steps=1000000 --report_to=none --use_cpu"
-        script.main(script.parse_arguments(script.build_parser(), [*line.split(), *["--streaming"] * streaming]))
+        script.main(parse_arguments(script.ScriptArguments, [*line.split(), *["--streaming"] * streaming]))
         lines = [json.loads(each) for each in (Path(folder) / "log.jsonl").read_text().splitlines()]
     # The first lines hold the start of the workers.
     told = [each for each in lines if "time_share/data" in each][1:]

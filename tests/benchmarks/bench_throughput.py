@@ -30,8 +30,9 @@ from torch import nn
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.paths import make_path
 from diffusers_fm.timesteps import sample_timesteps
+from diffusers_fm.training.metrics import peak_memory
 from diffusers_fm.training.optimizers import make_optimizer
-from diffusers_fm.training.throughput import forward_flops, peak_flops, peak_memory, with_backward
+from diffusers_fm.training.planning import forward_flops, peak_flops, with_backward
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"

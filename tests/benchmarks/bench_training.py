@@ -37,7 +37,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from diffusers_fm.training.arguments import parse_arguments
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.training.run import TrainingRun
 
 
@@ -178,7 +178,7 @@ def measure(config: Path, num_steps: int, words: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         line = [f"--config={config}", f"--output_dir={folder}/run", f"--max_train_steps={num_steps + WARMUP}"]
         line += ["--num_validation_images=0", "--checkpointing_steps=1000000", "--validation_steps=1000000"]
-        script.main(parse_arguments(script.build_parser(), [*line, "--report_to=none", *words]))
+        script.main(parse_arguments(script.ScriptArguments, [*line, "--report_to=none", *words]))
     seconds = {name: np.array(values[WARMUP:]) for name, values in runs[0].seconds.items()}
     figures: dict[str, Any] = {}
     for column, clock in enumerate(("wall", "cpu")):

@@ -19,6 +19,8 @@ import numpy as np
 import PIL.Image
 from safetensors.torch import load_file
 
+from diffusers_fm.arguments import parse_arguments
+
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("unet-cifar10", "unet-imagenet32", "unet-imagenet64", "unet-imagenet128")
@@ -49,7 +51,7 @@ def dry_run(name: str) -> dict[str, object]:
         config.write_text(json.dumps(short), encoding="utf-8")
         out = Path(folder) / "run"
         argv = ["--config", str(config), "--train_data_dir", str(images.parent), "--output_dir", str(out), "--use_cpu"]
-        train_flow_matching.main(train_flow_matching.parse_arguments(train_flow_matching.build_parser(), argv))
+        train_flow_matching.main(parse_arguments(train_flow_matching.ScriptArguments, argv))
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
         files = (out / "unet").glob("*.safetensors")
         saved = sum(weight.numel() for file in files for weight in load_file(file).values())

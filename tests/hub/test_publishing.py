@@ -15,8 +15,8 @@ from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 from training_runs import command_line, make_dataset, save_untrained, script, train
 
 from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.push_to_hub import main as push
-from diffusers_fm.training.arguments import parse_arguments
 from diffusers_fm.training.publishing import Publisher
 
 
@@ -128,7 +128,7 @@ def publisher_of(folder: Path, **options: Any) -> Publisher:
     options = {"push_to_hub": True, "hub_token": TOKEN, **options}
     line = command_line(folder, folder, folder / "blobs", **options)
     (folder / "blobs").mkdir(exist_ok=True)
-    return Publisher(parse_arguments(script.build_parser(), line), folder / "blobs")
+    return Publisher(parse_arguments(script.ScriptArguments, line), folder / "blobs")
 
 
 def test_training_does_not_wait_and_the_newest_goes_first(

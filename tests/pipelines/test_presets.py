@@ -15,6 +15,7 @@ from training_runs import load_script
 
 import diffusers_fm
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
+from diffusers_fm.arguments import parse_arguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -132,8 +133,7 @@ def test_recipe_is_understood_by_the_training_script(
     argv = ["--config", f"pipelines/{name}/training.json"]
     if "-image" in name:
         argv += ["--train_data_dir", "/data/images"]
-    args = script.parse_arguments(script.build_parser(), argv)
-    script.check_arguments(args)
+    args = parse_arguments(script.ScriptArguments, argv)
     assert args.pretrained_model_name_or_path == f"pipelines/{name}"
     recipe = json.loads((PIPELINES / name / "training.json").read_text(encoding="utf-8"))
     assert {key: getattr(args, key) for key in recipe} == recipe

@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from training_runs import load_script
 
 import diffusers_fm
+from diffusers_fm.arguments import make_parser
 
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +190,7 @@ def test_commands_name_files_and_options_that_exist(page: Path) -> None:
                         assert (ROOT / words[i + 1]).exists(), f"{page.relative_to(ROOT)}: {words[i + 1]}"
             scripts = [word for word in words if word.startswith("training_scripts/")]
             if scripts:
-                known = load_script(ROOT / scripts[0]).build_parser()._option_string_actions
+                known = make_parser(load_script(ROOT / scripts[0]).ScriptArguments)._option_string_actions
                 options = [word for word in words[words.index(scripts[0]) :] if word.startswith("--")]
                 assert [option for option in options if option not in known] == []
 

@@ -17,17 +17,16 @@ from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
 from training_runs import ROOT, environment, load_script, read_log
 
+from diffusers_fm.arguments import make_parser, parse_arguments
 from diffusers_fm.text_to_image.lora import (
     ADAPTED,
     TRANSFORMER_LAYERS,
     adaptable_layers,
     add_lora,
-    check_lora_arguments,
     parameter_groups,
     save_lora,
 )
 from diffusers_fm.text_to_image.setup import TextToImageModel
-from diffusers_fm.training.arguments import check_shared_arguments, check_text_to_image_arguments, parse_arguments
 
 
 SCRIPT = ROOT / "training_scripts" / "train_text_to_image_lora_sd3.py"
@@ -252,17 +251,14 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_recipe_is_for_this_script() -> None:
-    args = parse_arguments(script.build_parser(), ["--config", str(ROOT / "pipelines" / "sd3-tiny" / "lora.json")])
-    check_shared_arguments(args)
-    check_text_to_image_arguments(args)
-    check_lora_arguments(args)
+    args = parse_arguments(script.ScriptArguments, ["--config", str(ROOT / "pipelines" / "sd3-tiny" / "lora.json")])
     assert args.lora_alpha == args.rank
 
 
 def test_every_argument_is_used() -> None:
-    files = [SCRIPT, *(ROOT / "src").rglob("training/*.py")]
+    files = [SCRIPT, *(ROOT / "src").rglob("*.py")]
     text = "".join(path.read_text(encoding="utf-8") for path in files)
-    for action in script.build_parser()._actions:
+    for action in make_parser(script.ScriptArguments)._actions:
         if action.dest not in ("help", "config"):
             assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text), (
                 action

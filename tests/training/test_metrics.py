@@ -22,7 +22,7 @@ from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.training.distributed import check_tracker
-from diffusers_fm.training.logs import LossMeter, RunLog, tracker_options
+from diffusers_fm.training.metrics import LossMeter, RunLog, tracker_options
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, make_grid, sample_grid
 
 

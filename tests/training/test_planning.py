@@ -15,14 +15,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from training_runs import ROOT, load_script, make_dataset, save_untrained, train
 
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.text_to_image.lora import TRANSFORMER_LAYERS, add_lora
 from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.setup import TextToImageModel
 from diffusers_fm.training.activations import activations_per_sample, saved_bytes
-from diffusers_fm.training.arguments import parse_arguments
 from diffusers_fm.training.optimizers import OPTIMIZERS, TrainableModel
-from diffusers_fm.training.planning import CARDS, GIB, OVERHEAD
-from diffusers_fm.training.throughput import PEAK_TFLOPS
+from diffusers_fm.training.planning import CARDS, GIB, OVERHEAD, PEAK_TFLOPS
 
 
 SCRIPTS = {
@@ -132,7 +131,7 @@ def test_runs_of_text_to_image_take_what_was_planned(
     words += ["--resolution=16", "--max_sequence_length=16", "--train_batch_size=4", "--lora_alpha=4"]
     words = words[:-1] if name == "sd3" else words
     words += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
-    plan = text_to_image_plan(parse_arguments(SCRIPTS[name].build_parser(), words), lora=name != "sd3")
+    plan = text_to_image_plan(parse_arguments(SCRIPTS[name].ScriptArguments, words), lora=name != "sd3")
     run(**options)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     state = load_file(checkpoint / "model.safetensors")
@@ -159,7 +158,7 @@ def test_memory_of_a_plan(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     words = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data)]
 
     def plan(*more: str) -> Any:
-        return text_to_image_plan(parse_arguments(SCRIPTS["sd3"].build_parser(), [*words, "--resolution=16", *more]))
+        return text_to_image_plan(parse_arguments(SCRIPTS["sd3"].ScriptArguments, [*words, "--resolution=16", *more]))
 
     one = plan()
     assert one.weights - one.gradients < 0.5 * one.weights

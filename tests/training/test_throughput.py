@@ -23,16 +23,10 @@ from training_runs import (
     train,
 )
 
+from diffusers_fm.training.metrics import Stopwatch, Throughput
 from diffusers_fm.training.optimizers import TrainableModel
+from diffusers_fm.training.planning import PEAK_TFLOPS, forward_flops, peak_flops, with_backward
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.throughput import (
-    PEAK_TFLOPS,
-    Stopwatch,
-    Throughput,
-    forward_flops,
-    peak_flops,
-    with_backward,
-)
 
 
 def test_operations_of_a_linear_layer() -> None:

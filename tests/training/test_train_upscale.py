@@ -25,9 +25,9 @@ from training_runs import (
 )
 
 from diffusers_fm import FlowMatchScheduler, FlowMatchUpscalePipeline
+from diffusers_fm.arguments import make_parser, parse_arguments
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.pipelines.resampling import downscale
-from diffusers_fm.training.arguments import parse_arguments
 from diffusers_fm.training.upscaling import PairedImageData
 
 
@@ -213,15 +213,14 @@ def test_recipes_and_folders(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert f"--config pipelines/{name}/training.json" in readme
     assert "## Expected figures" in readme
     argv = ["--config", f"pipelines/{name}/training.json"]
-    args = parse_arguments(script.build_parser(), argv if "digits" in name else [*argv, "--train_data_dir=/data"])
-    script.check_arguments(args)
+    args = parse_arguments(script.ScriptArguments, argv if "digits" in name else [*argv, "--train_data_dir=/data"])
     recipe = json.loads((folder / "training.json").read_text())
     assert {key: getattr(args, key) for key in recipe} == recipe
 
 
 def test_every_argument_is_used() -> None:
-    files = [ROOT / "training_scripts" / "train_upscale.py", *(ROOT / "src").rglob("training/*.py")]
+    files = [ROOT / "training_scripts" / "train_upscale.py", *(ROOT / "src").rglob("*.py")]
     text = "".join(path.read_text(encoding="utf-8") for path in files)
-    for action in script.build_parser()._actions:
+    for action in make_parser(script.ScriptArguments)._actions:
         if action.dest not in ("help", "config"):
             assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text)

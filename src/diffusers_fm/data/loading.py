@@ -1,26 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images that a script's arguments name: those to train on, and those held out."""
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import datasets
 
 from ..pipelines.base import FlowMatchPipelineBase
+from .arguments import DataArguments
 from .images import ImageData
 from .sources import AnyDataset, choose_split, class_names, first_rows, held_out_split_name, load_splits, stream_splits
 from .streams import StreamData
 from .transforms import ImageTransform
 
 
-def open_splits(args: argparse.Namespace) -> tuple[AnyDataset, datasets.Dataset | None]:
+def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | None]:
     """
     The split to train on, and the one held out. With `--streaming` the first is a stream, and of the second the first
     rows are held out.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`DataArguments`]):
             With the arguments of `add_data_arguments`.
 
     Returns:
@@ -44,7 +44,7 @@ def open_splits(args: argparse.Namespace) -> tuple[AnyDataset, datasets.Dataset 
 
 
 def make_train_data(
-    args: argparse.Namespace,
+    args: DataArguments,
     split: AnyDataset,
     transform: ImageTransform,
     make_data: Callable[..., ImageData] = ImageData,
@@ -54,7 +54,7 @@ def make_train_data(
     The images to train on.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`DataArguments`]):
             With the arguments of `add_data_arguments`, and `seed`.
         split (`datasets.Dataset` or `datasets.IterableDataset`):
             As [`open_splits`] gives it.
@@ -77,7 +77,7 @@ def make_train_data(
 
 
 def load_images(
-    args: argparse.Namespace,
+    args: DataArguments,
     pipeline: FlowMatchPipelineBase,
     resolution: int,
     make_data: Callable[..., ImageData] = ImageData,
@@ -87,7 +87,7 @@ def load_images(
     Images and labels for a pipeline, which takes over the names of the classes if it has none.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`DataArguments`]):
             With the arguments of `add_data_arguments`, `label_column` and `seed`.
         pipeline ([`FlowMatchPipelineBase`]):
             Which channels and classes it has.

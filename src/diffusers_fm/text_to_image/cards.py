@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model cards of text-to-image pipelines and of LoRA weights."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..paths import OTPath
 from ..pipelines.cards import describe_network, solver_rows
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.publishing import has_picture, with_run
+from .arguments import TextToImageArguments
 
 
 TAGS = ("text-to-image", "diffusers-training")
@@ -24,7 +24,7 @@ IMPORT = "import diffusers_fm  # pip install diffusers-fm; teaches diffusers the
 
 def text_to_image_card(
     pipeline: DiffusionPipeline,
-    args: argparse.Namespace,
+    args: TextToImageArguments,
     repo_id: str,
     global_batch_size: int,
     figures: Mapping[str, Any],
@@ -51,7 +51,7 @@ def text_to_image_card(
 
 def lora_card(
     pipeline: DiffusionPipeline,
-    args: argparse.Namespace,
+    args: TextToImageArguments,
     repo_id: str,
     global_batch_size: int,
     figures: Mapping[str, Any],
@@ -81,7 +81,7 @@ def lora_card(
 
 def _content(
     pipeline: DiffusionPipeline,
-    args: argparse.Namespace,
+    args: TextToImageArguments,
     repo_id: str,
     folder: Path | None,
     prompts: Sequence[str],

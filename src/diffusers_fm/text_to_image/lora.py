@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters (LoRA, arXiv 2106.09685) of a Stable Diffusion 3 pipeline, through PEFT."""
 
-import argparse
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.randomness import derive_seed
+from .arguments import LoraTrainingArguments
 
 
 # The name that diffusers expects of an adapter that is being trained.
@@ -28,68 +27,6 @@ TEXT_ENCODER_LAYERS = "q_proj k_proj v_proj out_proj".split()
 
 # The parts of a pipeline that `save_lora_weights` can write.
 ADAPTED = ("transformer", "text_encoder", "text_encoder_2")
-
-# That of diffusers' own scripts.
-TEXT_ENCODER_LEARNING_RATE = 5e-6
-
-# Of a resumed run, what the shapes in its checkpoint do not tell, or tell without a sentence.
-FIXED_LORA_ARGUMENTS = "rank lora_alpha lora_layers lora_blocks use_dora train_text_encoder".split()
-
-
-def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is adapted, by the names of diffusers' own examples."""
-    add = parser.add_argument_group("adapters").add_argument
-    add("--rank", type=int, default=4, help="Rank of the adapters.")
-    add("--lora_alpha", type=float, help="Their scale, times the rank: W + alpha / rank B A. By default the rank.")
-    add("--lora_dropout", type=float, default=0.0, help="Part of the inputs of an adapter that is dropped.")
-    add("--lora_layers", help='Layers of the transformer, "to_k,to_q,..."; by default all projections of attention.')
-    add("--lora_blocks", help='Numbers of the transformer blocks that are adapted, "0,1,12"; by default all.')
-    add("--use_dora", action="store_true", help="Learn the lengths of the weights' rows as well (arXiv 2402.09353).")
-    add("--train_text_encoder", action="store_true", help="Adapt both CLIPs too.")
-    add("--text_encoder_lr", type=float, help="Learning rate of the CLIPs' adapters; 5e-6, with prodigy that of all.")
-
-
-def check_lora_arguments(args: argparse.Namespace) -> None:
-    """
-    Refuses values of the adapters' arguments that can be refused without looking at model or data.
-
-    Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_lora_arguments`; `lora_alpha` and `text_encoder_lr` are filled in.
-
-    Raises:
-        ValueError: naming the argument, its value, and what is accepted; or if PEFT is not installed.
-    """
-    _check_peft()
-    if args.lora_alpha is None:
-        args.lora_alpha = float(args.rank)
-    if args.text_encoder_lr is None:
-        args.text_encoder_lr = args.learning_rate if args.optimizer == "prodigy" else TEXT_ENCODER_LEARNING_RATE
-    if args.optimizer == "prodigy" and args.text_encoder_lr != args.learning_rate:
-        raise ValueError(
-            f"--optimizer prodigy has one learning rate for all: leave out --text_encoder_lr {args.text_encoder_lr}."
-        )
-    if args.rank < 1:
-        raise ValueError(f"--rank must be at least 1, got {args.rank}.")
-    for name in ("lora_alpha", "text_encoder_lr"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name} must be above 0, got {getattr(args, name)}.")
-    if not 0 <= args.lora_dropout < 1:
-        raise ValueError(f"--lora_dropout must be in [0, 1), got {args.lora_dropout}.")
-    if args.use_dora and args.train_text_encoder:
-        raise ValueError(
-            "--use_dora does not go with --train_text_encoder: diffusers cannot read DoRA of a text encoder back."
-        )
-    if args.train_text_encoder and args.offload:
-        raise ValueError("--offload keeps text encoders on the CPU, and --train_text_encoder trains them: give one.")
-    if args.ema_profile == "power":
-        raise ValueError(
-            "--ema_profile power is for variants of a saved pipeline, and adapters are none: use --ema_profile"
-            " constant."
-        )
-    if args.save_stock:
-        raise ValueError("--save_stock is for the scheduler of a saved pipeline, and adapters carry none.")
-    _block_numbers(args.lora_blocks)
 
 
 def adaptable_layers(model: nn.Module) -> list[str]:
@@ -141,7 +78,6 @@ def add_lora(
     Raises:
         ValueError: if a layer or block does not exist (with the names that do), or PEFT is not installed.
     """
-    _check_peft()
     from peft import LoraConfig
 
     _check_layers(model, layers)
@@ -172,21 +108,21 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def check_adaptable(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -> None:
+def check_adaptable(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArguments) -> None:
     """
     Refuses a transformer that the adapters do not fit, before any work.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             With weights.
-        args (`argparse.Namespace`):
-            With the arguments of `add_lora_arguments`.
+        args ([`LoraTrainingArguments`]):
+            Of the script.
 
     Raises:
         ValueError: if it is untrained, or has no such layers or blocks (with the names that there are).
     """
     _check_layers(pipeline.transformer, _transformer_layers(args))
-    _check_blocks(pipeline.transformer, _block_numbers(args.lora_blocks))
+    _check_blocks(pipeline.transformer, args.block_numbers)
     if not pipeline.transformer.proj_out.weight.any():
         raise ValueError(
             f"The transformer of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
@@ -194,15 +130,15 @@ def check_adaptable(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace
         )
 
 
-def add_adapters(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -> None:
+def add_adapters(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArguments) -> None:
     """
     Gives adapters to the transformer of a pipeline and, with `--train_text_encoder`, to both CLIPs.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             Trained. Changed in place.
-        args (`argparse.Namespace`):
-            With `seed` and the arguments of `add_lora_arguments`.
+        args ([`LoraTrainingArguments`]):
+            With a seed.
 
     Raises:
         ValueError: as [`add_lora`].
@@ -213,9 +149,9 @@ def add_adapters(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -
         add_lora(
             pipeline.components[name],
             args.rank,
-            args.lora_alpha,
+            args.alpha,
             chosen,
-            _block_numbers(args.lora_blocks) if name == "transformer" else None,
+            args.block_numbers if name == "transformer" else None,
             args.lora_dropout,
             args.use_dora,
             derive_seed(args.seed, "lora", name),
@@ -297,11 +233,6 @@ def save_lora(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
     type(pipeline).save_lora_weights(folder, **parts)
 
 
-def _check_peft() -> None:
-    if importlib.util.find_spec("peft") is None:
-        raise ValueError('PEFT is not installed: adapters need `pip install "diffusers-fm[lora]"`.')
-
-
 def _has_lora(model: nn.Module | None) -> bool:
     return ADAPTER in getattr(model, "peft_config", {})
 
@@ -333,13 +264,6 @@ def _check_blocks(model: nn.Module, blocks: Sequence[int] | None) -> None:
         raise ValueError(f"{model.__class__.__name__} has no blocks {unknown}; its blocks are 0 to {count - 1}.")
 
 
-def _transformer_layers(args: argparse.Namespace) -> list[str]:
+def _transformer_layers(args: LoraTrainingArguments) -> list[str]:
     given = args.lora_layers
     return list(TRANSFORMER_LAYERS) if given is None else [name.strip() for name in given.split(",")]
-
-
-def _block_numbers(text: str | None) -> list[int] | None:
-    try:
-        return None if text is None else [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f'--lora_blocks must read like "0,1,12", got {text!r}.') from None

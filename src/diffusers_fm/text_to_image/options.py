@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the arguments of a text-to-image script leave open and the pipeline decides."""
 
-import argparse
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from ..data.buckets import make_buckets, parse_buckets
 from ..data.captions import CaptionColumn
 from ..data.streams import StreamData
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from .arguments import TextToImageArguments
 from .prompts import PromptEncoder
 
 
@@ -22,40 +22,47 @@ logger = logging.getLogger(__name__)
 BUCKET_STEPS = 16
 
 
-def choose_sizes(pipeline: StableDiffusion3Pipeline, args: argparse.Namespace) -> list[tuple[int, int]]:
+def choose_resolution(pipeline: StableDiffusion3Pipeline, resolution: int | None) -> int:
     """
-    The sizes of the images: a square, or buckets of about its area.
-
-    Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            The pipeline that is trained.
-        args (`argparse.Namespace`):
-            With `resolution` (filled in where it was left open), `use_aspect_ratio_buckets`, `aspect_ratio_buckets`
-            and `max_aspect_ratio`.
-
-    Returns:
-        `list[tuple[int, int]]`: heights and widths, the square alone if there are no buckets.
+    Side of the square images, by default the one that the transformer is configured for.
 
     Raises:
         ValueError: if the model does not take such images.
     """
-    transformer = pipeline.transformer.config
-    multiple = pipeline.vae_scale_factor * transformer.patch_size
-    largest = transformer.pos_embed_max_size * multiple
-    if args.resolution is None:
-        args.resolution = transformer.sample_size * pipeline.vae_scale_factor
-    if args.resolution % multiple or args.resolution > largest:
+    multiple, largest = _sides(pipeline)
+    if resolution is None:
+        return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
+    if resolution % multiple or resolution > largest:
         raise ValueError(
-            f"--resolution must be a multiple of {multiple} up to {largest} for this model, got {args.resolution}."
+            f"--resolution must be a multiple of {multiple} up to {largest} for this model, got {resolution}."
         )
-    sizes = [(args.resolution, args.resolution)]
+    return resolution
+
+
+def _sides(pipeline: StableDiffusion3Pipeline) -> tuple[int, int]:
+    """Sides of images must be multiples of the first number, up to the second."""
+    multiple = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
+    return multiple, pipeline.transformer.config.pos_embed_max_size * multiple
+
+
+def choose_sizes(
+    pipeline: StableDiffusion3Pipeline, args: TextToImageArguments, resolution: int
+) -> list[tuple[int, int]]:
+    """
+    Heights and widths of the images: a square, or buckets of about its area.
+
+    Raises:
+        ValueError: if the model does not take such images.
+    """
+    multiple, largest = _sides(pipeline)
+    sizes = [(resolution, resolution)]
     if args.aspect_ratio_buckets is not None:
         sizes = parse_buckets(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
-        step = max(1, round(args.resolution / BUCKET_STEPS / multiple)) * multiple
-        while args.resolution % step:
+        step = max(1, round(resolution / BUCKET_STEPS / multiple)) * multiple
+        while resolution % step:
             step -= multiple
-        sizes = make_buckets(args.resolution, step, args.max_aspect_ratio)
+        sizes = make_buckets(resolution, step, args.max_aspect_ratio)
     refused = [size for size in sizes if any(side % multiple or side > largest for side in size)]
     if refused:
         raise ValueError(f"The sides of buckets must be multiples of {multiple} up to {largest}, got {refused}.")
@@ -80,7 +87,7 @@ def image_tokens(pipeline: StableDiffusion3Pipeline, height: int, width: int) ->
 
 
 def choose_scheduler(
-    pipeline: StableDiffusion3Pipeline, args: argparse.Namespace, sizes: Sequence[tuple[int, int]]
+    pipeline: StableDiffusion3Pipeline, args: TextToImageArguments, sizes: Sequence[tuple[int, int]]
 ) -> FlowMatchScheduler:
     """
     The scheduler that training reads, and sampling after it. It takes the pipeline's place.
@@ -95,7 +102,7 @@ def choose_scheduler(
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             The pipeline that is trained.
-        args (`argparse.Namespace`):
+        args ([`TextToImageArguments`]):
             With `shift`, `shift_base_resolution` and `save_stock`.
         sizes (`Sequence[tuple[int, int]]`):
             Heights and widths of the images.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plans of the training scripts, from their arguments: configs and data are read, weights are not."""
 
-import argparse
 from typing import Any
 
 import torch
@@ -10,20 +9,20 @@ from diffusers import StableDiffusion3Pipeline
 from ..pipelines.init_pipeline import ENCODERS
 from ..pipelines.meta_pipeline import meta_pipeline
 from ..training.activations import activations_per_sample
-from ..training.planning import Plan, empty, linear_flops, make_plan, planned_precision
+from ..training.planning import Plan, empty, forward_flops, linear_flops, make_plan, planned_precision
 from ..training.plans import _bytes, _latents_bytes, _with_seed
-from ..training.throughput import forward_flops
+from .arguments import TextToImageArguments
 from .lora import adapted_text_encoders, add_adapters
-from .options import choose_scheduler, choose_sizes
+from .options import choose_resolution, choose_scheduler, choose_sizes
 from .setup import TextToImageModel, freeze, load_captioned_data
 
 
-def text_to_image_plan(args: argparse.Namespace, lora: bool = False) -> Plan:
+def text_to_image_plan(args: TextToImageArguments, lora: bool = False) -> Plan:
     """
     The plan of train_text_to_image_sd3.py or train_text_to_image_lora_sd3.py.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`TextToImageArguments`]):
             Its arguments, which are not changed.
         lora (`bool`, *optional*, defaults to `False`):
             Whether adapters are trained.
@@ -42,7 +41,7 @@ def text_to_image_plan(args: argparse.Namespace, lora: bool = False) -> Plan:
         args.revision,
         args.text_encoders_name_or_path,
     )
-    sizes = choose_sizes(pipeline, args)
+    sizes = choose_sizes(pipeline, args, choose_resolution(pipeline, args.resolution))
     choose_scheduler(pipeline, args, sizes)
     freeze(pipeline, planned_precision(args), transformer=lora)
     data, _ = load_captioned_data(args, pipeline.vae.config.in_channels, sizes)
@@ -110,7 +109,7 @@ def _embeddings_bytes(pipeline: StableDiffusion3Pipeline, tokens: dict[str, int]
     return size
 
 
-def _clip_activations(args: argparse.Namespace, encoder: Any, num_tokens: int) -> int:
+def _clip_activations(args: TextToImageArguments, encoder: Any, num_tokens: int) -> int:
     """What a CLIP with adapters keeps of a caption."""
     kept = activations_per_sample(encoder, lambda size: (torch.zeros(size, num_tokens, dtype=torch.int64),))
     if args.gradient_checkpointing:

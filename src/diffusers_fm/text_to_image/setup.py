@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the text-to-image scripts share: frozen models, captioned data, latents and prompts of a batch, pictures."""
 
-import argparse
 import itertools
 import logging
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from ..pipelines.init_pipeline import ENCODERS
 from ..pipelines.stock import with_stock_scheduler
 from ..text_to_image.precompute import cache_prompts
 from ..training.validation import EVALUATION_SEED, make_grid
+from .arguments import TextToImageArguments
 from .prompts import Embeds, PromptEncoder, ReadPrompts
 
 
@@ -103,13 +103,13 @@ def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str, transformer
 
 
 def load_captioned_data(
-    args: argparse.Namespace, channels: int, sizes: Sequence[tuple[int, int]]
+    args: TextToImageArguments, channels: int, sizes: Sequence[tuple[int, int]]
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
     The captioned images to train on, and those held out.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`TextToImageArguments`]):
             With the arguments of `add_data_arguments` and `add_text_to_image_arguments`.
         channels (`int`):
             Channels of the images.
@@ -140,7 +140,7 @@ def load_captioned_data(
 
 def prepare_prompts(
     accelerator: Accelerator,
-    args: argparse.Namespace,
+    args: TextToImageArguments,
     encoder: PromptEncoder,
     data: Sequence[ImageData | StreamData | None],
     others: Sequence[str],
@@ -152,7 +152,7 @@ def prepare_prompts(
     Args:
         accelerator (`Accelerator`):
             Of the run.
-        args (`argparse.Namespace`):
+        args ([`TextToImageArguments`]):
             With `cache_text_embeddings`, `offload` and `train_batch_size`.
         encoder ([`PromptEncoder`]):
             The encoders, on the CPU.
@@ -178,7 +178,7 @@ def prepare_prompts(
 
 def prepare_latents(
     accelerator: Accelerator,
-    args: argparse.Namespace,
+    args: TextToImageArguments,
     pipeline: StableDiffusion3Pipeline,
     data: Sequence[ImageData | StreamData | None],
     folder: Path,
@@ -189,7 +189,7 @@ def prepare_latents(
     Args:
         accelerator (`Accelerator`):
             Of the run.
-        args (`argparse.Namespace`):
+        args ([`TextToImageArguments`]):
             With `cache_latents`, `offload` and `train_batch_size`.
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
             With the autoencoder, on the CPU.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training times and the pairing of noise with data that a script's arguments ask for."""
 
-import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -13,15 +12,16 @@ from ..couplings import minibatch_ot
 from ..data.randomness import BatchSlice
 from ..paths import ConditionalPath
 from ..timesteps import sample_timesteps, shift_time
+from .arguments import ObjectiveArguments
 
 
-def draw_times(args: argparse.Namespace, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:
+def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:
     """
     Times of a part of a batch, stratified over the global batch.
 
     Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_objective_arguments`.
+        args ([`ObjectiveArguments`]):
+            Of the script.
         path ([`ConditionalPath`]):
             The path, on which the shift acts in the straight coordinates.
         part ([`BatchSlice`]):
@@ -49,7 +49,7 @@ def draw_times(args: argparse.Namespace, path: ConditionalPath, part: BatchSlice
 
 
 def draw_noise(
-    args: argparse.Namespace,
+    args: ObjectiveArguments,
     accelerator: Accelerator,
     part: BatchSlice,
     data: torch.Tensor,
@@ -59,8 +59,8 @@ def draw_noise(
     Noise for a part of a batch, paired with its data as `--coupling` says. Every process calls it.
 
     Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_objective_arguments`.
+        args ([`ObjectiveArguments`]):
+            Of the script.
         accelerator (`Accelerator`):
             Of the run.
         part ([`BatchSlice`]):
@@ -74,15 +74,17 @@ def draw_noise(
         `torch.Tensor` of the shape of `data`: standard normal, float32.
     """
     shape = tuple(data.shape[1:])
+    # Batches of one step may differ in size, and their noise must not share numbers.
+    purpose = f"noise {' x '.join(map(str, shape[1:]))}"
     if args.coupling == "independent":
-        return part.normal("noise", shape, data.device)
+        return part.normal(purpose, shape, data.device)
     if args.coupling_scope == "process" or accelerator.num_processes == 1:
-        noise = part.normal("noise", shape, data.device)
+        noise = part.normal(purpose, shape, data.device)
         return noise[minibatch_ot(data, noise, labels).to(data.device)]
     # The parts of all processes lie side by side; noise is drawn, not sent.
     first = accelerator.process_index * part.size
     whole = replace(part, offset=part.offset - first, size=accelerator.num_processes * part.size)
-    noise = whole.normal("noise", shape, data.device)
+    noise = whole.normal(purpose, shape, data.device)
     everything: Any = accelerator.gather((data.contiguous(), labels) if labels is not None else (data.contiguous(),))
     permutation = torch.arange(whole.size)
     if accelerator.is_main_process:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plans of the training scripts, from their arguments: configs and data are read, weights are not."""
 
-import argparse
-import copy
+import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin
@@ -12,18 +11,21 @@ from diffusers import AutoencoderKL, ModelMixin
 from ..data.loading import load_images
 from ..pipelines import FlowMatchPipeline
 from ..pipelines.meta_pipeline import meta_pipeline
+from .arguments import TrainingArguments
 from .optimizers import TrainableModel
 from .options import choose_resolution
-from .planning import Plan, empty, make_plan
-from .throughput import forward_flops
+from .planning import Plan, empty, forward_flops, make_plan
 
 
-def flow_matching_plan(args: argparse.Namespace) -> Plan:
+A = TypeVar("A", bound=TrainingArguments)
+
+
+def flow_matching_plan(args: TrainingArguments) -> Plan:
     """
     The plan of train_flow_matching.py.
 
     Args:
-        args (`argparse.Namespace`):
+        args ([`TrainingArguments`]):
             Its arguments, which are not changed.
 
     Returns:
@@ -61,11 +63,9 @@ def flow_matching_plan(args: argparse.Namespace) -> Plan:
     )
 
 
-def _with_seed(args: argparse.Namespace) -> argparse.Namespace:
-    """A copy that may be filled in."""
-    args = copy.copy(args)
-    args.seed = args.seed or 0
-    return args
+def _with_seed(args: A) -> A:
+    """Arguments with a seed, which a plan does not depend on."""
+    return dataclasses.replace(args, seed=args.seed or 0)
 
 
 def _bytes(model: torch.nn.Module) -> int:

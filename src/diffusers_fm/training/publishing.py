@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Card and upload of a run: in the background, retried, and never the end of the run."""
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -23,7 +22,7 @@ from ..hub.cards import model_card as render
 from ..hub.portable import components, last_part, portable_card, portable_files, read_settings
 from ..hub.push import hub_reason
 from ..pipelines.base import FlowMatchPipelineBase
-from .arguments import saved_arguments
+from .arguments import HubArguments, TrainingArguments
 
 
 logger = logging.getLogger(__name__)
@@ -37,15 +36,15 @@ PASSING = (408, 425, 429)
 STAGING = ".hub"
 
 
-def save_arguments(args: argparse.Namespace, output_dir: Path) -> None:
+def save_arguments(args: TrainingArguments, output_dir: Path) -> None:
     """Write `training_args.json`, with which a run is resumed."""
-    text = json.dumps(saved_arguments(args), indent=2)
+    text = json.dumps(args.saved(), indent=2)
     replace_text(output_dir / "training_args.json", text + "\n")
 
 
 def model_card(
     pipeline: FlowMatchPipelineBase,
-    args: argparse.Namespace,
+    args: TrainingArguments,
     repo_id: str,
     global_batch_size: int,
     figures: Mapping[str, Any],
@@ -58,7 +57,7 @@ def model_card(
 
 def with_run(
     content: CardContent,
-    args: argparse.Namespace,
+    args: TrainingArguments,
     global_batch_size: int,
     figures: Mapping[str, Any],
     folder: Path | None = None,
@@ -81,11 +80,11 @@ def with_run(
         facts={**content.facts, **facts},
         losses_by_time=figures.get("validation_loss_by_time", ()),
         evaluation=None if loss is None else Evaluation({"held-out loss": loss}, data_id or name, data_id),
-        arguments=saved_arguments(args),
+        arguments=args.saved(),
     )
 
 
-def has_picture(name: str, args: argparse.Namespace, folder: Path | None) -> bool:
+def has_picture(name: str, args: TrainingArguments, folder: Path | None) -> bool:
     """Whether the output folder, or the folder that is written now, has a picture."""
     return any((place / name).is_file() for place in (Path(args.output_dir), folder) if place is not None)
 
@@ -98,7 +97,7 @@ class Publisher:
     that cannot be reached is not: the run goes on, and at its end says how to upload the folder.
     """
 
-    def __init__(self, args: argparse.Namespace, output_dir: Path) -> None:
+    def __init__(self, args: HubArguments, output_dir: Path) -> None:
         self._args, self._output_dir = args, output_dir
         self._api = HfApi(token=args.hub_token)
         self._repo_id: str = args.hub_model_id or output_dir.resolve().name

@@ -1,101 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dull half of a training script: what happens before its loop, between the steps, and after the last one."""
+"""Training run: accelerator, optimizer, average, checkpoints, logs, validation, export and signals of a script."""
 
-import argparse
+import dataclasses
 import logging
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers.optimization import get_scheduler
 from torch import nn
+from tqdm.auto import tqdm
 
 from ..data.images import ImageData
 from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
-from ..files import lock_folder, unlock_folder
-from .arguments import compare_arguments, saved_arguments
+from ..files import lock_folder, replace_contents, unlock_folder
+from .arguments import TrainingArguments, resume_changes
 from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
-from .distributed import SHARDING, EvalWeights, make_accelerator
-from .ema import ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
-from .interlude import Export, Interlude, Place, Validate
-from .logs import RunLog
-from .meters import RunMeters
+from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator
+from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
+from .metrics import RunLog, RunMetrics
 from .objective import draw_noise
-from .optimizers import clip_gradients, kept_settings, make_optimizer, schedule_free_weights
+from .optimizers import clip_gradients, kept_settings, make_optimizer, non_finite_parameters, schedule_free_weights
 from .publishing import Publisher, save_arguments
 
 
 logger = logging.getLogger(__name__)
 
-# Arguments that must stay as they are when a run is resumed, and those that may change without a word.
-FIXED_ON_RESUME = ("optimizer", "use_ema", "ema_profile", "ema_sigma_rel", "streaming")
-FREE_ON_RESUME = (
-    "resume_from_checkpoint output_dir max_train_steps checkpointing_steps checkpoints_total_limit logging_steps"
-    " logging_dir report_to tracker_project_name dataloader_num_workers cache_dir max_skipped_steps offload_ema"
-    " ema_snapshot_steps push_to_hub push_dry_run hub_model_id hub_private_repo hub_revision hub_strategy hub_license"
-).split()
+A = TypeVar("A", bound=TrainingArguments)
+
+# Touched in the output folder, it ends the run with a checkpoint.
+STOP_FILE = "STOP"
 
 
-class TrainingRun:
+class TrainingRun(Generic[A]):
     """
-    One run of a training script: accelerator, optimizer, schedule, average, checkpoints, logs and signals.
+    Training run of a script, which reads
 
-    A script reads
-
-        run = TrainingRun(args)              # the output folder is checked, and what is to be resumed found
-        ...                                  # pipeline and data
-        model = run.prepare(model, len(data))
-        batches = run.batches(data)
-        run.start(validate, export, "what is trained")
+        run = TrainingRun(args)                  # checks the output folder, finds the checkpoint to resume
+        ...                                      # pipeline and data
+        model = run.begin(model, train_data, validate, export, "description")
         with run:
-            for step in run.steps():         # logs, validation, checkpoints and signals are between the steps
-                for part in run.parts(step):
-                    batch = next(batches)
+            for step in run.steps():             # logs, validation, checkpoints and signals are between the steps
+                for part, batch in run.parts(step):
                     with run.accelerator.accumulate(model):
-                        ...                  # t, x_t, model, losses
+                        ...                      # t, x_t, model, losses
                         run.backward(t, losses)
-            run.finish()                     # last validation, export, upload
+            run.finish()                         # last validation, export, upload
 
     Args:
-        args (`argparse.Namespace`):
-            With the arguments of `add_optimisation_arguments`, `add_average_arguments`, `add_validation_arguments` and
-            `add_run_arguments`. `seed` and `max_train_steps` are filled in where they were left open.
-        fixed_on_resume (`Collection[str]`, *optional*):
-            Names of further arguments that must stay as they are when the run is resumed.
+        args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
+            Arguments of the script.
 
     Attributes:
-        accelerator (`accelerate.Accelerator`):
+        args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
+            The same, with a seed.
+        accelerator (`accelerate.Accelerator`), output_dir (`Path`), seed (`int`):
             Of the run.
-        output_dir (`Path`):
-            Folder of the run.
-        seed (`int`):
-            Seed of everything.
         checkpoint (`Path`, *optional*):
-            What is resumed.
+            Checkpoint that is resumed.
         first_step (`int`), first_sample (`int`):
             Optimizer steps done and samples seen before.
+        max_train_steps (`int`):
+            Optimizer steps of the whole run, known after [`begin`].
         global_batch_size (`int`):
-            Samples to an optimizer step, over processes and accumulation steps.
+            Samples in an optimizer step, over processes and accumulation steps.
+        model (`nn.Module`):
+            The trained model as the accelerator wraps it, after [`begin`].
         log ([`RunLog`]):
-            Where numbers and pictures go.
+            Log file and trackers.
         repo_id (`str`):
-            What a card says is to be loaded: the repository on the Hub, or the output folder.
+            What a card loads: the repository on the Hub, or the output folder.
 
     Raises:
         ValueError: if the output folder holds another run, there is nothing to resume from, or the launch was amiss.
     """
 
-    def __init__(self, args: argparse.Namespace, fixed_on_resume: Collection[str] = ()) -> None:
-        self.args = args
-        self._fixed_on_resume = (*FIXED_ON_RESUME, *fixed_on_resume)
+    def __init__(self, args: A) -> None:
         self.output_dir = Path(args.output_dir).expanduser()
         self.accelerator = make_accelerator(
             self.output_dir,
@@ -115,78 +104,80 @@ class TrainingRun:
         )
         self.first_step: int = self._manifest.get("step", 0)
         self.first_sample: int = self._manifest.get("samples_seen", 0)
+        seeds = [
+            args.seed if args.seed is not None else self._manifest.get("seed", int.from_bytes(os.urandom(4), "little"))
+        ]
+        self.seed: int = broadcast_object_list(seeds)[0]
+        self.args: A = dataclasses.replace(args, seed=self.seed)
         self._publisher: Publisher | None = None
+        if is_main and (args.push_to_hub or args.push_dry_run):
+            self._publisher = Publisher(args, self.output_dir)
+            self._publisher.start()
         if is_main:
-            if args.push_to_hub or args.push_dry_run:
-                self._publisher = Publisher(args, self.output_dir)
-                self._publisher.start()
             self.output_dir.mkdir(parents=True, exist_ok=True)
             # A folder that was not there: another run may have made it meanwhile.
             if lock_folder(self.output_dir):
                 find_checkpoint(self.output_dir, None)
-        if args.seed is None:
-            seeds = [self._manifest.get("seed", int.from_bytes(os.urandom(4), "little"))]
-            args.seed = broadcast_object_list(seeds)[0]
-        self.seed: int = args.seed
+        self.repo_id = str(self.output_dir) if self._publisher is None else self._publisher.repo_id
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.global_batch_size: int = (
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
+        self.log = RunLog(self.accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
         self._checkpoints = CheckpointWriter(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
-        self._meters = RunMeters(
+        self._metrics = RunMetrics(
             args, self.accelerator, self.global_batch_size, self._manifest.get("unreadable_rows", ())
         )
+        self._figures: dict[str, Any] = {}
+        # Mean loss of the last line of the log, `None` if no loss was finite.
+        self._loss: float | None = 0.0
+        self._checkpoint_is_due = False
 
-    @property
-    def repo_id(self) -> str:
-        return str(self.output_dir) if self._publisher is None else self._publisher.repo_id
-
-    def prepare(
+    def begin(
         self,
         model: nn.Module,
-        num_samples: int | None,
-        parameters: Iterable[nn.Parameter] | Iterable[dict] | None = None,
+        data: ImageData | StreamData,
+        validate: Callable[[int, str | None], dict[str, Any]],
+        export: Callable[[Path, dict[str, Any]], None],
+        description: str,
+        parameters: Iterable[dict] | None = None,
     ) -> nn.Module:
         """
-        Makes optimizer, schedule and average for the model, and loads the checkpoint that is resumed.
+        Make optimizer, schedule, average, batches and logs, and load the checkpoint that is resumed.
 
         Args:
             model (`nn.Module`):
                 All that is trained: its parameters that require gradients.
-            num_samples (`int`, *optional*):
-                Samples in an epoch, `None` where nobody knows.
-            parameters (`Iterable`, *optional*):
-                The same parameters in groups, as an optimizer takes them, where some have settings of their own.
+            data ([`ImageData`] or [`StreamData`]):
+                Data to train on.
+            validate (`Callable`):
+                Called as `validate(step, grid_name)` by every process, with the averaged weights in the model, every
+                `--validation_steps` and at the end: measures, draws a grid (`grid_name` is its file in the output
+                folder, `None` for the one of a step), and returns the figures, which are logged.
+            export (`Callable`):
+                Called as `export(folder, figures)` by the main process, with the averaged weights in the model: writes
+                the trained pipeline and its card to a folder, whose contents are moved to the output folder when it
+                is whole.
+            description (`str`):
+                Model and data in a sentence, for the log.
+            parameters (`Iterable[dict]`, *optional*):
+                The trained parameters in groups, where some have settings of their own.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
 
         Raises:
-            ValueError: if a step is larger than the data set, the length of the run is not known, or arguments do not
-                fit the resumed run.
+            ValueError: if a step is larger than the data set, the length of the run is not known, or arguments or data
+                do not fit the resumed run.
         """
         args, accelerator = self.args, self.accelerator
-        if num_samples is None:
-            if args.max_train_steps is None:
-                raise ValueError("It is not known how many samples the stream has: give --max_train_steps.")
-        elif self.global_batch_size > num_samples:
-            raise ValueError(
-                f"An optimizer step of {self.global_batch_size} samples ({accelerator.num_processes} processes x"
-                f" {args.gradient_accumulation_steps} accumulation steps x --train_batch_size"
-                f" {args.train_batch_size}) is larger than the data set of {num_samples}."
-            )
-        self._place = Place(self.first_step, self.first_sample, self.global_batch_size, num_samples)
+        self._validate, self._export = validate, export
+        self._num_samples = data.num_samples
+        self.max_train_steps = self._length(data.num_samples)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        if args.max_train_steps is None:
-            args.max_train_steps = math.ceil(args.num_train_epochs * (num_samples or 0) / self.global_batch_size)
-        if args.max_train_steps < self.first_step:
-            raise ValueError(
-                f"--max_train_steps {args.max_train_steps} is fewer than the {self.first_step} steps that"
-                f" {self.checkpoint} has done."
-            )
         self._weights = EvalWeights(accelerator, model)
         model = self._weights.for_training()
         optimizer = make_optimizer(
@@ -202,168 +193,168 @@ class TrainingRun:
             args.lr_scheduler,
             optimizer,
             num_warmup_steps=500 if args.lr_warmup_steps is None else args.lr_warmup_steps,
-            num_training_steps=args.max_train_steps,
+            num_training_steps=self.max_train_steps,
             num_cycles=args.lr_num_cycles,
             power=args.lr_power,
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
-            self._meters.throughput.watch_model(self.model, self._weights.bare)
-        accelerator.register_for_checkpointing(self._lr_scheduler, self._meters.losses, self._meters.guard)
+            self._metrics.throughput.watch_model(self.model, self._weights.bare)
+        accelerator.register_for_checkpointing(self._lr_scheduler, self._metrics.losses, self._metrics.guard)
+        self._ema, self._snapshot_steps = None, None
         if args.use_ema:
             constant = ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
             powers = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
             profiles = powers if args.ema_profile == "power" else [constant]
-            self._weights.ema = make_ema(accelerator, self.model, profiles, args.offload_ema)
-            self._weights.average = self._weights.ema.averaged_weights
+            self._ema = make_ema(accelerator, self.model, profiles, args.offload_ema)
+            self._weights.average = self._ema.averaged_weights
+            if args.ema_profile == "power":
+                self._snapshot_steps = args.ema_snapshot_steps or math.ceil(self.max_train_steps / NUM_SNAPSHOTS)
         elif args.optimizer == "schedule_free":
             self._weights.average = partial(schedule_free_weights, self._optimizer, self._parameters)
-        # For those that have a mode.
+        # For optimizers that have a mode.
         self._optimizer.train()
         handle_model_files(accelerator)
         if self.checkpoint is not None:
-            self._check_engine()
-            compare_arguments(args, self._manifest["arguments"], fixed=self._fixed_on_resume, free=FREE_ON_RESUME)
-            with kept_settings(self._optimizer, self._lr_scheduler):
-                load_checkpoint(accelerator, self.checkpoint)
-            self._meters.loaded()
+            self._load_checkpoint(self.checkpoint)
+        self._batches = self._make_batches(data)
+        self._stop = StopSignal(accelerator, self.output_dir / STOP_FILE)
+        self._progress_bar = tqdm(
+            total=self.max_train_steps,
+            initial=self.first_step,
+            desc="Steps",
+            mininterval=1.0,
+            disable=not accelerator.is_local_main_process,
+        )
+        self.log.start_trackers(args.tracker_project_name, args.saved())
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
-        return self.model
-
-    def _check_engine(self) -> None:
-        """Sharded engines keep weights and optimizer in a format of their own."""
-        kind = self.accelerator.distributed_type
-        saved, now = self._manifest.get("engine"), kind.value if kind in SHARDING else None
-        if saved != now:
-            raise ValueError(
-                f"{self.checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
-                f" {now or 'whole weights'}: launch with the configuration that the run began with."
-            )
-
-    def batches(self, data: ImageData | StreamData) -> Iterator[dict[str, Any]]:
-        """
-        This process's batches, one for each part of each step, from where the run begins.
-
-        Args:
-            data ([`ImageData`] or [`StreamData`]):
-                What is trained on.
-
-        Returns:
-            `Iterator[dict[str, Any]]`: batches, on the CPU; each of one size, if the images are in buckets.
-
-        Raises:
-            ValueError: if a stream does not go on where the resumed run was in it.
-        """
-        if isinstance(data, StreamData):
-            return self._meters.throughput.watch_data(self._meters.unreadable.watch(self._stream_batches(data)))
-        place = (
-            self.seed,
-            self.args.train_batch_size,
-            self.args.gradient_accumulation_steps,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-            self.first_sample,
-            max(0, self.args.max_train_steps - self.first_step),
-        )
-        buckets = data.bucket_rows
-        sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
-        loader = make_loader(data, sampler, self.args.dataloader_num_workers)
-        return self._meters.throughput.watch_data(self._meters.unreadable.watch(iter(loader)))
-
-    def _stream_batches(self, data: StreamData) -> Iterator[dict[str, Any]]:
-        num_processes, num_workers = self.accelerator.num_processes, self.args.dataloader_num_workers
-        batch_size, saved = self.args.train_batch_size, self._manifest.get("stream")
-        position = StreamPosition(data, batch_size, num_processes, num_workers, saved)
-        num_batches = max(0, self.args.max_train_steps - self.first_step) * self.args.gradient_accumulation_steps
-        batches = StreamBatches(position, num_batches, self.accelerator.process_index)
-        self._meters.stream = position
-        return position.watch(iter(make_loader(batches, num_workers=num_workers)))
-
-    def start(self, validate: Validate, export: Export, description: str) -> None:
-        """
-        Opens logs and trackers.
-
-        Args:
-            validate (`Callable`):
-                Called as `validate(step, grid_name)` by every process, with the averaged weights in the model, every
-                `--validation_steps` and at the end: measures, draws a grid (`grid_name` is its file in the output
-                folder, `None` for the one of a step), and returns the figures, which are logged.
-            export (`Callable`):
-                Called as `export(folder, figures)` by the main process, with the averaged weights in the model: writes
-                the trained pipeline and its card to a folder, which is not the output folder: what is in it is moved
-                there when it is whole.
-            description (`str`):
-                What is trained on what, for the log.
-        """
-        args, accelerator = self.args, self.accelerator
-        self.log = RunLog(accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
-        self.log.start_trackers(args.tracker_project_name, saved_arguments(args))
-        self._interlude = Interlude(
-            args,
-            accelerator,
-            self._place,
-            self._meters,
-            self._weights,
-            self.log,
-            self._checkpoints,
-            self._publisher,
-            validate,
-            export,
-        )
-        if accelerator.is_main_process:
             save_arguments(args, self.output_dir)
-        logger.info("%s", description)
+        trained = sum(parameter.numel() for parameter in self._parameters)
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        logger.info("%s %.2f M parameters, %.2f M of them trained.", description, total / 1e6, trained / 1e6)
         logger.info(
             "Steps %d to %d, each of %d samples (%d processes x %d accumulation steps x %d), %s, seed %d%s.",
             self.first_step + 1,
-            args.max_train_steps,
+            self.max_train_steps,
             self.global_batch_size,
             accelerator.num_processes,
             args.gradient_accumulation_steps,
             args.train_batch_size,
             accelerator.mixed_precision if accelerator.mixed_precision != "no" else "float32",
-            args.seed,
+            self.seed,
             "" if self.checkpoint is None else f", resumed from {self.checkpoint}",
         )
+        return self.model
 
-    def __enter__(self) -> "TrainingRun":
-        """From here on a wish to stop is answered after the step that it meets: a signal, or a file `STOP`."""
-        self._interlude.__enter__()
+    def _length(self, num_samples: int | None) -> int:
+        """Optimizer steps of the whole run."""
+        args = self.args
+        if num_samples is not None and self.global_batch_size > num_samples:
+            raise ValueError(
+                f"An optimizer step of {self.global_batch_size} samples ({self.accelerator.num_processes} processes x"
+                f" {args.gradient_accumulation_steps} accumulation steps x --train_batch_size"
+                f" {args.train_batch_size}) is larger than the data set of {num_samples}."
+            )
+        length = args.max_train_steps
+        if length is None:
+            if num_samples is None:
+                raise ValueError("It is not known how many samples the stream has: give --max_train_steps.")
+            length = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
+        if length < self.first_step:
+            raise ValueError(
+                f"--max_train_steps {length} is fewer than the {self.first_step} steps that {self.checkpoint} has done."
+            )
+        return length
+
+    def _load_checkpoint(self, checkpoint: Path) -> None:
+        """Load all that was prepared or registered. Sharded engines keep a format of their own."""
+        kind = self.accelerator.distributed_type
+        saved, now = self._manifest.get("engine"), kind.value if kind in SHARDING else None
+        if saved != now:
+            raise ValueError(
+                f"{checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
+                f" {now or 'whole weights'}: launch with the configuration that the run began with."
+            )
+        for change in resume_changes(self.args, self._manifest["arguments"]):
+            logger.warning("%s", change)
+        with kept_settings(self._optimizer, self._lr_scheduler):
+            load_checkpoint(self.accelerator, checkpoint)
+        self._metrics.loaded()
+
+    def _make_batches(self, data: ImageData | StreamData) -> Iterator[dict[str, Any]]:
+        """This process's batches, one for each part of each step, from where the run begins."""
+        args, accelerator = self.args, self.accelerator
+        num_steps = max(0, self.max_train_steps - self.first_step)
+        if isinstance(data, StreamData):
+            batches = self._stream_batches(data, num_steps * args.gradient_accumulation_steps)
+        else:
+            place = (
+                self.seed,
+                args.train_batch_size,
+                args.gradient_accumulation_steps,
+                accelerator.num_processes,
+                accelerator.process_index,
+                self.first_sample,
+                num_steps,
+            )
+            buckets = data.bucket_rows
+            sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
+            batches = iter(make_loader(data, sampler, args.dataloader_num_workers))
+        return self._metrics.throughput.watch_data(self._metrics.unreadable.watch(batches))
+
+    def _stream_batches(self, data: StreamData, num_batches: int) -> Iterator[dict[str, Any]]:
+        args = self.args
+        position = StreamPosition(
+            data,
+            args.train_batch_size,
+            self.accelerator.num_processes,
+            args.dataloader_num_workers,
+            self._manifest.get("stream"),
+        )
+        self._metrics.stream = position
+        batches = StreamBatches(position, num_batches, self.accelerator.process_index)
+        return position.watch(iter(make_loader(batches, num_workers=args.dataloader_num_workers)))
+
+    def __enter__(self) -> "TrainingRun[A]":
+        """From here on a signal, or a file `STOP`, stops the run after the step that it meets."""
+        self._stop.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._interlude.__exit__(*exception)
+        self._progress_bar.close()
+        self._stop.__exit__(*exception)
         unlock_folder(self.output_dir)
 
     def steps(self) -> Iterator[int]:
         """
-        The numbers of the optimizer steps, from 0. What is due after a step is done before the next number comes:
-        schedule, average, log, validation, checkpoint, and the end of the process where a signal asked for it.
+        Optimizer steps, by number from 0. Schedule, average, log, validation, checkpoint and stop of a step are done
+        before the next number comes.
 
         Yields:
-            `int`: the number of the step.
+            `int`: number of the step.
 
         Raises:
-            ValueError: if a gradient is not finite, see `--nan_policy`.
+            ValueError: if too many gradients are not finite, see `--nan_policy`.
+            RuntimeError: if validation failed; a checkpoint was saved then.
         """
         if self._manifest.get("validation_is_due"):
-            self._interlude.run_validation(self.first_step)
-        self._meters.throughput.stopwatch.restart()
-        for step in range(self.first_step, self.args.max_train_steps):
+            self._run_validation(self.first_step)
+        self._metrics.throughput.stopwatch.restart()
+        for step in range(self.first_step, self.max_train_steps):
             yield step
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
-            if self._weights.ema is not None:
-                self._weights.ema.step()
-            self._meters.throughput.stopwatch.mark("optimizer")
-            self._meters.throughput.step()
-            self._interlude.after_step(step + 1, learning_rate)
+            if self._ema is not None:
+                self._ema.step()
+            self._metrics.throughput.stopwatch.mark("optimizer")
+            self._metrics.throughput.step()
+            self._after_step(step + 1, learning_rate)
 
-    def parts(self, step: int) -> Iterator[BatchSlice]:
+    def parts(self, step: int) -> Iterator[tuple[BatchSlice, dict[str, Any]]]:
         """
-        The accumulation steps of a step. Noise, times and dropped conditions are drawn for the whole global batch, and
+        Accumulation steps of a step. Noise, times and dropped conditions are drawn for the whole global batch, and
         each part is cut from them.
 
         Args:
@@ -371,60 +362,221 @@ class TrainingRun:
                 Number of the step.
 
         Yields:
-            [`BatchSlice`]: which part of the global batch comes next, and its random numbers.
+            `tuple[BatchSlice, dict[str, Any]]`: the part of the global batch with its random numbers, and its data, on
+            the CPU; of one size, if the images are in buckets.
         """
         args, accelerator = self.args, self.accelerator
         for micro_step in range(args.gradient_accumulation_steps):
             offset = (micro_step * accelerator.num_processes + accelerator.process_index) * args.train_batch_size
+            batch = next(self._batches)
             seed_layers(self.seed, step, micro_step, accelerator.process_index, accelerator.device)
-            yield BatchSlice(self.seed, step, offset, args.train_batch_size, self.global_batch_size)
+            yield BatchSlice(self.seed, step, offset, args.train_batch_size, self.global_batch_size), batch
+
+    def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Noise of a part of a batch, paired with its data as `--coupling` says, see [`draw_noise`].
+
+        Args:
+            part ([`BatchSlice`]):
+                Samples and step.
+            data (`torch.Tensor` of shape `(batch_size, ...)`):
+                Clean samples.
+            labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels that the network is given, dropped ones as such.
+
+        Returns:
+            `torch.Tensor` of the shape of `data`: standard normal, float32.
+        """
+        if self.args.coupling != "independent":
+            self._metrics.throughput.stopwatch.mark("model")
+        noise = draw_noise(self.args, self.accelerator, part, data, labels)
+        if self.args.coupling != "independent":
+            self._metrics.throughput.stopwatch.mark("coupling")
+        return noise
 
     def backward(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """
-        The gradient of the mean loss of a part, and after the last part of a step the optimizer's step.
+        Backward pass of the mean loss of a part, and after the last part of a step the optimizer's step.
 
         Args:
             t (`torch.Tensor` of shape `(batch_size,)`):
                 Times of the samples, 0 = data, 1 = noise, on the CPU; for the log.
             losses (`torch.Tensor` of shape `(batch_size,)`):
-                Their losses.
+                Losses of the samples.
         """
-        self._meters.losses.add(t, losses)
+        self._metrics.losses.add(t, losses)
         self.accelerator.backward(losses.mean())
-        self._meters.throughput.stopwatch.mark("model")
+        self._metrics.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
-            if self._meters.before_step(self._optimizer, norm):
+            self._metrics.gradient_norm = norm = clip_gradients(
+                self.accelerator, self._parameters, self.args.max_grad_norm
+            )
+            if self._metrics.guard.before_step(self._optimizer, norm):
                 self._optimizer.step()
             self._optimizer.zero_grad()
-
-    def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        """
-        Noise for a part of a batch, paired with its data as `--coupling` says, see [`draw_noise`]. The time that the
-        pairing takes is noted.
-
-        Args:
-            part ([`BatchSlice`]):
-                Which samples of which step.
-            data (`torch.Tensor` of shape `(batch_size, ...)`):
-                The clean samples.
-            labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-                What the network is told of them, dropped labels as such.
-
-        Returns:
-            `torch.Tensor` of the shape of `data`: standard normal, float32.
-        """
-        if self.args.coupling == "independent":
-            return draw_noise(self.args, self.accelerator, part, data)
-        self._meters.throughput.stopwatch.mark("model")
-        noise = draw_noise(self.args, self.accelerator, part, data, labels)
-        self._meters.throughput.stopwatch.mark("coupling")
-        return noise
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Within this context the model has the weights that would be saved now."""
         return self._weights.applied()
 
     def finish(self) -> None:
-        """The last validation, the trained pipeline, its upload. A signal no longer interrupts."""
-        self._interlude.finish()
+        """Last validation, export and upload. A signal no longer interrupts."""
+        self._progress_bar.close()
+        done = self.max_train_steps
+        summary = self._metrics.throughput.summary()
+        if summary:
+            self.log.write(done, {f"run/{name}": value for name, value in summary.items()})
+            logger.info("Speed: %s.", ", ".join(f"{name} {value:g}" for name, value in summary.items()))
+        self._refuse_non_finite(done)
+        figures = self._run_validation(done, "grid.png")
+        self._refuse_non_finite(done, figures.get("validation_loss", self._loss))
+        error: Exception | None = None
+        try:
+            with self._weights.applied():
+                if self.accelerator.is_main_process:
+                    replace_contents(self.output_dir, lambda folder: self._export(folder, figures))
+        except Exception as caught:
+            error = caught
+        self._end_if_failed("The trained pipeline could not be saved", error, done)
+        loss = figures.get("validation_loss")
+        logger.info(
+            "What was trained is in %s%s.", self.output_dir, "" if loss is None else f"; held-out loss {loss:.4f}"
+        )
+        self._stop.settle()
+        self.accelerator.end_training()
+        if self._publisher is not None:
+            self._publisher.finish()
+
+    def _after_step(self, done: int, learning_rate: float) -> None:
+        """Log, snapshot, validation, checkpoint and stop, after `done` optimizer steps. Every process calls it."""
+        self._progress_bar.update()
+        args, is_last = self.args, done == self.max_train_steps
+        signum = self._stop.received()
+
+        if done % args.logging_steps == 0 or is_last:
+            self._end_if_not_finite(done)
+            self._write_log(done, learning_rate)
+        # From here on nothing counts as time of training.
+        self._metrics.throughput.stopwatch.mark("other")
+
+        if self._ema is not None and self._snapshot_steps and (done % self._snapshot_steps == 0 or is_last):
+            self._ema.save_snapshots(self.accelerator, self.output_dir)
+
+        validation_is_due = done % args.validation_steps == 0 and not is_last
+        # There may not be time for both; the resumed run begins with the validation.
+        if validation_is_due and not signum:
+            self._run_validation(done)
+            validation_is_due = False
+            signum = self._stop.received(wait=True)
+
+        self._checkpoint_is_due |= done % args.checkpointing_steps == 0
+        saved = False
+        if self._checkpoint_is_due or signum:
+            self._end_if_not_finite(done)
+            # Weights that gave no finite gradient may be spoilt: the checkpoint waits for one.
+            if signum or not self._metrics.guard.in_a_row:
+                saved = self._save_checkpoint(done, validation_is_due)
+                self._checkpoint_is_due = False
+            if saved and not signum and not is_last and self._publisher is not None:
+                with self._weights.applied():
+                    self._publisher.checkpoint_saved(done, lambda folder: self._export(folder, self._figures))
+
+        self._metrics.throughput.stopwatch.restart()
+        if signum and not is_last:
+            self._leave(done, signum, saved)
+
+    def _write_log(self, done: int, learning_rate: float) -> None:
+        """Losses, speed and gradients since the last line. Every process calls it."""
+        stream = self._metrics.stream
+        epoch = None if stream is None else stream.epoch
+        if self._num_samples is not None:
+            epoch = self._samples_seen(done) / self._num_samples
+        values = {"epoch": epoch, "learning_rate": learning_rate, **self._metrics.report()}
+        self.log.write(done, values)
+        self._loss = values["loss"]
+        self._progress_bar.set_postfix(
+            loss=values["loss"], lr=learning_rate, images_per_second=values["images_per_second"]
+        )
+
+    def _samples_seen(self, done: int) -> int:
+        return self.first_sample + (done - self.first_step) * self.global_batch_size
+
+    def _run_validation(self, done: int, grid_name: str | None = None) -> dict[str, Any]:
+        """Validate and log the figures; if that fails in a process, end the run with a checkpoint."""
+        figures: dict[str, Any] = {}
+        error: Exception | None = None
+        try:
+            with self._weights.applied():
+                figures = self._figures = self._validate(done, grid_name)
+        except Exception as caught:
+            error = caught
+        self._end_if_failed("Validation failed", error, done, validation_is_due=grid_name is None)
+        if figures:
+            self.log.write(done, figures)
+        return figures
+
+    def _save_checkpoint(self, done: int, validation_is_due: bool = False) -> bool:
+        """A checkpoint of everything that the next step needs, if there is none yet; whether it could be written."""
+        if self._checkpoints.last == self.output_dir / f"checkpoint-{done}":
+            return True
+        self._refuse_non_finite(done)
+        sharded = self.accelerator.distributed_type in SHARDING
+        state = {
+            "seed": self.seed,
+            "samples_seen": self._samples_seen(done),
+            "num_processes": self.accelerator.num_processes,
+            "engine": self.accelerator.distributed_type.value if sharded else None,
+            **self._metrics.gather(),
+            "validation_is_due": validation_is_due,
+            "tracker_run_id": self.log.run_id,
+            "arguments": self.args.saved(),
+        }
+        return self._checkpoints.save(done, state, rotate=not self._metrics.guard.in_a_row)
+
+    def _end_if_not_finite(self, done: int) -> None:
+        """End the run, if too many gradients were not finite."""
+        fault = self._metrics.gradient_fault(done)
+        if fault is not None:
+            raise ValueError(f"{fault} The last good checkpoint is {self._checkpoints.last or 'none'}.")
+
+    def _refuse_non_finite(self, done: int, loss: float | None = 0.0) -> None:
+        """End the run without a checkpoint if trained weights or a loss (`None`: no finite one) are not finite."""
+        error: Exception | None = None
+        names = non_finite_parameters(self._weights.trained)
+        if names:
+            error = ValueError(f"{len(names)} trained parameters are not finite, such as {names[0]!r}")
+        elif self.accelerator.is_main_process and (loss is None or not math.isfinite(loss)):
+            error = ValueError(f"the loss of what was trained is {'not finite' if loss is None else loss}")
+        faults = failures(self.accelerator, error)
+        if faults:
+            raise ValueError(
+                f"Nothing is saved at step {done}: {'; '.join(faults)}. The last good checkpoint is"
+                f" {self._checkpoints.last or 'none'}; a lower --learning_rate may help."
+            )
+
+    def _end_if_failed(self, what: str, error: Exception | None, done: int, validation_is_due: bool = False) -> None:
+        """If a process failed, end the run with a checkpoint: the steps until here were good."""
+        faults = failures(self.accelerator, error)
+        if not faults:
+            return
+        self._save_checkpoint(done, validation_is_due)
+        raise RuntimeError(
+            f"{what} after step {done}: {'; '.join(faults)}. The last good checkpoint is"
+            f" {self._checkpoints.last or 'none'}; go on from it with --resume_from_checkpoint latest."
+        ) from error
+
+    def _leave(self, done: int, signum: int, saved: bool) -> None:
+        """End the process, as it was asked to."""
+        self._progress_bar.close()
+        last = self._checkpoints.last
+        logger.warning(
+            "Stopped by %s after step %d. %s; go on with --resume_from_checkpoint latest.",
+            f"the file {STOP_FILE}" if signum == StopSignal.STOP_FILE else f"signal {signum}",
+            done,
+            f"{last} is saved" if saved else f"No checkpoint could be saved, the last good one is {last or 'none'}",
+        )
+        if self._publisher is not None:
+            self._publisher.drop_waiting()
+        self._stop.settle()
+        self.accelerator.end_training()
+        sys.exit(0 if signum == StopSignal.STOP_FILE else 128 + signum)

@@ -18,7 +18,7 @@ from ..data.randomness import make_generator
 from ..pipelines import FlowMatchPipeline
 from ..pipelines.base import FlowMatchPipelineBase
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from .logs import TIME_BINS, rounded
+from .metrics import TIME_BINS, rounded
 
 
 # The data of a batch, as the flow sees it, and what the model takes after x_t and the timestep.

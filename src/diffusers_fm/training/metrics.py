@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a run: losses by time, speed, gradients, and the log and trackers that they go to."""
+
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..data.streams import StreamPosition
+from ..data.unreadable import UnreadableImages
+from ..files import replace_text, written_for_run
+from .arguments import TrainingArguments
+from .optimizers import GradientGuard
+from .planning import forward_flops, peak_flops, with_backward
+
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TIME_BINS = 10
+
+
+def rounded(value: float) -> float:
+    """Seven significant digits, as many as a float32 has."""
+    return float(f"{value:.7g}")
+
+
+class LossMeter:
+    """Mean loss since the last report, over all samples and by time. The device is waited for by `reduce` alone."""
+
+    def __init__(self, bins: int = TIME_BINS) -> None:
+        self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Sums and numbers of the finite losses, and numbers of those that are not finite.
+        self._sums = torch.zeros(3, bins, dtype=torch.float64)
+
+    def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Add times, on the CPU, and losses of a batch, both `(batch_size,)`."""
+        self._pending.append((t, losses.detach()))
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Sum over all processes into the main one. Every process calls it."""
+        if self._pending:
+            t = torch.cat([t for t, _ in self._pending]).double()
+            losses = torch.cat([losses for _, losses in self._pending]).double().cpu()
+            bins = (t * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
+            finite = losses.isfinite()
+            self._sums[0].index_add_(0, bins, losses.where(finite, torch.zeros_like(losses)))
+            self._sums[1].index_add_(0, bins, finite.double())
+            self._sums[2].index_add_(0, bins, (~finite).double())
+            self._pending.clear()
+        if accelerator.num_processes > 1:
+            # Losses are of order one: float32, which every device can add, is exact enough for them.
+            sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum")
+            self._sums = sums.double().cpu() if accelerator.is_main_process else torch.zeros_like(self._sums)
+
+    def report(self) -> dict[str, Any]:
+        """
+        Report what has been reduced, and start anew.
+
+        Returns:
+            `dict[str, Any]`: `loss`, the mean, and `loss_by_time`, the means of equal parts of [0, 1] from data to
+            noise, `None` where a part is empty. Losses that are not finite are left out and counted, where there are
+            any, in `non_finite_by_time`.
+        """
+        sums, counts, others = self._sums.tolist()
+        self.clear()
+        by_time = [rounded(total / count) if count else None for total, count in zip(sums, counts)]
+        report = {"loss": rounded(sum(sums) / sum(counts)) if sum(counts) else None, "loss_by_time": by_time}
+        return {**report, "non_finite_by_time": [int(count) for count in others]} if any(others) else report
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """State for checkpoints: what has been reduced since the last report."""
+        return {"sums": self._sums}
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> None:
+        """Load a state."""
+        self._sums = state_dict["sums"].clone()
+
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums = torch.zeros_like(self._sums)
+
+
+def _step_of(line: str) -> float:
+    """Step of a line of the log, infinity for a line that a killed run did not finish."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
+
+
+def tracker_options(name: str, run_id: str, first_step: int) -> dict[str, dict[str, Any]]:
+    """
+    Keyword arguments by tracker, for `Accelerator.init_trackers`, that continue a resumed run. Steps beyond the
+    checkpoint are written twice: TensorBoard drops the former ones, wandb the new ones.
+    """
+    options: dict[str, dict[str, Any]] = {"trackio": {"name": f"{name}-{run_id}", "resume": "allow"}}
+    # A user who sets the variable has chosen the run to continue.
+    if "WANDB_RUN_ID" not in os.environ:
+        options["wandb"] = {"id": run_id, "resume": "allow"}
+    if first_step:
+        options["tensorboard"] = {"purge_step": first_step + 1}
+    return options
+
+
+class RunLog:
+    """
+    Log file `log.jsonl` in the output folder, one JSON object a line, and the same numbers to the trackers.
+
+    Args:
+        accelerator (`Accelerator`):
+            With the trackers. Only the main process writes.
+        output_dir (`Path`):
+            Folder of the run.
+        first_step (`int`, *optional*, defaults to 0):
+            First step of a resumed run: lines of later steps, beyond the checkpoint, are removed.
+        run_id (`str`, *optional*):
+            Identifier of the run for trackers; a new one by default.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, output_dir: Path, first_step: int = 0, run_id: str | None = None
+    ) -> None:
+        self.run_id = run_id or secrets.token_hex(4)
+        self._accelerator, self._first_step = accelerator, first_step
+        self._output_dir = output_dir
+        self._file = output_dir / "log.jsonl"
+        self._unwritten = ""
+        # A run that was killed at its end had logged some figures already.
+        self._logged: set[tuple[int, tuple[str, ...]]] = set()
+        if accelerator.is_main_process and self._file.exists():
+            lines = self._file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= first_step]
+            replace_text(self._file, "".join(kept))
+            self._logged = {(first_step, tuple(json.loads(line))) for line in kept if _step_of(line) == first_step}
+
+    def start_trackers(self, project_name: str, arguments: dict[str, Any]) -> None:
+        """Open the trackers with the arguments of the script; TensorBoard takes no lists and no `None`."""
+        config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in arguments.items()}
+        init_kwargs = tracker_options(self._output_dir.resolve().name, self.run_id, self._first_step)
+        self._accelerator.init_trackers(project_name, config=config, init_kwargs=init_kwargs)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Write numbers, and lists of numbers by time bin, of a step."""
+        line = {"step": step, **values}
+        if not self._accelerator.is_main_process or (step, tuple(line)) in self._logged:
+            return
+        self._append(json.dumps(line) + "\n")
+        flat = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                for i, entry in enumerate(value):
+                    if entry is not None:
+                        flat[f"{name}/{i / len(value):.1f}-{(i + 1) / len(value):.1f}"] = entry
+            elif value is not None:
+                flat[name] = value
+        self._accelerator.log(flat, step=step)
+
+    def _append(self, line: str) -> None:
+        """Append a line, with those before it that a full disk did not take. A full disk does not end the run."""
+        self._unwritten += line
+        content = self._unwritten.encode()
+        try:
+            with self._file.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(content) == len(content):
+                    self._unwritten = ""
+                else:
+                    file.truncate(size)
+                    raise OSError("the disk is full")
+        except OSError as error:
+            logger.error("%s could not be written: %s. Its lines are kept until it can be.", self._file, error)
+
+    def write_grid(self, step: int, grid: PIL.Image.Image, name: str | None = None) -> None:
+        """Save a picture grid in the output folder, by default as `samples/step-STEP.png`, and log it to trackers."""
+        name = name or f"samples/step-{step}.png"
+        try:
+            (self._output_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            with written_for_run(self._output_dir, name) as file:
+                grid.save(file)
+        except OSError as error:
+            logger.error("%s could not be written: %s.", self._output_dir / name, error)
+        for tracker in self._accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                pictures = np.asarray(grid.convert("RGB"))[None] if tracker.name == "tensorboard" else [grid]
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pictures}, step=step, **options)
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """Most GiB that tensors took on a GPU, or that this process took on the CPU; `None` where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    if device.type == "cpu" and sys.platform != "win32":
+        import resource  # not on every system
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return None
+
+
+class Stopwatch:
+    """
+    Time by section. The time between two marks belongs to the section that the second one names.
+
+    On a GPU the marks are events in its stream: the host does not wait for them, and a section's time is what the GPU
+    spent on it or, at `data`, spent waiting.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out the time since the last mark."""
+        self.mark("")
+
+    def mark(self, section: str) -> None:
+        """The time since the last mark belongs to the section."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((section, event))
+        else:
+            self._marks.append((section, time.perf_counter()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by section since the last reading. The device is waited for."""
+        seconds: dict[str, float] = defaultdict(float)
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        for (_, before), (section, now) in zip(self._marks, self._marks[1:]):
+            if section:
+                seconds[section] += before.elapsed_time(now) / 1e3 if self._on_gpu else now - before
+        del self._marks[:-1]
+        return dict(seconds)
+
+
+class Throughput:
+    """
+    Speed, time shares, memory and, on a known GPU, the part of its peak that the model's arithmetic uses (MFU).
+
+    Args:
+        device (`torch.device`):
+            Device of this process.
+        samples_per_step (`int`):
+            Samples in an optimizer step, of all processes.
+        calls_per_step (`int`):
+            Calls of the model in an optimizer step, in this process.
+        peak (`float`, *optional*):
+            Peak of the device, FLOP/s.
+    """
+
+    def __init__(
+        self, device: torch.device, samples_per_step: int, calls_per_step: int, peak: float | None = None
+    ) -> None:
+        self._device, self._peak = device, peak
+        self._samples_per_step, self._calls_per_step = samples_per_step, calls_per_step
+        self.flops_per_call: int | None = None
+        self.stopwatch = Stopwatch(device)
+        self._all_seconds: dict[str, float] = defaultdict(float)
+        self._num_steps = self._num_reported = 0
+
+    def watch_model(self, model: nn.Module, bare_model: nn.Module) -> None:
+        """Count the operations of a model at its first call; `bare_model` is the same without wrappers."""
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            handle.remove()
+            try:
+                self.flops_per_call = with_backward(bare_model, forward_flops(bare_model, args, kwargs))
+            except Exception as error:
+                # A model may do what tensors without contents cannot; the run goes on without these figures.
+                logger.warning("The operations of the model cannot be counted: %s", error)
+
+        handle = model.register_forward_pre_hook(count, with_kwargs=True)
+
+    def watch_data(self, batches: Iterator[T]) -> Iterator[T]:
+        """Yield the batches, and time the wait for them."""
+        while True:
+            self.stopwatch.mark("other")
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.stopwatch.mark("data")
+            yield batch
+
+    def step(self) -> None:
+        """Count an optimizer step."""
+        self._num_steps += 1
+
+    def report(self) -> dict[str, float]:
+        """Figures of the steps since the last report."""
+        seconds = self.stopwatch.read()
+        for section, value in seconds.items():
+            self._all_seconds[section] += value
+        num_steps, self._num_reported = self._num_steps - self._num_reported, self._num_steps
+        return self._figures(seconds, num_steps)
+
+    def summary(self) -> dict[str, float]:
+        """Figures of all steps that were reported."""
+        return self._figures(self._all_seconds, self._num_reported)
+
+    def _figures(self, seconds: dict[str, float], num_steps: int) -> dict[str, float]:
+        total = sum(seconds.values())
+        if not total:
+            return {}
+        figures = {"images_per_second": round(num_steps * self._samples_per_step / total, 1)}
+        for section, value in sorted(seconds.items()):
+            figures[f"time_share/{section}"] = round(value / total, 4)
+        memory = peak_memory(self._device)
+        if memory is not None:
+            figures["peak_memory_gib"] = round(memory, 3)
+        if self.flops_per_call is not None:
+            speed = self.flops_per_call * self._calls_per_step * num_steps / total
+            figures["tflops_per_second"] = round(speed / 1e12, 6)
+            if self._peak is not None:
+                figures["mfu"] = round(speed / self._peak, 4)
+        return figures
+
+
+class RunMetrics:
+    """
+    Losses, gradient norm, skipped steps, speed and unreadable images of a run.
+
+    Args:
+        args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
+            Arguments of the script.
+        accelerator (`Accelerator`):
+            Accelerator of the run.
+        global_batch_size (`int`):
+            Samples in an optimizer step.
+        unreadable_rows (`Collection[int | str]`, *optional*):
+            Rows that could not be read before the run was interrupted.
+    """
+
+    def __init__(
+        self,
+        args: TrainingArguments,
+        accelerator: Accelerator,
+        global_batch_size: int,
+        unreadable_rows: Collection[int | str] = (),
+    ) -> None:
+        self._accelerator = accelerator
+        device = accelerator.device
+        peak = None
+        if device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision, args.allow_tf32)
+        self.losses = LossMeter()
+        self.guard = GradientGuard(accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
+        self.throughput = Throughput(device, global_batch_size, args.gradient_accumulation_steps, peak)
+        self.unreadable = UnreadableImages(args.max_unreadable_images, unreadable_rows)
+        self.stream: StreamPosition | None = None
+        self.gradient_norm = torch.zeros(())
+
+    def loaded(self) -> None:
+        """Keep the losses of a checkpoint, which are those of all processes, in the main one alone."""
+        if not self._accelerator.is_main_process:
+            self.losses.clear()
+
+    def gather(self) -> dict[str, Any]:
+        """Gather the metrics of all processes; returns those for a checkpoint. Every process calls it."""
+        self.losses.reduce(self._accelerator)
+        self.unreadable.gather(self._accelerator)
+        stream = {} if self.stream is None else {"stream": self.stream.gather(self._accelerator.num_processes)}
+        return {"unreadable_rows": sorted(self.unreadable.rows), **stream}
+
+    def report(self) -> dict[str, Any]:
+        """Metrics since the last report. Every process calls it."""
+        self.losses.reduce(self._accelerator)
+        norm = float(self.gradient_norm)
+        unreadable = self.unreadable.gather(self._accelerator)
+        return {
+            **self.losses.report(),
+            "gradient_norm": norm if math.isfinite(norm) else None,
+            **self.throughput.report(),
+            **({"skipped_steps": self.guard.skipped} if self.guard.skipped else {}),
+            **({"unreadable_images": unreadable} if unreadable else {}),
+        }
+
+    def gradient_fault(self, done: int) -> str | None:
+        """Sentences on the fault, if too many gradients in a row were not finite. Every process calls it."""
+        fault = self.guard.look(done)
+        if fault is None:
+            return None
+        self.losses.reduce(self._accelerator)
+        report = self.losses.report()
+        counts = report.get("non_finite_by_time")
+        return (
+            f"{fault} Losses by time, from data to noise, are {report['loss_by_time']}"
+            f"{'' if counts is None else f', and the numbers of those that are not finite {counts}'}."
+        )
