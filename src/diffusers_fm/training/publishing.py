@@ -208,7 +208,7 @@ class Publisher:
                 enable_progress_bars()
 
     def _send(self, folder: Path, message: str) -> str:
-        """Make one commit and return its address. Files that the Hub has, from an earlier try too, are not sent again."""
+        """Make one commit and return its address. Files that the Hub has already are not sent again."""
         revision, waits = self._args.hub_revision, list(RETRY_WAITS)
         while True:
             try:
@@ -240,7 +240,7 @@ class Publisher:
         return files
 
     def _operations(self, folder: Path) -> list[CommitOperationAdd | CommitOperationDelete]:
-        """Additions of a folder's files, and deletions of other files in the same components, such as former shards."""
+        """Additions of the files, and deletions of other files in the same components, such as former shards."""
         files = self.files(folder)
         owned = tuple(f"{name}/" for name in components(folder))
         present = self._api.list_repo_files(self._repo_id, revision=self._args.hub_revision)
