@@ -25,7 +25,7 @@ def flow_edit(
     num_free_steps: int = 0,
 ) -> Iterator[torch.Tensor]:
     """
-    Carries data from the flow of a source condition to that of a target condition (arXiv 2412.08629, algorithm 1).
+    Carry data from the flow of a source condition to that of a target condition (arXiv 2412.08629, algorithm 1).
 
     The edited data moves by the difference of two velocities: that of the target at a noisy version of the edited
     data, and that of the source at a version of the original with the same noise. Equal conditions have a difference

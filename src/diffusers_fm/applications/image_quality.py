@@ -10,10 +10,8 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Peak signal-to-noise ratio in decibels, `-10 log10(mean squared error)`, of images with values in [0, 1].
 
     Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            The images.
-        references (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            What they should be.
+        images, references (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            The images, and what they should be.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: infinite for an image that equals its reference.
@@ -34,10 +32,8 @@ def ssim(
     Gaussian window lies within the image, and over channels.
 
     Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            The images.
-        references (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            What they should be.
+        images, references (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+            The images, and what they should be.
         window_size (`int`, *optional*, defaults to 11):
             Side of the window, an odd number; smaller images need a smaller one.
         window_sigma (`float`, *optional*, defaults to 1.5):

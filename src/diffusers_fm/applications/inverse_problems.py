@@ -72,17 +72,6 @@ def data_variance(path: ConditionalPath, t: torch.Tensor, sigma_data: float = 1.
 
     `sigma_data^2 sigma^2 / (alpha^2 sigma_data^2 + sigma^2)`: from `sigma_data^2` in pure noise down to 0 at the data;
     with `sigma_data` 1 the `r_t^2` of arXiv 2310.04432.
-
-    Args:
-        path (`ConditionalPath`):
-            The path.
-        t (`torch.Tensor`):
-            Time, any shape, 0 = data, 1 = noise.
-        sigma_data (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the data.
-
-    Returns:
-        `torch.Tensor`: Of the shape of `t`.
     """
     signal, noise = (path.alpha(t) * sigma_data).square(), path.sigma(t).square()
     return sigma_data**2 * noise / (signal + noise)

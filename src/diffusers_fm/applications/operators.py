@@ -17,47 +17,19 @@ class LinearOperator:
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
-        Measure images: `A x`.
-
-        Args:
-            x (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                Images.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, ...)`: Their measurements.
-        """
+        """Measure images of shape `(batch_size, channels, height, width)`: `A x`, of shape `(batch_size, ...)`."""
         raise NotImplementedError
 
     def adjoint(self, y: torch.Tensor) -> torch.Tensor:
-        """
-        The transpose: the map with `<A x, y> = <x, A^T y>` for all `x` and `y`.
-
-        Args:
-            y (`torch.Tensor` of shape `(batch_size, ...)`):
-                Measurements.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`: `A^T y`.
-        """
+        """Images `A^T y` of measurements, by the map with `<A x, y> = <x, A^T y>` for all `x` and `y`."""
         raise NotImplementedError
 
     def solve(self, y: torch.Tensor, data_variance: float, noise_variance: float) -> torch.Tensor:
         """
         `(data_variance * A A^T + noise_variance)^-1 y`, the least-norm solution where that matrix is singular.
 
-        It is the precision, times `y`, of a measurement with noise of images whose pixels are independent.
-
-        Args:
-            y (`torch.Tensor` of shape `(batch_size, ...)`):
-                Measurements.
-            data_variance (`float`):
-                Above 0.
-            noise_variance (`float`):
-                At least 0.
-
-        Returns:
-            `torch.Tensor`: Of the shape of `y`.
+        It is the precision, times `y`, of a measurement with noise of images whose pixels are independent. The
+        variance of data is above 0, that of noise at least 0.
         """
 
         def apply(u: torch.Tensor) -> torch.Tensor:
@@ -66,16 +38,7 @@ class LinearOperator:
         return conjugate_gradient(apply, y, max_iterations=200, tolerance=1e-6)
 
     def pseudo_inverse(self, y: torch.Tensor) -> torch.Tensor:
-        """
-        `A^+ y`: of all images that fit a measurement best, the one of least norm.
-
-        Args:
-            y (`torch.Tensor` of shape `(batch_size, ...)`):
-                Measurements.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`: Images.
-        """
+        """`A^+ y`: of all images that fit a measurement best, the one of least norm."""
         return self.adjoint(self.solve(y, 1.0, 0.0))
 
 
@@ -288,18 +251,7 @@ class FunctionOperator(LinearOperator):
 
 
 def inner_product(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """
-    Inner products of the samples of two batches.
-
-    Args:
-        x (`torch.Tensor` of shape `(batch_size, ...)`):
-            A batch.
-        y (`torch.Tensor` of shape `(batch_size, ...)`):
-            Another one.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, 1, ...)`: One number for each sample, of the rank of the batches.
-    """
+    """Inner products of the samples of two batches, of shape `(batch_size, 1, ...)`."""
     return (x * y).flatten(1).sum(1).reshape(-1, *[1] * (x.ndim - 1))
 
 
@@ -310,23 +262,11 @@ def conjugate_gradient(
     tolerance: float = 1e-4,
 ) -> torch.Tensor:
     """
-    Solves `M x = b` for a symmetric, positive semi-definite `M`, each sample of a batch by itself.
+    Solve `M x = b` for a symmetric, positive semi-definite `M`, each sample of a batch by itself.
 
-    A sample stops where its residual has fallen below the tolerance, and where `M` turns out not to be positive in the
-    next direction: the Jacobian of a trained network is a covariance only approximately.
-
-    Args:
-        apply (`Callable`):
-            `M` as a function of a batch.
-        b (`torch.Tensor` of shape `(batch_size, ...)`):
-            The right-hand sides.
-        max_iterations (`int`):
-            How often `M` may be applied.
-        tolerance (`float`, *optional*, defaults to `1e-4`):
-            The residual at which a sample is done, relative to `b`.
-
-    Returns:
-        `torch.Tensor`: The solutions, of the shape of `b`.
+    `apply` is `M` as a function of a batch. A sample stops where its residual has fallen below `tolerance`, relative
+    to `b`, and where `M` turns out not to be positive in the next direction: the Jacobian of a trained network is a
+    covariance only approximately.
     """
     x = torch.zeros_like(b)
     residual, direction = b, b
@@ -350,20 +290,7 @@ def conjugate_gradient(
 
 
 def check_operator(operator: LinearOperator, sample_shape: tuple[int, ...], measurement: torch.Tensor) -> None:
-    """
-    Checks with one image of noise that operator, images and measurement fit, and that `adjoint` is the adjoint.
-
-    Args:
-        operator ([`LinearOperator`]):
-            The operator.
-        sample_shape (`tuple[int, ...]`):
-            Shape `(channels, height, width)` of an image.
-        measurement (`torch.Tensor` of shape `(batch_size, ...)`):
-            A measurement.
-
-    Raises:
-        ValueError: If they do not, or it is not, or the operator is not linear.
-    """
+    """Check with an image of noise that measurements fit, and that `adjoint` is the adjoint; else a `ValueError`."""
     generator = torch.Generator().manual_seed(0)
     size = (len(measurement), *sample_shape)
     x = torch.randn(size, generator=generator).to(measurement.device)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Components of the pipelines: whether they fit together, whether a folder holds them, and how they are shared."""
+"""Components of the pipelines: whether they fit, how they are loaded and shared, and the call of the network."""
 
+import json
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -11,16 +15,30 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     ModelMixin,
+    SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils.torch_utils import unwrap_module
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
+from ..hub.cards import CardContent, model_card
+from ..hub.push import PushMixin, hub_reason
+from ..models.autoencoding import spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from .cards import pipeline_content
+from .checks import Labels, is_whole
 
+
+# How far from an end the flow begins where the network's answer leaves the velocity without a limit there, and the
+# least t that a network of the logarithm of time is given.
+MARGIN = 1e-4
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".flashpack")
 
@@ -181,3 +199,322 @@ def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
             f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
             f" {config.joint_attention_dim}."
         )
+
+
+class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
+    """
+    Components of a pipeline with its classes, its sizes and the call of its network; see [`FlowMatchPipeline`].
+
+    A pipeline has its own `predict(sample, timestep, ..., class_labels=None)`: after the timestep come tensors with a
+    row for each sample, labels last. Tuples `args` in here are those.
+    """
+
+    model_cpu_offload_seq = "unet->transformer->vae"
+    # A small table that is read at every call of the network: not worth moving back and forth.
+    _exclude_from_cpu_offload = ["class_embedder"]
+    _optional_components = ["unet", "transformer", "vae", "class_embedder"]
+
+    def __init__(
+        self,
+        scheduler: SchedulerMixin,
+        unet: UNet2DModel | None = None,
+        transformer: DiTTransformer2DModel | SD3Transformer2DModel | None = None,
+        vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
+        class_embedder: ClassEmbedder | None = None,
+        num_classes: int | None = None,
+        id2label: dict | None = None,
+    ) -> None:
+        super().__init__()
+        check_components(unet, transformer, vae, class_embedder, num_classes)
+        self._check_channels(unwrap_module(transformer if unet is None else unet), vae)
+        is_ours = isinstance(scheduler, FlowMatchScheduler)
+        self.register_modules(
+            scheduler=scheduler if is_ours else FlowMatchScheduler.from_stock(scheduler),
+            unet=unet,
+            transformer=transformer,
+            vae=vae,
+            class_embedder=class_embedder,
+        )
+        self.register_to_config(num_classes=num_classes, id2label=id2label)
+        self.vae_scale_factor = 1 if vae is None else spatial_scale_factor(vae)
+        # Images keep their own size, and no number of channels marks latents.
+        self.image_processor = VaeImageProcessor(
+            do_resize=False, vae_scale_factor=self.vae_scale_factor, vae_latent_channels=0
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "transformer" and value is not None:
+            keep_labels(value)
+        super().__setattr__(name, value)
+
+    @staticmethod
+    def _check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
+        check_channels(network, vae)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[PipelineT], pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> PipelineT:
+        """
+        Load a trained pipeline from a folder or the Hub, see [`~diffusers.DiffusionPipeline.from_pretrained`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A pipeline folder, or the id of a repository on the Hub.
+            kwargs (*optional*):
+                Arguments of diffusers' method, components included. Weights in pickles, which may run code when they
+                are read, are loaded with `use_safetensors=False` only.
+
+        Returns:
+            The pipeline, its models in evaluation mode.
+
+        Raises:
+            ValueError: If the folder is that of an untrained pipeline, or does not hold exactly one network.
+            OSError: If the Hub does not give the pipeline, or there are no safetensors.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if (folder / cls.config_name).is_file():
+            index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
+            declared = [name for name in cls._optional_components if index.get(name, [None])[0] is not None]
+            networks = {name: kwargs.get(name, name in declared or None) for name in ("unet", "transformer")}
+            check_one_network(**networks)
+            missing = [name for name in declared if name not in kwargs and not has_weights(folder / name)]
+            if missing:
+                raise ValueError(
+                    f"The folder {str(folder)!r} holds no weights for {' and '.join(missing)}; build an untrained"
+                    f" pipeline from its configs with `diffusers_fm.init_pipeline({str(folder)!r})`."
+                )
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        except OSError as error:
+            cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
+            if folder.exists() or cause is None:
+                raise
+            name = str(pretrained_model_name_or_path)
+            raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
+
+    def card_content(self, repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0) -> CardContent:
+        """Content of a model card, with the settings of its example; `dataclasses.replace` adds to it."""
+        return pipeline_content(
+            self.denoiser,
+            self.scheduler,
+            self.sample_shape,
+            self.num_classes,
+            repo_id,
+            num_inference_steps,
+            guidance_scale,
+            latent=self.vae is not None,
+            scale_factor=self.config.get("scale_factor"),
+        )
+
+    def build_model_card(self, repo_id: str) -> ModelCard:
+        """The card that `push_to_hub` writes where the repository has none."""
+        return model_card(self.card_content(repo_id))
+
+    @property
+    def denoiser(self) -> ModelMixin:
+        """The network: the `unet` or the `transformer`."""
+        return self.transformer if self.unet is None else self.unet
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, the null class not counted; 0 for an unconditional model."""
+        network = unwrap_module(self.denoiser)
+        if isinstance(network, SD3Transformer2DModel):
+            return self.class_embedder.config.num_classes
+        if isinstance(network, DiTTransformer2DModel):
+            return network.config.num_embeds_ada_norm
+        if self.config.num_classes is not None:
+            return self.config.num_classes
+        return network.config.num_class_embeds or 0
+
+    @property
+    def null_class(self) -> int | None:
+        """Label of the null class of classifier-free guidance, or `None` where the network has none."""
+        network = unwrap_module(self.denoiser)
+        if isinstance(network, UNet2DModel) and network.config.num_class_embeds != self.num_classes + 1:
+            return None
+        return self.num_classes
+
+    @property
+    def data_channels(self) -> int:
+        """Channels of x_t: those of the images, or of the latents."""
+        return unwrap_module(self.denoiser).config.in_channels
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the images."""
+        return self.data_channels if self.vae is None else self.vae.config.in_channels
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Shape `(channels, height, width)` of what the network was configured for: pixels, or latents."""
+        config = unwrap_module(self.denoiser).config
+        if config.sample_size is None:
+            raise ValueError("The unet's config has no `sample_size`: `height` and `width` must be given.")
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.data_channels, height, width
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of an image are multiples of, in pixels."""
+        network = unwrap_module(self.denoiser)
+        is_unet = isinstance(network, UNet2DModel)
+        patch = 2 ** (len(network.config.block_out_channels) - 1) if is_unet else network.config.patch_size
+        return patch * self.vae_scale_factor
+
+    def get_label_ids(self, label: str | list[str]) -> list[int]:
+        """Labels of class names, or of single synonyms, as the config's `id2label` has them."""
+        if self.config.id2label is None:
+            raise ValueError(f"The class name {label!r} was given, but this pipeline has no `id2label`: use integers.")
+        ids: dict[str, list[int]] = {}
+        for key, value in self.config.id2label.items():
+            for name in {str(value), *(part.strip() for part in str(value).split(","))}:
+                ids.setdefault(name, []).append(int(key))
+        labels = []
+        for name in [label] if isinstance(label, str) else label:
+            if name not in ids:
+                raise ValueError(
+                    f"Unknown class name {name!r}; the names are the values of `pipeline.config.id2label`."
+                )
+            if len(ids[name]) > 1:
+                raise ValueError(
+                    f"The class name {name!r} stands for the labels {ids[name]}: use one of the integers."
+                )
+            labels += ids[name]
+        return labels
+
+    def prepare_class_labels(
+        self,
+        class_labels: Labels,
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+        allow_null: bool = False,
+    ) -> torch.Tensor | None:
+        """
+        Checks labels and brings them to the form that [`predict`] takes.
+
+        Args:
+            class_labels (`int`, `str`, `list` of them, or `torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels in `0 .. num_classes - 1`, or class names. A single one serves the whole batch.
+            batch_size (`int`, *optional*):
+                Number of images; defaults to the number of labels.
+            device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+                Where the labels are wanted.
+            allow_null (`bool`, *optional*, defaults to `False`):
+                Whether [`null_class`] counts as a label.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size,)`, int64, or `None` for an unconditional model.
+
+        Raises:
+            ValueError: if labels are missing, superfluous, out of range, or not `batch_size` many.
+        """
+        if self.num_classes == 0:
+            if class_labels is not None:
+                raise ValueError(f"`class_labels` {class_labels!r} was given, but this pipeline has no classes.")
+            return None
+        if class_labels is None:
+            raise ValueError(f"`class_labels` must be given: this pipeline has {self.num_classes} classes.")
+        labels = class_labels.tolist() if isinstance(class_labels, (torch.Tensor, np.ndarray)) else class_labels
+        if not isinstance(labels, (list, tuple)):
+            labels = [labels] * (1 if batch_size is None else batch_size)
+        labels = [self.get_label_ids(label)[0] if isinstance(label, str) else label for label in labels]
+        for label in labels:
+            if not isinstance(label, (int, np.integer)) or isinstance(label, bool):
+                raise ValueError(f"A class label must be an integer or a class name, got {label!r}.")
+            if not 0 <= label < self.num_classes and not (allow_null and label == self.null_class):
+                raise ValueError(f"Class label {label} is out of range: labels are 0 to {self.num_classes - 1}.")
+        if batch_size is not None and len(labels) != batch_size:
+            raise ValueError(f"{len(labels)} class labels were given for a batch of {batch_size}.")
+        return torch.tensor(labels, dtype=torch.int64, device=device)
+
+    def predict(self, sample: torch.Tensor, timestep: torch.Tensor | float, *args: Any) -> torch.Tensor:
+        """One call of the network at x_t; see the pipelines."""
+        raise NotImplementedError
+
+    def predict_guided(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        args: tuple[torch.Tensor, ...] = (),
+        guidance_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """
+        [`predict`] with classifier-free guidance (arXiv 2207.12598): one call of twice the batch.
+
+        The answer is `null + guidance_scale * (class - null)`, of the scheduler's `prediction_type`; a scale of 1 is
+        off. `args` are what [`predict`] takes after the timestep, labels last.
+        """
+        if guidance_scale == 1.0 or not args:
+            return self.predict(sample, timestep, *args)
+        *conditions, labels = args
+        sample, *conditions = [torch.cat([tensor, tensor]) for tensor in (sample, *conditions)]
+        if timestep.ndim:
+            timestep = torch.cat([timestep, timestep])
+        labels = torch.cat([torch.full_like(labels, self.null_class), labels])
+        null_output, class_output = self.predict(sample, timestep, *conditions, labels).float().chunk(2)
+        return null_output + guidance_scale * (class_output - null_output)
+
+    def _call_network(
+        self, model_input: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        network = unwrap_module(self.denoiser)
+        batch_size, device = model_input.shape[0], model_input.device
+        dtype = _input_dtype(network)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch_size)
+        if isinstance(network, UNet2DModel) and network.config.time_embedding_type == "fourier":
+            # It takes the logarithm of the timestep, and divides by it.
+            timestep = timestep.clamp(min=MARGIN * self.scheduler.timestep_scale)
+        if class_labels is not None:
+            class_labels = class_labels.to(device)
+        elif self.num_classes > 0:
+            raise ValueError(f"`class_labels` must be given: this pipeline has {self.num_classes} classes.")
+        elif self.null_class is not None:
+            class_labels = torch.full((batch_size,), self.null_class, dtype=torch.int64, device=device)
+
+        if self.class_embedder is not None:
+            tokens, pooled = self.class_embedder(class_labels)
+            model_output = self.denoiser(
+                hidden_states=model_input.to(dtype),
+                timestep=timestep,
+                encoder_hidden_states=tokens.to(dtype),
+                pooled_projections=pooled.to(dtype),
+                return_dict=False,
+            )[0]
+        else:
+            model_output = self.denoiser(
+                model_input.to(dtype), timestep, class_labels=class_labels, return_dict=False
+            )[0]
+        return model_output[:, : self.data_channels]
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+        """Shape of x_t for images of a size in pixels, by default the network's; a `ValueError` for a wrong size."""
+        network = unwrap_module(self.denoiser)
+        config = network.config
+        if height is None or width is None:
+            _, default_height, default_width = self.sample_shape
+            height = default_height * self.vae_scale_factor if height is None else height
+            width = default_width * self.vae_scale_factor if width is None else width
+        multiple = self.size_multiple
+        if not all(is_whole(side) and side % multiple == 0 for side in (height, width)):
+            raise ValueError(
+                f"`height` and `width` must be positive multiples of {multiple} for this pipeline, got"
+                f" {height} x {width}."
+            )
+        if isinstance(network, DiTTransformer2DModel) and height != width:
+            raise ValueError(f"DiTTransformer2DModel makes square images only, got {height} x {width}.")
+        if isinstance(network, SD3Transformer2DModel) and max(height, width) > config.pos_embed_max_size * multiple:
+            raise ValueError(
+                f"`height` and `width` must not exceed {config.pos_embed_max_size * multiple}, the reach of the"
+                f" transformer's position embeddings, got {height} x {width}."
+            )
+        return self.data_channels, height // self.vae_scale_factor, width // self.vae_scale_factor
+
+
+def _input_dtype(network: ModelMixin) -> torch.dtype:
+    """Dtype in which a network takes its input. `network.dtype` looks at every module, at every call."""
+    dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    # Weights stored in 8 bits are cast to another dtype layer by layer.
+    return network.dtype if dtype.itemsize == 1 else dtype

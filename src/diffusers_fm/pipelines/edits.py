@@ -2,7 +2,9 @@
 """Edits of images: the grid, the two methods, inversion, and images that stay as they are."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -11,10 +13,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..applications.editing import Predict, flow_edit
+from ..models.autoencoding import decode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..transport import transport
 from .base import flow_end
-from .checks import Generators, Images, check_finite, is_number, is_whole, read_images
+from .checks import Generators, Images, check_finite, check_guidance, is_number, is_whole, read_images
 
 
 EDIT_METHODS = ("flowedit", "inversion")
@@ -54,6 +57,9 @@ class EditOptions:
     num_free_steps: int
     solver: str
     generator: Generators
+    output_type: str
+    source_guidance_scale: float
+    guidance_scale: float
 
     def __post_init__(self) -> None:
         if self.method not in EDIT_METHODS:
@@ -76,6 +82,7 @@ class EditOptions:
             )
         if self.method == "inversion" and (self.num_averages, self.num_free_steps) != (1, 0):
             raise ValueError("`num_averages` and `num_free_steps` belong to the method 'flowedit', got 'inversion'.")
+        check_guidance(source_guidance_scale=self.source_guidance_scale, guidance_scale=self.guidance_scale)
 
     @property
     def num_steps(self) -> int:
@@ -83,22 +90,47 @@ class EditOptions:
         return math.floor(self.num_inference_steps * self.strength + 1e-6)
 
 
-def edit(
+def edit_images(
     pipeline: DiffusionPipeline,
     network: ModelMixin,
+    scheduler: FlowMatchScheduler,
+    image: Images,
+    data: torch.Tensor,
+    unchanged: torch.Tensor,
+    under: tuple[Callable[[], Predict], Callable[[], Predict]],
+    options: EditOptions,
+    mu: float | None,
+) -> tuple[Any, int]:
+    """Edit what is not `unchanged` and make images; `under` gives the network under source and target if needed."""
+    edited, nfe = data, 0
+    if not bool(unchanged.all()):
+        source, target = under[0](), under[1]()
+        edited, nfe = _edit(pipeline, scheduler, source, target, data, options, mu)
+        check_finite(network, edited)
+        edited = torch.where(unchanged[:, None, None, None], data, edited)
+    if options.output_type == "latent":
+        images = edited
+    else:
+        pixels = edited if pipeline.vae is None else decode_latents(pipeline.vae, edited)
+        # Scaled to [-1, 1] and back, a number in [0, 1] may lose its last bit; an autoencoder would lose far more.
+        as_given = read_images("image", image, VaeImageProcessor(do_resize=False, do_normalize=False)).to(pixels)
+        kept = torch.where(unchanged.to(pixels.device)[:, None, None, None], as_given, pixels)
+        changed = [not same for same in unchanged.tolist()]
+        images = pipeline.image_processor.postprocess(kept, options.output_type, changed)
+    pipeline.maybe_free_model_hooks()
+    return images, nfe
+
+
+def _edit(
+    pipeline: DiffusionPipeline,
     scheduler: FlowMatchScheduler,
     source: Predict,
     target: Predict,
     data: torch.Tensor,
     options: EditOptions,
-    mu: float | None = None,
+    mu: float | None,
 ) -> tuple[torch.Tensor, int]:
-    """
-    Carry data from a source condition to a target condition, by either method, under the pipeline's progress bar.
-
-    `source` and `target` are the network under the conditions, functions of `x_t` and `t`. Returns the edited data,
-    and the number of calls of the network.
-    """
+    """Carry data from source to target, under the pipeline's progress bar, and count calls of the network."""
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
     # A copy with a step for each timestep, whatever the solver of the scheduler.
     grid = scheduler.with_settings(solver="euler", s_churn=0.0, invert_sigmas=False)
@@ -128,7 +160,6 @@ def edit(
                 method=options.solver,
             )
             data, nfe = solution.x.float(), nfe + solution.nfe
-        check_finite(network, data)
         return data, nfe
 
     def draw_noise() -> torch.Tensor:
@@ -150,7 +181,6 @@ def edit(
         for state in steps:
             edited = state
             progress_bar.update()
-    check_finite(network, edited)
     return edited, nfe
 
 
@@ -175,18 +205,3 @@ def invert(
         errors.square().mean(1).sqrt(),
         errors.abs().amax(1),
     )
-
-
-def to_images(
-    image_processor: VaeImageProcessor,
-    pixels: torch.Tensor,
-    originals: Images,
-    unchanged: torch.Tensor,
-    output_type: str,
-) -> Images:
-    """Edited pixels in [-1, 1] as images; where there was nothing to change, the original, bit for bit."""
-    # Scaled to [-1, 1] and back, a number in [0, 1] may lose its last bit; an autoencoder would lose far more.
-    as_given = read_images("image", originals, VaeImageProcessor(do_resize=False, do_normalize=False)).to(pixels)
-    keep = unchanged.to(pixels.device)[:, None, None, None]
-    kept = torch.where(keep, as_given, pixels)
-    return image_processor.postprocess(kept, output_type, [not same for same in unchanged.tolist()])

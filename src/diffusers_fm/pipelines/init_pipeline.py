@@ -8,7 +8,7 @@ import logging
 import os
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -52,7 +52,6 @@ ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
-@overload
 def init_pipeline(
     folder: str | os.PathLike,
     seed: int | None = None,
@@ -60,36 +59,11 @@ def init_pipeline(
     revision: str | None = None,
     variant: str | None = None,
     *,
-    pipeline_class: type[PipelineT],
+    pipeline_class: type[PipelineT] | None = None,
     text_encoders: str | os.PathLike | None = None,
-) -> PipelineT: ...
-
-
-@overload
-def init_pipeline(
-    folder: str | os.PathLike,
-    seed: int | None = None,
-    vae: ModelMixin | str | os.PathLike | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    *,
-    pipeline_class: None = None,
-    text_encoders: str | os.PathLike | None = None,
-) -> Any: ...
-
-
-def init_pipeline(
-    folder: str | os.PathLike,
-    seed: int | None = None,
-    vae: ModelMixin | str | os.PathLike | None = None,
-    revision: str | None = None,
-    variant: str | None = None,
-    *,
-    pipeline_class: type[DiffusionPipeline] | None = None,
-    text_encoders: str | os.PathLike | None = None,
-) -> DiffusionPipeline:
+) -> PipelineT:
     """
-    Builds a pipeline for training: what has weights is loaded, the rest starts from its config with random weights.
+    Build a pipeline for training: what has weights is loaded, the rest starts from its config with random weights.
 
     The random start is each model's own, except that the output layer and the layers that modulate or gate by time
     and class start at zero (DiT, arXiv 2212.09748, section 3.2), which diffusers' models leave to the caller: the
@@ -170,33 +144,17 @@ def init_pipeline(
         )
     # diffusers asks for parts that a folder was saved without, such as the T5 of Stable Diffusion 3, by name.
     absent = {name: None for name in inspect.signature(found).parameters if index.get(name) == [None, None]}
-    pipeline = found.from_pretrained(path, variant=variant, **{**absent, **components})
-    if isinstance(pipeline, StableDiffusion3Pipeline):
-        check_sd3_components(pipeline)
-    pipeline.register_to_config(_name_or_path=str(folder))
-    return pipeline
+    built: Any = found.from_pretrained(path, variant=variant, **{**absent, **components})
+    if issubclass(found, StableDiffusion3Pipeline):
+        check_sd3_components(built)
+    built.register_to_config(_name_or_path=str(folder))
+    return built
 
 
 def check_pipeline_class(
     folder: str | os.PathLike, index: dict[str, Any], pipeline_class: type[DiffusionPipeline] | None
 ) -> type[DiffusionPipeline]:
-    """
-    The class as which a pipeline is built.
-
-    Args:
-        folder (`str` or `os.PathLike`):
-            Where it is, for the error.
-        index (`dict[str, Any]`):
-            Its model_index.json.
-        pipeline_class (`type[DiffusionPipeline]`, *optional*):
-            The class that is wanted; any, if left out.
-
-    Returns:
-        `type[DiffusionPipeline]`: the class.
-
-    Raises:
-        ValueError: if it is another one.
-    """
+    """Class as which a pipeline is built, by its model_index.json; a `ValueError` if that is not the wanted one."""
     found = PIPELINES.get(index.get("_class_name"), FlowMatchPipeline)
     if pipeline_class not in (None, found):
         raise ValueError(
@@ -232,21 +190,7 @@ def _start_as_identity(model: ModelMixin) -> bool:
 
 
 def untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
-    """
-    A model from its config, with random weights.
-
-    Args:
-        folder (`Path`):
-            With the config.
-        library (`str`), class_name (`str`):
-            Its class, as model_index.json names it.
-
-    Returns:
-        The model, in evaluation mode.
-
-    Raises:
-        ValueError: if the library is not one of `LIBRARIES`, or there is no config.
-    """
+    """A model from its config, in evaluation mode, with random weights; library and class are of model_index.json."""
     if library not in LIBRARIES:
         raise ValueError(f"A model of an untrained pipeline must be from {', '.join(LIBRARIES)}, got {library!r}.")
     if not (folder / ModelMixin.config_name).is_file():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image generation with a flow matching model, unconditional or by class, and its flow in both directions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -253,11 +254,9 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
                 Standard normal noise, such as [`encode`] returns.
             class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
                 What to draw. Other classes than those that were encoded give the images' counterparts in them.
-            num_inference_steps (`int`, *optional*, defaults to 64):
-                Number of steps; `None` for adaptive steps.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`.
-            solver (`str`, *optional*):
+            num_inference_steps, solver (*optional*):
                 As for [`encode`].
 
         Returns:
@@ -288,10 +287,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Images between two images, along the great circle through the noise that they come from.
 
         Args:
-            first (PIL image, `np.ndarray` or `torch.Tensor`):
-                One image, where the sequence begins.
-            second (PIL image, `np.ndarray` or `torch.Tensor`):
-                One image, where it ends.
+            first, second (PIL image, `np.ndarray` or `torch.Tensor`):
+                One image each, of one size, where the sequence begins and ends.
             num_images (`int`, *optional*, defaults to 8):
                 Length of the sequence, both ends included; at least 2.
             class_labels (`int`, `str`, `list` of two of them, *optional*):
@@ -344,11 +341,9 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         to few steps, the velocity has no density that belongs to it.
 
         Args:
-            images (PIL images, `np.ndarray` or `torch.Tensor`):
-                A batch as diffusers takes them, see [`encode`].
-            class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
-                The classes of the images: the density is the conditional one. Needed exactly if the model has classes;
-                `null_class`, where there is one, asks for the density without a class.
+            images, class_labels:
+                As for [`encode`]. The density is that of the class; `null_class`, where there is one, asks for the
+                density without a class.
             latent_space (`bool`, *optional*, defaults to `False`):
                 Latent pipelines have a density of latents only, which says nothing of pixels: `True` asks for that.
             options:
@@ -363,13 +358,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         """
         self._check_space(latent_space)
         data, args = self._data_and_labels(images, class_labels)
-        options = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)} | options
-        config = self.scheduler.config
-        result = log_likelihood(
-            NetworkField(self), data, self.scheduler.path, prediction_type=config.prediction_type, args=args, **options
-        )
-        check_finite(unwrap_module(self.denoiser), result.log_prob)
-        return result
+        return self._density(log_likelihood, data, args, **options)
 
     def bits_per_dim(
         self,
@@ -385,8 +374,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Args:
             images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
                 Whole numbers from 0 to `levels - 1`, of an integer type.
-            class_labels (`int`, `str`, `list` of them, or `torch.Tensor`, *optional*):
-                The classes of the images. Needed exactly if the model has classes.
+            class_labels (*optional*):
+                As for [`encode`].
             num_samples (`int`, *optional*, defaults to 1):
                 Values of the dequantisation noise for each image: the K of the paper.
             levels (`int`, *optional*, defaults to 256):
@@ -404,21 +393,17 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         self._check_shape("images", images, self.image_channels, 1)
         images = images.to(self._execution_device)
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
-        options = {
-            "spacing": 2 / max(levels - 1, 1),
-            "start": flow_end(self.scheduler, 0.0),
-            "end": flow_end(self.scheduler, 1.0),
-        } | options
-        result = bits_per_dim(
-            NetworkField(self),
-            images,
-            self.scheduler.path,
-            num_samples=num_samples,
-            levels=levels,
-            prediction_type=self.scheduler.config.prediction_type,
-            args=() if labels is None else (labels,),
-            **options,
-        )
+        args = () if labels is None else (labels,)
+        if is_whole(levels, 2):
+            options = {"spacing": 2 / (levels - 1)} | options
+        return self._density(bits_per_dim, images, args, num_samples=num_samples, levels=levels, **options)
+
+    def _density(
+        self, measure: Callable[..., Any], x: torch.Tensor, args: tuple[torch.Tensor, ...], **options: Any
+    ) -> Any:
+        ends = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)}
+        path, kind = self.scheduler.path, self.scheduler.config.prediction_type
+        result = measure(NetworkField(self), x, path, prediction_type=kind, args=args, **ends | options)
         check_finite(unwrap_module(self.denoiser), result.log_prob)
         return result
 

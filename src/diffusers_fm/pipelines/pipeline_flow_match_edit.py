@@ -7,11 +7,11 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..applications.editing import Predict
-from ..models.autoencoding import decode_latents
 from .base import FlowMatchPipelineOutput, NetworkField
-from .checks import Generators, Images, Labels, check_guidance, check_output
-from .edits import EditOptions, FlowMatchInversionOutput, edit, invert, to_images
+from .checks import Generators, Images, Labels, check_output
+from .edits import EditOptions, FlowMatchInversionOutput, edit_images, invert
 from .pipeline_flow_match import FlowMatchPipeline
+from .sampling import default_mu
 
 
 class FlowMatchEditPipeline(FlowMatchPipeline):
@@ -86,8 +86,18 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
             ValueError: For arguments that do not fit the pipeline or each other, before any work.
         """
         # 1. A check of everything
-        options = EditOptions(method, num_inference_steps, strength, num_averages, num_free_steps, solver, generator)
-        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
+        options = EditOptions(
+            method,
+            num_inference_steps,
+            strength,
+            num_averages,
+            num_free_steps,
+            solver,
+            generator,
+            output_type,
+            source_guidance_scale,
+            guidance_scale,
+        )
         if self.num_classes == 0:
             raise ValueError("Editing needs a pipeline with classes, and this one has none.")
         for scale in (source_guidance_scale, guidance_scale):
@@ -98,28 +108,17 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         source_labels = self.prepare_class_labels(source_class_labels, len(data), data.device, allow_null=True)
         labels = self.prepare_class_labels(class_labels, len(data), data.device, allow_null=True)
         if mu is None and self.scheduler.config.use_dynamic_shifting:
-            mu = self._default_mu(self.scheduler, tuple(data.shape[1:]))
+            patch_size = unwrap_module(self.denoiser).config.get("patch_size", 1)
+            mu = default_mu(self.scheduler, tuple(data.shape[1:]), patch_size)
 
         # 2. The edit; images that are to stay as they are take no part in what is returned
-        unchanged = source_labels == labels
-        edited, nfe = data, 0
-        if not bool(unchanged.all()):
-            source = self._under(source_labels, source_guidance_scale)
-            target = self._under(labels, guidance_scale)
-            edited, nfe = edit(self, unwrap_module(self.denoiser), self.scheduler, source, target, data, options, mu)
-            edited = torch.where(unchanged[:, None, None, None], data, edited)
-
-        # 3. Images
-        if output_type == "latent":
-            images = edited
-        else:
-            pixels = edited if self.vae is None else decode_latents(self.vae, edited)
-            images = to_images(self.image_processor, pixels, image, unchanged, output_type)
-        self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (images, nfe)
-        return FlowMatchPipelineOutput(images=images, nfe=nfe)
+        under = (
+            lambda: self._under(source_labels, source_guidance_scale),
+            lambda: self._under(labels, guidance_scale),
+        )
+        network, unchanged = unwrap_module(self.denoiser), source_labels == labels
+        images, nfe = edit_images(self, network, self.scheduler, image, data, unchanged, under, options, mu)
+        return FlowMatchPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
 
     @torch.no_grad()
     def invert(

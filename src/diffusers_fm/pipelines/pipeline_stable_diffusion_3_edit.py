@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from ..applications.editing import Predict
-from ..models.autoencoding import decode_latents, encode_latents
+from ..models.autoencoding import encode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import FlowMatchPipelineOutput
-from .checks import Generators, Images, check_guidance, check_output, read_images
+from .checks import Generators, Images, check_output, read_images
 from .components import KeepDtypeMixin
-from .edits import EditOptions, FlowMatchInversionOutput, edit, invert, to_images
+from .edits import EditOptions, FlowMatchInversionOutput, edit_images, invert
+from .sampling import default_mu
 
 
 class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
@@ -82,10 +82,20 @@ class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
             ValueError: For arguments that do not fit the pipeline or each other, before any work.
         """
         # 1. A check of everything
-        options = EditOptions(method, num_inference_steps, strength, num_averages, num_free_steps, solver, generator)
+        options = EditOptions(
+            method,
+            num_inference_steps,
+            strength,
+            num_averages,
+            num_free_steps,
+            solver,
+            generator,
+            output_type,
+            source_guidance_scale,
+            guidance_scale,
+        )
         pixels = self._to_pixels(image)
         batch_size = len(pixels)
-        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
         check_output(batch_size, output_type, generator)
         source_prompts = _for_each(batch_size, "source_prompt", source_prompt)
         prompts = _for_each(batch_size, "prompt", prompt)
@@ -95,25 +105,14 @@ class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
         scheduler = self._flow_scheduler()
         data = encode_latents(self.vae, pixels, sample=False)
         if mu is None and scheduler.config.use_dynamic_shifting:
-            mu = self._default_mu(scheduler, data)
+            mu = default_mu(scheduler, tuple(data.shape[1:]), self.patch_size)
         unchanged = torch.tensor([a == b for a, b in zip(source_prompts, prompts)], device=data.device)
-        edited, nfe = data, 0
-        if not bool(unchanged.all()):
-            source = self._under(scheduler, source_prompts, negative, source_guidance_scale, max_sequence_length)
-            target = self._under(scheduler, prompts, negative, guidance_scale, max_sequence_length)
-            edited, nfe = edit(self, self.transformer, scheduler, source, target, data, options, mu)
-            edited = torch.where(unchanged[:, None, None, None], data, edited)
-
-        # 3. Images
-        if output_type == "latent":
-            images = edited
-        else:
-            images = to_images(self.image_processor, decode_latents(self.vae, edited), image, unchanged, output_type)
-        self.maybe_free_model_hooks()
-
-        if not return_dict:
-            return (images, nfe)
-        return FlowMatchPipelineOutput(images=images, nfe=nfe)
+        under = (
+            lambda: self._under(scheduler, source_prompts, negative, source_guidance_scale, max_sequence_length),
+            lambda: self._under(scheduler, prompts, negative, guidance_scale, max_sequence_length),
+        )
+        images, nfe = edit_images(self, self.transformer, scheduler, image, data, unchanged, under, options, mu)
+        return FlowMatchPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
 
     @torch.no_grad()
     def invert(
@@ -125,19 +124,17 @@ class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
         max_sequence_length: int = 256,
     ) -> FlowMatchInversionOutput:
         """
-        The noise that images come from, without guidance, and the error of the way there and back.
+        Find the noise that images come from, without guidance, and the error of the way there and back.
 
         Args:
             image (PIL images, `np.ndarray` or `torch.Tensor`):
                 The images; arrays and tensors with values in [0, 1].
             prompt (`str` or `list[str]`, *optional*, defaults to `""`):
                 What they show: one prompt, or one for each.
-            num_inference_steps (`int`, *optional*, defaults to 25):
-                Steps of each way.
-            solver (`str`, *optional*, defaults to `"heun"`):
-                A method of [`~solvers.odeint`]; Heun's is of order 2 and has two calls of the network a step.
             max_sequence_length (`int`, *optional*, defaults to 256):
                 Tokens of the third text encoder.
+            num_inference_steps, solver (*optional*):
+                As in [`FlowMatchEditPipeline.invert`].
 
         Returns:
             [`FlowMatchInversionOutput`]: The noise, and the errors in units of latents.
@@ -174,16 +171,6 @@ class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
                 f" {height} x {width}."
             )
         return pixels
-
-    def _default_mu(self, scheduler: FlowMatchScheduler, data: torch.Tensor) -> float:
-        config = scheduler.config
-        return calculate_shift(
-            (data.shape[-2] // self.patch_size) * (data.shape[-1] // self.patch_size),
-            config.base_image_seq_len,
-            config.max_image_seq_len,
-            config.base_shift,
-            config.max_shift,
-        )
 
     def _under(
         self,

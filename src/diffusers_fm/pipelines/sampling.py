@@ -10,6 +10,7 @@ from types import MappingProxyType
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .checks import Callback, Generators, check_guidance
@@ -60,17 +61,26 @@ class SamplingOptions:
         names = self.callback_on_step_end_tensor_inputs
         return ["latents"] if names is None else names
 
-    def set_timesteps(self, scheduler: FlowMatchScheduler, device: torch.device, mu: float | None) -> None:
-        """Lay out a scheduler's loop; `mu` counts where the call gives none."""
-        given = self.sigmas is not None or self.timesteps is not None
-        scheduler.set_timesteps(
-            None if given else self.num_inference_steps,
-            device=device,
-            sigmas=self.sigmas,
-            timesteps=self.timesteps,
-            mu=mu if self.mu is None else self.mu,
-        )
+    def set_timesteps(self, scheduler: FlowMatchScheduler, latents: torch.Tensor, patch_size: int) -> None:
+        """Lay out the loop of a scheduler."""
+        mu, given = self.mu, self.sigmas is not None or self.timesteps is not None
+        if mu is None and scheduler.config.use_dynamic_shifting:
+            mu = default_mu(scheduler, tuple(latents.shape[1:]), patch_size)
+        steps = None if given else self.num_inference_steps
+        scheduler.set_timesteps(steps, device=latents.device, sigmas=self.sigmas, timesteps=self.timesteps, mu=mu)
         scheduler.set_begin_index(0)
+
+
+def default_mu(scheduler: FlowMatchScheduler, shape: tuple[int, ...], patch_size: int) -> float:
+    """Dynamic shift by the number of tokens of x_t, of shape `(channels, height, width)`, as in Stable Diffusion 3."""
+    config = scheduler.config
+    return calculate_shift(
+        (shape[1] // patch_size) * (shape[2] // patch_size),
+        config.base_image_seq_len,
+        config.max_image_seq_len,
+        config.base_shift,
+        config.max_shift,
+    )
 
 
 @dataclass
