@@ -52,3 +52,17 @@ def test_what_does_not_fit_is_refused() -> None:
     for size in (11, 4):
         with pytest.raises(ValueError, match=f"must be odd and at most the images' 8 x 8, got {size}"):
             ssim(small, small, size)
+
+
+@pytest.mark.parametrize("scale", ["bytes", "levels", "other scale", "nan"])
+@pytest.mark.parametrize("measure", [psnr, ssim])
+def test_images_of_another_scale_are_refused(measure: object, scale: str) -> None:
+    images = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    levels = 255 * images
+    changed = {"bytes": levels.byte(), "levels": levels, "other scale": 2 * images - 1, "nan": images / 0}[scale]
+    with pytest.raises(ValueError, match=r"must be floating-point with values in \[0, 1\]"):
+        measure(changed, changed)
+    # A difference of bytes would wrap around.
+    if scale == "bytes":
+        with pytest.raises(ValueError, match=r"`images` must be floating-point"):
+            measure(changed, images)

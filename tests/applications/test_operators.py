@@ -141,6 +141,9 @@ def test_a_measurement_must_be_finite() -> None:
         (lambda: BlurOperator(torch.ones(3)), "`kernel` must be"),
         (lambda: BlurOperator(torch.zeros(3, 3)), "`kernel` must be"),
         (lambda: BlurOperator.gaussian(0.0), "`std` must be"),
+        (lambda: BlurOperator.gaussian("1"), "`std` must be"),
+        (lambda: DownsampleOperator("2"), "`factor` must be a whole number"),
+        (lambda: CompressedOperator((1, 2, 2), "3"), "`num_measurements` must be from 1 to 4"),
         (lambda: CompressedOperator((1, 2, 2), 5), "`num_measurements` must be from 1 to 4"),
     ],
 )

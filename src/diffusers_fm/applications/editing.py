@@ -97,7 +97,9 @@ def _check(path: ConditionalPath, ratios: Sequence[float], num_averages: int, nu
         raise ValueError(
             f"`ratios` must be at least two falling times in [0, {path.ratio_max:g}], got {list(ratios[:3])}..."
         )
-    if num_averages < 1:
-        raise ValueError(f"`num_averages` must be at least 1, got {num_averages}.")
-    if not 0 <= num_free_steps < len(ratios):
-        raise ValueError(f"`num_free_steps` must be from 0 to the {len(ratios) - 1} steps made, got {num_free_steps}.")
+    if not isinstance(num_averages, int) or num_averages < 1:
+        raise ValueError(f"`num_averages` must be at least 1, got {num_averages!r}.")
+    if not isinstance(num_free_steps, int) or not 0 <= num_free_steps < len(ratios):
+        raise ValueError(
+            f"`num_free_steps` must be from 0 to the {len(ratios) - 1} steps made, got {num_free_steps!r}."
+        )

@@ -17,7 +17,7 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         `torch.Tensor` of shape `(batch_size,)`: infinite for an image that equals its reference.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or values are not in [0, 1].
     """
     _check_shapes(images, references)
     return -10 * (images - references).square().flatten(1).mean(1).log10()
@@ -43,7 +43,7 @@ def ssim(
         `torch.Tensor` of shape `(batch_size,)`: at most 1, for an image that equals its reference.
 
     Raises:
-        ValueError: if the shapes differ, or the window does not fit the images.
+        ValueError: if the shapes differ, values are not in [0, 1], or the window does not fit the images.
     """
     _check_shapes(images, references)
     channels, height, width = images.shape[1:]
@@ -73,3 +73,8 @@ def _check_shapes(images: torch.Tensor, references: torch.Tensor) -> None:
             "Images and references must have one shape (batch_size, channels, height, width), got"
             f" {tuple(images.shape)} and {tuple(references.shape)}."
         )
+    for name, values in (("images", images), ("references", references)):
+        # References are images of a data set; what is compared with them may overshoot.
+        scaled = name == "images" or bool(((references >= -1e-3) & (references <= 1 + 1e-3)).all())
+        if not (values.is_floating_point() and scaled):
+            raise ValueError(f"`{name}` must be floating-point with values in [0, 1], got others of {values.dtype}.")

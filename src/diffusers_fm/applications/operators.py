@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -127,19 +128,13 @@ class BlurOperator(LinearOperator):
     @classmethod
     def gaussian(cls, std: float) -> "BlurOperator":
         """
-        A Gaussian blur.
+        Gaussian blur with a kernel of sum 1.
 
         Args:
             std (`float`):
                 Standard deviation in pixels, above 0. The kernel reaches three of them to each side.
-
-        Returns:
-            [`BlurOperator`]: The operator; its kernel has the sum 1.
-
-        Raises:
-            ValueError: If the deviation is not above 0.
         """
-        if not 0 < std < math.inf:
+        if not (isinstance(std, Real) and 0 < std < math.inf):
             raise ValueError(f"`std` must be a number of pixels above 0, got {std!r}.")
         reach = math.ceil(3 * std)
         line = torch.exp(-torch.arange(-reach, reach + 1, dtype=torch.float64).square() / (2 * std**2))
@@ -198,8 +193,8 @@ class CompressedOperator(LinearOperator):
     def __init__(self, sample_shape: tuple[int, ...], num_measurements: int, seed: int = 0) -> None:
         self.sample_shape = tuple(sample_shape)
         size = math.prod(self.sample_shape)
-        if not 1 <= num_measurements <= size:
-            raise ValueError(f"`num_measurements` must be from 1 to {size}, got {num_measurements}.")
+        if not isinstance(num_measurements, int) or not 1 <= num_measurements <= size:
+            raise ValueError(f"`num_measurements` must be from 1 to {size}, got {num_measurements!r}.")
         generator = torch.Generator().manual_seed(seed)
         self.signs = 2.0 * torch.randint(0, 2, (size,), generator=generator) - 1.0
         self.rows = torch.randperm(size, generator=generator)[:num_measurements].sort().values
