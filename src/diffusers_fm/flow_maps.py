@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .coordinates import Coordinates
 from .paths import ConditionalPath, lift
+from .precision import read_numbers
 from .timesteps import sample_timesteps
 
 
@@ -436,7 +437,7 @@ def sample_flow_map(
     Raises:
         ValueError: If the times do not fall within [0, 1], or `renoise` is out of range.
     """
-    times = torch.as_tensor(times, dtype=torch.float64, device="cpu").tolist()
+    times = read_numbers("times", times).tolist()
     if len(times) < 2 or not all(0 <= low < high <= 1 for high, low in zip(times, times[1:])):
         raise ValueError(f"`times` must be at least two falling times in [0, 1], got {times}.")
     if not 0 <= renoise <= 1:

@@ -20,8 +20,9 @@ import torch
 from .coordinates import Coordinates
 from .divergence import MODES, PROBES, choose_mode, draw_probes, exact_trace, hutchinson_trace
 from .paths import ConditionalPath, lift
+from .precision import widest_float
 from .solvers import ButcherTableau, find_method, odeint, quadrature_weights
-from .transport import Flow, check_batch, model_dtype, state_dtype
+from .transport import Flow, check_batch, model_dtype
 
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -202,7 +203,7 @@ def log_likelihood(
         raise ValueError(f"`start` must lie before `end`, but they are {start} and {end}.")
     flow = Flow(predict, Coordinates(path, coordinates), prediction_type, model_dtype(data))
     span = flow.time(start), flow.time(end)
-    state = data.to(state_dtype(data)) / flow.scale(start)
+    state = data.to(widest_float(data)) / flow.scale(start)
 
     num_products = data[0].numel() if divergence == "exact" else num_probes
     if mode is None:

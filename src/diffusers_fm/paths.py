@@ -553,6 +553,28 @@ class VEPath(ConditionalPath):
 
 
 @dataclass(frozen=True)
+class LevelPath(ConditionalPath):
+    """Time as the level of noise: `alpha = 1`, `sigma = t` for any `t` of at least 0 (arXiv 2206.00364, table 1)."""
+
+    ratio_max = 1.0
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(t)
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return t
+
+    def d_alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(t)
+
+    def d_sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(t)
+
+    def time_at(self, ratio: torch.Tensor) -> torch.Tensor:
+        return ratio / (1 - ratio)
+
+
+@dataclass(frozen=True)
 class CosinePath(ConditionalPath):
     """The trigonometric path: `alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)` (SiT's GVP, arXiv 2401.08740)."""
 

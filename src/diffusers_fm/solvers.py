@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .precision import read_numbers, to_float64
+
 
 @dataclass(frozen=True)
 class ButcherTableau:
@@ -308,7 +310,8 @@ def odeint(
         [`Solution`]: The state at `t1` and the work it took.
 
     Raises:
-        ValueError: If an argument is not among the accepted ones, or does not go with the others.
+        ValueError: If an argument is not among the accepted ones, or does not go with the others, or if the field
+            answers with NaN or infinity.
         RuntimeError: If `max_steps` do not reach `t1`, or the step size falls below the resolution of time.
     """
     tableau = find_method(method)
@@ -333,6 +336,8 @@ def odeint(
             x = _adams(evaluate, x, times, *ADAMS[method], args)
         else:
             x = _runge_kutta(evaluate, x, times, tableau.without_error_estimate(), args)
+        if not bool(x.isfinite().all()):
+            raise ValueError(f"The field answered with NaN or infinity somewhere between {t0} and {t1}.")
         accepted = torch.full((len(x),), len(times) - 1)
         return Solution(x, evaluate.nfe, torch.full_like(accepted, evaluate.nfe), accepted, torch.zeros_like(accepted))
 
@@ -386,9 +391,8 @@ def _fixed_times(
             raise ValueError(f"`num_steps` must be at least 1, not {num_steps}.")
         times = torch.linspace(t0, t1, num_steps + 1, dtype=torch.float64)
     else:
-        # Plain numbers must not pass through float32, torch's choice for them.
-        times = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
-        if times.ndim != 1 or len(times) < 2 or not ((times[1:] - times[:-1]) * (t1 - t0) > 0).all():
+        times = read_numbers("grid", grid)
+        if len(times) < 2 or not ((times[1:] - times[:-1]) * (t1 - t0) > 0).all():
             raise ValueError(f"`grid` must be a list of times that runs from {t0} to {t1} without turning.")
         if (times[[0, -1]] - torch.tensor([t0, t1], dtype=torch.float64)).abs().max() > 1e-6 * max(abs(t0), abs(t1)):
             raise ValueError(f"`grid` must run from {t0} to {t1}, not from {times[0]:.7g} to {times[-1]:.7g}.")
@@ -411,7 +415,8 @@ class _Evaluate:
         if derivative.shape != x.shape:
             raise ValueError(f"The field returned shape {tuple(derivative.shape)} for `x` of {tuple(x.shape)}.")
         self.nfe += 1
-        return derivative.to(x.dtype)
+        # The tensor of the field is not kept: it may be a buffer that the next call fills again.
+        return derivative.to(x.dtype, copy=True)
 
 
 def _move(
@@ -467,7 +472,7 @@ class _StepControl:
 
     def size(self, value: torch.Tensor, tolerance: torch.Tensor) -> torch.Tensor:
         """The size of `value` in units of the tolerance, in float64 on the CPU; the same for all samples if shared."""
-        size = self.norm((value / tolerance).detach()).to(device="cpu", dtype=torch.float64)
+        size = to_float64(self.norm((value / tolerance).detach()))
         return size.square().mean().sqrt().expand(len(size)) if self.shared else size
 
     def tolerance(self, *states: torch.Tensor) -> torch.Tensor:

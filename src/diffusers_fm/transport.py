@@ -8,6 +8,7 @@ import torch
 
 from .coordinates import Coordinates
 from .paths import ConditionalPath, lift
+from .precision import to_float64, widest_float
 from .solvers import ButcherTableau, Solution, graded_grid, odeint
 
 
@@ -76,7 +77,8 @@ def transport(
     flow = Flow(predict, Coordinates(path, coordinates), prediction_type, model_dtype(x))
     u0, u1 = flow.time(start), flow.time(end)
     grid = None if num_steps is None else flow.grid(u0, u1, num_steps, grading)
-    state = x.to(state_dtype(x)) / flow.scale(start)
+    # The state is cheap beside the network, and rounding adds up along a trajectory.
+    state = x.to(widest_float(x)) / flow.scale(start)
     options = {"rtol": rtol, "atol": atol, "step_control": step_control}
     solution = odeint(flow.velocity, state, u0, u1, method=method, grid=grid, args=args, **options)
     return Solution(
@@ -95,12 +97,6 @@ def check_batch(x: torch.Tensor, args: Sequence[torch.Tensor]) -> None:
 def model_dtype(x: torch.Tensor) -> torch.dtype:
     """Precision in which the network is called."""
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def state_dtype(x: torch.Tensor) -> torch.dtype:
-    """Precision of the integration."""
-    # The state is cheap beside the network, and rounding adds up along a trajectory; Apple's devices lack float64.
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -129,7 +125,7 @@ class Flow:
     def point(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The path's time and scale at `u`, and the `a, b` of `dy/du = a * y + b * model_output`."""
         # On the CPU in float64, as coefficients are everywhere.
-        t = self.coordinates.time(u.to(device="cpu", dtype=torch.float64))
+        t = self.coordinates.time(to_float64(u))
         on_sample, on_output = self.coordinates.coefficients(t, self.prediction_type)
         scale = self.coordinates.scale_at(t)
         return t, scale, on_sample * scale, on_output

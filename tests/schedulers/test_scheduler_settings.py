@@ -282,3 +282,29 @@ def test_settings_that_are_asked_for_together_are_still_refused() -> None:
 def test_a_checkpoint_that_clips_takes_another_solver() -> None:
     ours = FlowMatchScheduler.from_config(DDIMScheduler().config, solver="ab2")
     assert (ours.config.solver, ours.config.clip_sample) == ("ab2", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"shift": "3.0"}, "shift.*'3.0'"),
+        ({"eta": "0.5"}, "eta.*'0.5'"),
+        ({"sigma_data": True}, "sigma_data.*True"),
+        ({"s_churn": None}, "s_churn.*None"),
+        ({"max_shift": "1.15"}, "max_shift.*'1.15'"),
+        ({"base_image_seq_len": "256"}, "base_image_seq_len.*'256'"),
+        ({"use_karras_sigmas": "False"}, "use_karras_sigmas.*'False'"),
+        ({"clip_sample": "no"}, "clip_sample.*'no'"),
+        ({"use_dynamic_shifting": 1}, "use_dynamic_shifting.*1"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps.*'1000'"),
+    ],
+)
+def test_settings_given_as_text_are_refused(settings: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FlowMatchScheduler(**settings)
+
+
+@pytest.mark.parametrize("mu", ["1.0", None, float("nan")])
+def test_a_dynamic_shift_that_is_no_number_is_refused(mu: object) -> None:
+    with pytest.raises(ValueError, match="`mu` must be a number"):
+        FlowMatchScheduler(use_dynamic_shifting=True).set_timesteps(4, mu=mu)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..precision import widest_float
+
 
 @dataclass(frozen=True)
 class NoiseTest:
@@ -53,7 +55,7 @@ def noise_test(noise: torch.Tensor) -> NoiseTest:
         )
     if not bool(noise.isfinite().all()):
         raise ValueError("`noise` must be finite, got values that are not.")
-    noise = noise.double()
+    noise = noise.to(widest_float(noise))
     values = noise[0].numel()
     squares = noise.square().flatten(1).sum(1)
     # Wilson and Hilferty's cube root: normal to third order, where the sum of squares itself is skewed.

@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 import torch.nn.functional as F
 
+from ..precision import to_float64
+
 
 class LinearOperator:
     """
@@ -122,7 +124,7 @@ class BlurOperator(LinearOperator):
     def __init__(self, kernel: torch.Tensor, rcond: float = 1e-4) -> None:
         if kernel.ndim != 2 or not bool(kernel.isfinite().all()) or not bool(kernel.any()):
             raise ValueError(f"`kernel` must be a finite, non-zero matrix, got one of shape {tuple(kernel.shape)}.")
-        self.kernel = kernel.double()
+        self.kernel = to_float64(kernel)
         self.rcond = rcond
 
     @classmethod

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..precision import to_float64
+
 
 # Every process has all features: torchmetrics must not gather them once more.
 _ALONE = {"sync_on_compute": False}
@@ -168,7 +170,7 @@ def _covered(points: torch.Tensor, support: torch.Tensor, neighbours: int, block
         [torch.cdist(rows, support).kthvalue(neighbours + 1, dim=1).values for rows in support.split(block)]
     )
     inside = [(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(block)]
-    return torch.cat(inside).double().mean().item()
+    return to_float64(torch.cat(inside)).mean().item()
 
 
 def nearest(points: np.ndarray, reference: np.ndarray, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:

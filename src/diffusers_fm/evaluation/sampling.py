@@ -10,6 +10,7 @@ import torch
 
 from ..data.randomness import make_generator
 from ..pipelines import FlowMatchPipeline
+from ..precision import to_float64
 from ..training.validation import quiet_copy
 
 
@@ -148,10 +149,10 @@ def trajectories(
     x = noise.to(pipeline._execution_device) * pipeline.scheduler.init_noise_sigma
     args = () if labels is None else (torch.tensor(labels, device=x.device),)
     times = np.linspace(1.0, 0.0, num_points)
-    points = [x.double().flatten(1).cpu().numpy()]
+    points = [to_float64(x).flatten(1).numpy()]
     for before, after in zip(times, times[1:]):
         x = pipeline.transport(x, before, after, args, method="rk4", num_steps=steps_between, grading=1.0).x.float()
-        points.append(x.double().flatten(1).cpu().numpy())
+        points.append(to_float64(x).flatten(1).numpy())
     return times, np.stack(points)
 
 

@@ -63,7 +63,7 @@ class NetworkField:
 
     def __call__(self, x_t: torch.Tensor, t: torch.Tensor, *args: torch.Tensor) -> torch.Tensor:
         inverted = self.scheduler.config.invert_sigmas
-        timestep = self.scheduler.timestep_scale * (1 - t if inverted else t)
+        timestep = self.scheduler.timestep(t)
         output = self.predict(x_t, timestep, args, self.guidance_scale).to(x_t.dtype)
         return -output if inverted else output
 

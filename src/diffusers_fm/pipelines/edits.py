@@ -135,7 +135,7 @@ def _edit(
     # A copy with a step for each timestep, whatever the solver of the scheduler.
     grid = scheduler.with_settings(solver="euler", s_churn=0.0, invert_sigmas=False)
     grid.set_timesteps(options.num_inference_steps, mu=mu)
-    ratios = grid.sigmas[-options.num_steps - 1 :].double().tolist()
+    ratios = grid.sigmas[-options.num_steps - 1 :].tolist()
     nfe = 0
 
     def counted(predict: Predict) -> Predict:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..precision import to_float64, widest_float
 from .one_step import Tree, leaves, map_tensors
 
 
@@ -33,7 +34,7 @@ class TimeMap:
 
     def at(self, given: torch.Tensor, t: torch.Tensor, offered: float, rows: int) -> torch.Tensor:
         """The argument for one time a sample; the pipeline's own value where a sample has the offered time."""
-        t = t.to(given.device, torch.float32 if given.device.type == "mps" else torch.float64)
+        t = t.to(given.device, widest_float(given))
         t = t.repeat(rows // len(t)).reshape(-1, *[1] * (given.ndim - 1))
         value = (self.start + self.slope * t).broadcast_to(rows, *given.shape[1:])
         own = (t == offered).broadcast_to(value.shape)
@@ -97,7 +98,7 @@ class NetworkCalls:
         self.differentiable = any(leaf.requires_grad for leaf in leaves(output))
         if not self.gradients:
             self.outputs.append(map_tensors(_zeros, output))
-            self.cubes.append(sum(leaf.double().pow(3).sum() for leaf in leaves(output)))  # type: ignore[arg-type]
+            self.cubes.append(sum(leaf.to(widest_float(leaf)).pow(3).sum() for leaf in leaves(output)))  # type: ignore[arg-type]
         return output
 
     def beside(self, network: nn.Module, state: str, name: str) -> "NetworkCalls":
@@ -109,7 +110,7 @@ class NetworkCalls:
 
     def sign(self, velocity: torch.Tensor) -> str:
         """Sign of the network's output in terms of the velocity, whatever their order."""
-        cube = velocity.double().pow(3).sum()
+        cube = velocity.to(widest_float(velocity)).pow(3).sum()
         if len(self.cubes) == 1 and torch.isclose(self.cubes[0].abs(), cube.abs(), rtol=1e-3):
             return "+" if self.cubes[0].sign() == cube.sign() else "-"
         return "combined"
@@ -138,7 +139,7 @@ def find_times(
             continue
         if name == state or not numbers:
             return maps, name
-        low, middle, high = (torch.as_tensor(each).double() for each in given)
+        low, middle, high = (to_float64(torch.as_tensor(each)) for each in given)
         slope = (high - low) / (t[2] - t[0])
         start = low - t[0] * slope
         size = max(high.abs().max().item(), low.abs().max().item())

@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import unwrap_module
 
 from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood
 from ..models.autoencoding import encode_latents
+from ..precision import to_float64
 from .base import FlowMatchPipelineBase, FlowMatchPipelineOutput, NetworkField, flow_end
 from .checks import (
     Callback,
@@ -316,15 +317,15 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         data = torch.cat(ends)
         labels = self.prepare_class_labels(class_labels, 2, data.device)
         noise = self._carry(data, () if labels is None else (labels,), 0.0, 1.0, num_inference_steps)
-        a, b = noise.double().flatten(1)
+        a, b = to_float64(noise).flatten(1)
         angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
-        part = torch.linspace(0, 1, num_images, dtype=torch.float64, device=a.device)[:, None]
+        part = torch.linspace(0, 1, num_images, dtype=torch.float64)[:, None]
         if angle < 1e-6:
             between = a + part * (b - a)
         else:
             between = (torch.sin((1 - part) * angle) * a + torch.sin(part * angle) * b) / torch.sin(angle)
-        between = between.float().reshape(num_images, *noise.shape[1:])
-        args = () if labels is None else (torch.where(part[:, 0] < 0.5, labels[0], labels[1]),)
+        between = between.reshape(num_images, *noise.shape[1:]).float().to(noise.device)
+        args = () if labels is None else (torch.where((part[:, 0] < 0.5).to(labels.device), labels[0], labels[1]),)
         return self.to_images(self._carry(between, args, 1.0, 0.0, num_inference_steps), output_type)
 
     def log_likelihood(

@@ -12,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from ..applications.inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
 from ..applications.operators import LinearOperator, MaskOperator, check_operator
 from ..models.autoencoding import decode_latents, encode_latents
+from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import FlowMatchPipelineOutput, NetworkField
 from .checks import Callback, Generators, Images, Labels, is_number, is_whole, read_images
@@ -182,7 +183,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         scheduler = self.prepare_scheduler(eta, solver)
         latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
         self._lay_out(scheduler, latents, options)
-        times = scheduler.time(scheduler.timesteps.to("cpu", torch.float64))
+        times = scheduler.time(to_float64(scheduler.timesteps))
         path, prediction_type = scheduler.path, self.scheduler.config.prediction_type
         path.coefficients(times, prediction_type, "sample")
 

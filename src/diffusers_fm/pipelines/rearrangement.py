@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..precision import to_float64, widest_float
+
 
 # Place numbers up to its square are written in two digits, each exact in float32.
 BASE = 4096
@@ -37,7 +39,7 @@ class Rearrangement:
         places = torch.arange(size)
 
         def answer(values: torch.Tensor) -> torch.Tensor:
-            return function(values.float().reshape(1, *shape)).double().cpu()
+            return to_float64(function(values.float().reshape(1, *shape)))
 
         offset = answer(torch.zeros(size))
         y_shape, offset = tuple(offset.shape[1:]), offset.flatten()
@@ -53,7 +55,7 @@ class Rearrangement:
         found = cls(offset, scale, place, shape, y_shape)
         probe = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
         seen = answer(probe)
-        error = (seen - found(probe).double()).abs().max().item()
+        error = (seen - to_float64(found(probe))).abs().max().item()
         if not error <= 1e-4 * seen.abs().max().item():
             raise ValueError(f"{name} does more than move, scale and offset numbers: that is off by {error:.1e}.")
         return found
@@ -73,5 +75,5 @@ class Rearrangement:
         return flat[:, place.argsort()].reshape(len(y), *self.x_shape).to(y.dtype)
 
     def _on(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+        dtype = widest_float(x)
         return self.offset.to(x.device, dtype), self.scale.to(x.device, dtype), self.place.to(x.device)

@@ -16,6 +16,7 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
 from ..coordinates import Coordinates, angle_of_ratio, ratio_of_angle
+from ..precision import to_float64
 from .multistep import adams_increments
 from .scheduling_flow_match import FlowMatchScheduler
 
@@ -203,7 +204,7 @@ class _Watcher(FlowMatchScheduler):
     def normalised(self, sample: torch.Tensor) -> torch.Tensor:
         """The sample of this turn in the angle's coordinates; the first one is noise as it is at t = 1."""
         t = torch.tensor(self._stages[self.turns].t if self.turns else 1.0, dtype=torch.float64)
-        return sample.double() / self.scale(self.path.alpha(t), self.path.sigma(t))
+        return to_float64(sample) / self.scale(self.path.alpha(t), self.path.sigma(t))
 
     def scale(self, alpha: Any, sigma: Any) -> float:
         coordinates = Coordinates(self.path, "angle", self.config.sigma_data)
@@ -218,14 +219,14 @@ class _Recorder(_Watcher):
             self.points: list[torch.Tensor] = []
         self.points.append(self.normalised(sample).to(torch.promote_types(sample.dtype, torch.float32)))
         result = super().step(model_output, timestep, sample, *args, **kwargs)
-        self.end = result[0]
+        self.end = result[0].clone()
         self.turns += 1
         return result
 
     def at(self, angle: float) -> torch.Tensor:
         """The trajectory at an angle, by the polynomial through the four nearest points."""
         if angle == 0.0:
-            return self.end.double() / self.scale(1.0, 0.0)
+            return to_float64(self.end) / self.scale(1.0, 0.0)
         ratios = torch.tensor([stage.ratio for stage in self._stages], dtype=torch.float64)
         angles = angle_of_ratio(ratios, self.config.sigma_data)
         first = min(max(int((angles > angle).sum()) - 2, 0), len(angles) - 4)
@@ -238,7 +239,7 @@ class _Recorder(_Watcher):
 
     def error(self, end: torch.Tensor) -> float:
         """The relative error of another loop's end; infinite if it is not finite."""
-        error = float((end.double() - self.end.double()).norm() / self.end.double().norm())
+        error = float((to_float64(end) - to_float64(self.end)).norm() / to_float64(self.end).norm())
         return error if math.isfinite(error) else math.inf
 
 
@@ -256,9 +257,9 @@ class _Fitter(_Watcher):
 
     def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
         stage, point = self._stages[self.turns], self.normalised(sample)
-        if self.turns == 0 and not torch.allclose(point, self.reference.points[0].double(), rtol=1e-3, atol=1e-3):
+        if self.turns == 0 and not torch.allclose(point, to_float64(self.reference.points[0]), rtol=1e-3, atol=1e-3):
             raise ValueError("`run` must draw the same noise for the same seed, whatever the number of steps.")
-        derivative = stage.on_sample * sample.double() + stage.on_output * model_output.double()
+        derivative = stage.on_sample * to_float64(sample) + stage.on_output * to_float64(model_output)
         self.derivatives = [*self.derivatives, derivative][-self.history :]
         target = self.reference.at(self.angles[self.turns + 1])
 
@@ -274,6 +275,6 @@ class _Fitter(_Watcher):
         self.weights.append(weights)
         self.keep.append(keep)
         moved = (fitted @ columns).reshape(point.shape)
-        self.end = (self.scale(*stage.end) * moved).to(sample.dtype)
+        self.end = (self.scale(*stage.end) * moved).to(sample.device, sample.dtype)
         self.turns += 1
         return (self.end,) if kwargs.get("return_dict") is False else FlowMatchEulerDiscreteSchedulerOutput(self.end)

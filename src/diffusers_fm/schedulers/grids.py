@@ -3,7 +3,6 @@
 Grids of straight times, `sigma / (alpha + sigma)`: their spacings, checks and inversions.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral
 
@@ -92,30 +91,6 @@ def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, st
     else:
         timesteps = index.flip(0) * (num_train_timesteps // num_steps) + steps_offset
     return timesteps.clamp(0, num_train_timesteps - 1)
-
-
-def to_list(name: str, values: Sequence[float] | torch.Tensor | None) -> list[float] | None:
-    """
-    A grid that a user gave, as a list.
-
-    Args:
-        name (`str`):
-            What the values are called.
-        values (`list[float]`, `np.ndarray` or `torch.Tensor` of shape `(n,)`, *optional*):
-            The values.
-
-    Returns:
-        `list[float]` or `None`: The values, if given.
-
-    Raises:
-        ValueError: If they are not a list of numbers.
-    """
-    if values is None:
-        return None
-    tensor = torch.as_tensor(values, dtype=torch.float64)
-    if tensor.ndim != 1:
-        raise ValueError(f"`{name}` must be a list of numbers, got the shape {tuple(tensor.shape)}.")
-    return tensor.tolist()
 
 
 def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None) -> None:

@@ -9,11 +9,12 @@ weights, whatever the path, the prediction type and the solver.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from ..coordinates import Coordinates, Row
-from ..paths import ConditionalPath
+from ..paths import ConditionalPath, OTPath
 from ..solvers import ADAMS, TABLEAUX, ButcherTableau
 from .multistep import CalibratedSteps, adams_increments
 
@@ -21,6 +22,9 @@ from .multistep import CalibratedSteps, adams_increments
 RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
 SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
+
+# Where a stage of the path's own ODE is put that would lie at t = 0, if the path's rates are infinite there.
+LEAST_NATIVE_TIME = 1e-7
 
 # Steps of DPM-Solver++(2M) are of order 2 unless they are longer, in log-SNR, than the one before by more than this.
 MAX_LOG_SNR_GROWTH = 3.0
@@ -40,8 +44,7 @@ def runge_kutta_tableau(solver: str) -> ButcherTableau:
     return TABLEAUX[solver if solver in RUNGE_KUTTA else "euler"].without_error_estimate()
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(NamedTuple):
     """
     One turn of the loop: a call of the network at `x` and what becomes of its answer.
 
@@ -73,6 +76,9 @@ class Stage:
             Standard deviation of the noise that is added.
         retain (`int`):
             How many of the latest derivatives later stages still need.
+        estimates (`tuple[float, ...]`, *optional*):
+            Where the data estimate is clipped: the weights of `x` and the answer in it, those in the noise estimate,
+            and of both estimates in the result.
     """
 
     t: float
@@ -86,6 +92,19 @@ class Stage:
     end: tuple[float, float]
     noise: float = 0.0
     retain: int = 0
+    estimates: tuple[float, ...] | None = None
+
+
+def stage_table(stages: Sequence[Stage]) -> torch.Tensor:
+    """The numbers of all stages, a row each, for compiled steps: their columns are read by `SamplingLoop`."""
+    longest = max(len(stage.weights) for stage in stages)
+    rows = [
+        (stage.on_sample, stage.on_output, stage.keep, stage.noise, float(stage.first), *(stage.estimates or ()))
+        + (0.0,) * (longest - len(stage.weights))
+        + stage.weights
+        for stage in stages
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def end_point(path: ConditionalPath, ratios: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,6 +151,8 @@ class SamplingPlan:
             Form and scale of the diffusion coefficient of `euler_maruyama`.
         calibrated_steps (`tuple[CalibratedSteps, ...]`):
             What `calibrated` was fitted to.
+        clips (`bool`):
+            Whether the data estimate is clipped.
     """
 
     path: ConditionalPath
@@ -143,13 +164,14 @@ class SamplingPlan:
     churn: tuple[float, float, float, float]
     diffusion: tuple[str, float]
     calibrated_steps: tuple[CalibratedSteps, ...] = ()
+    clips: bool = False
 
     def stages(self, ratios: torch.Tensor) -> list[Stage]:
         """
         Lay out the solver over a grid.
 
-        Where the last step of a Runge-Kutta method leads beyond the path's own end (`ratio_min` above 0), or its last
-        stage would lie where the derivative is undefined, it is one straight Euler step: a jump to the data estimate.
+        Where the last step of a Runge-Kutta method leads beyond the path's own end (`ratio_min` above 0), or the
+        answer at its last stage determines no estimate of the noise, it is one straight Euler step to the data.
 
         Args:
             ratios (`torch.Tensor` of shape `(steps + 1,)`):
@@ -161,10 +183,13 @@ class SamplingPlan:
         Raises:
             ValueError: If the derivative is undefined where the grid begins.
         """
+        if self.sampling_path == "ot" and self.path == OTPath():
+            # Its own coordinates are the straight ones, and need no conversions.
+            return replace(self, sampling_path="native").stages(ratios)
         coordinates = Coordinates(self.path, self.sampling_path, self.sigma_data)
         if self.solver == "euler_maruyama":
             return self._euler_maruyama(coordinates, ratios)
-        if self.eta > 0:
+        if self.eta > 0 or self.clips:
             return self._renoised(ratios)
         if self.solver == "dpmpp_2m":
             return _with_retention(self._dpmpp_2m(ratios))
@@ -178,7 +203,7 @@ class SamplingPlan:
             jumps = ratios[-1].item() < self.path.ratio_min and self.sampling_path == "native"
             body = self._adams(coordinates, ratios[:-1] if jumps else ratios)
         else:
-            jumps = self._jumps(coordinates, tableau, ratios[-1].item())
+            jumps = self._jumps(tableau, ratios[-1].item())
             steps = len(ends) - jumps
             body = self._runge_kutta(coordinates, tableau, starts[:steps], ends[:steps])
         if jumps:
@@ -191,15 +216,13 @@ class SamplingPlan:
     def _coefficients(self, t: torch.Tensor, target: str | Row) -> Row:
         return self.path.coefficients(t, self.prediction_type, target)
 
-    def _jumps(self, coordinates: Coordinates, tableau: ButcherTableau, end: float) -> bool:
-        if end < self.path.ratio_min:
-            return True
+    def _jumps(self, tableau: ButcherTableau, end: float) -> bool:
+        """Whether the last step leads beyond the path, or has a stage where the answer determines no derivative."""
+        if end < self.path.ratio_min or end > 0.0 or max(tableau.c) < 1.0:
+            return end < self.path.ratio_min
         zero = torch.zeros((), dtype=torch.float64)
-        if end > 0.0 or max(tableau.c) < 1.0:
-            return False
-        if self.sampling_path == "native" and not math.isfinite(self.path.d_sigma(zero).item()):
-            return True
-        return not bool(self.path.determines(zero, self.prediction_type, coordinates.derivative(zero)))
+        straight = Coordinates(self.path, "ot", self.sigma_data)
+        return not bool(self.path.determines(zero, self.prediction_type, straight.derivative(zero)))
 
     def _runge_kutta(
         self, coordinates: Coordinates, tableau: ButcherTableau, starts: torch.Tensor, ends: torch.Tensor
@@ -207,6 +230,9 @@ class SamplingPlan:
         u = coordinates.node(starts)
         steps = coordinates.node(ends) - u
         t = coordinates.time(u[:, None] + steps[:, None] * u.new_tensor(tableau.c))
+        if self.sampling_path == "native" and not math.isfinite(self.path.d_sigma(t.new_zeros(())).item()):
+            # The rates of VP are infinite at t = 0, where its flow is smooth: its last stage lies beside that.
+            t = t.clamp(min=LEAST_NATIVE_TIME)
         scale = coordinates.scale_at(t)
         on_sample, on_output = coordinates.coefficients(t, self.prediction_type)
         end_alpha, end_sigma = end_point(self.path, ends)
@@ -314,7 +340,12 @@ class SamplingPlan:
         noise_sample, noise_output = self._coefficients(t, "epsilon")
         keep = end_alpha * data_sample + noise * noise_sample
         weights = [(weight,) for weight in (end_alpha * data_output + noise * noise_output).tolist()]
-        return self._single_stages(ratios, t, self.prediction_type, keep, weights, fresh)
+        stages = self._single_stages(ratios, t, self.prediction_type, keep, weights, fresh)
+        if self.clips:
+            columns = (data_sample, data_output, noise_sample, noise_output, end_alpha, noise)
+            estimates = torch.stack(columns, dim=1).tolist()
+            stages = [stage._replace(estimates=tuple(row)) for stage, row in zip(stages, estimates)]
+        return stages
 
     def _euler_maruyama(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
         """
@@ -376,8 +407,7 @@ class SamplingPlan:
         noise = torch.sqrt((up_sigma.square() - (lift * sigma).square()).clamp(min=0)) * self.churn[3]
         churn = iter(zip(lift.tolist(), noise.tolist()))
         return [
-            replace(
-                stage,
+            stage._replace(
                 keep=stage.keep * factor,
                 weights=tuple(factor * weight for weight in stage.weights),
                 noise=level,
@@ -399,9 +429,11 @@ def _without_leading_zeros(row: tuple[float, ...]) -> tuple[float, ...]:
 
 def _with_retention(stages: list[Stage]) -> list[Stage]:
     """Note for each stage how many derivatives those after it look back on."""
+    if all(len(stage.weights) == 1 for stage in stages):
+        return stages
     retain = 0
     counted: list[Stage] = []
     for stage in reversed(stages):
-        counted.append(replace(stage, retain=retain))
+        counted.append(stage._replace(retain=retain))
         retain = max(len(stage.weights) - 1, retain - 1, 0)
     return counted[::-1]

@@ -3,8 +3,7 @@
 
 import difflib
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,21 +14,19 @@ from diffusers import (
     SchedulerMixin,
 )
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import ModelCard
 
 from ..hub.cards import CardContent, model_card
 from ..hub.push import PushMixin
 from ..paths import ConditionalPath, lift, make_path
-from .grids import check_lengths, check_times, integer_timesteps, interpolate, spaced_ratios, to_list
+from .grids import interpolate
 from .multistep import read_calibration
-from .sampling_plan import SamplingPlan, Stage, runge_kutta_tableau
-from .settings import PATH_SETTINGS, check_number, check_settings, leaving_settings
+from .sampling_loop import SamplingLoop
+from .settings import PATH_SETTINGS, check_settings, leaving_settings
 from .stock_configs import stock_flow_config, translate_stock_config
 
 
-class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
+class FlowMatchScheduler(PushMixin, SamplingLoop):
     """
     Flow matching on any Gaussian path: the one carrier of the path for training, sampling and likelihood.
 
@@ -192,14 +189,7 @@ class FlowMatchScheduler(PushMixin, FlowMatchEulerDiscreteScheduler):
             # Before `set_timesteps`, every time a network is trained at, as in stock schedulers.
             t = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
             self.sigmas, self.timesteps = self.path.ratio(t).float(), (self.timestep_scale * t).float()
-        self.num_inference_steps: int | None = None
-        self._ratios = torch.empty(0, dtype=torch.float64)
-        self._laid_out = torch.empty(0)
-        self._stages: list[Stage] = []
-        # Times that the user gave beside sigmas: (sigmas rising, timesteps), which then tie one to the other.
-        self._given_times: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._step_start: torch.Tensor | None = None
-        self._derivatives: list[torch.Tensor] = []
+        self._forget_loop()
 
     @classmethod
     def from_config(
@@ -356,20 +346,9 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
     # What pipelines read
 
     @property
-    def order(self) -> int:
-        """Turns of the sampling loop for each step: the stages of the solver."""
-        return runge_kutta_tableau(self.config.solver).stages
-
-    @property
     def init_noise_sigma(self) -> float:
         """The scale of the noise from which sampling starts: 1, save on paths that grow (VE)."""
         return self.path.prior_std
-
-    @property
-    def timestep_scale(self) -> float:
-        """`timestep / t`: `num_train_timesteps`, on `vp_discrete` one less: integer timesteps are its knots."""
-        last_knot = self.config.path == "vp_discrete"
-        return float(self.config.num_train_timesteps - last_knot)
 
     def time(self, timestep: torch.Tensor | float) -> torch.Tensor:
         """
@@ -389,10 +368,6 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
             return self._untied_time(timestep)
         ratios, timesteps = (table.to(timestep) for table in self._given_times)
         return self.path.time_at(interpolate(timestep, timesteps, ratios))
-
-    def _untied_time(self, timestep: torch.Tensor) -> torch.Tensor:
-        t = timestep / self.timestep_scale
-        return 1 - t if self.config.invert_sigmas else t
 
     def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor | float | None = None) -> torch.Tensor:
         """
@@ -436,9 +411,7 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         Raises:
             ValueError: If noise is missing or a timestep is out of range.
         """
-        if noise is None:
-            raise ValueError("`noise` must be a tensor of the shape of the sample, got None.")
-        return self.path.sample(original_samples, noise, self._checked_time(timesteps))
+        return self.path.sample(original_samples, noise, self._checked_time(timesteps, original_samples, noise))
 
     def scale_noise(
         self, sample: torch.Tensor, timestep: torch.Tensor | float, noise: torch.Tensor | None = None
@@ -480,7 +453,7 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         Raises:
             ValueError: If a timestep is out of range, or the velocity has no limit there (VP at 0).
         """
-        return self.path.velocity(sample, noise, self._checked_time(timesteps))
+        return self.path.velocity(sample, noise, self._checked_time(timesteps, sample, noise))
 
     def get_target(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """
@@ -500,411 +473,28 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         Raises:
             ValueError: If a timestep is out of range, or the target has no limit there.
         """
-        target = self.path.target(sample, noise, self._checked_time(timesteps), self.config.prediction_type)
+        t = self._checked_time(timesteps, sample, noise)
+        target = self.path.target(sample, noise, t, self.config.prediction_type)
         return -target if self.config.invert_sigmas else target
 
-    def _checked_time(self, timesteps: torch.Tensor | float) -> torch.Tensor:
+    def _checked_time(
+        self, timesteps: torch.Tensor | float, sample: torch.Tensor, noise: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The path's times of samples, once all of it is known to fit."""
+        if noise is None or noise.shape != sample.shape:
+            shape = None if noise is None else tuple(noise.shape)
+            raise ValueError(
+                f"`noise` must be a tensor of the shape of the sample, {tuple(sample.shape)}, got {shape}."
+            )
         timesteps = torch.as_tensor(timesteps)
+        if timesteps.shape not in ((), (1,), sample.shape[:1]):
+            raise ValueError(
+                f"`timesteps` must be one number or one for each of {len(sample)} samples, got the shape "
+                f"{tuple(timesteps.shape)}."
+            )
         if timesteps.device.type == "cpu":
             outside = (timesteps < 0) | (timesteps > self.timestep_scale * (1 + 1e-6)) | timesteps.isnan()
             if bool(outside.any()):
                 value = timesteps[outside].flatten()[0].item()
                 raise ValueError(f"`timesteps` must lie in [0, {self.timestep_scale:g}], got {value:g}.")
         return self.time(timesteps).clamp(0, 1)
-
-    # The sampling grid
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Sequence[float] | torch.Tensor | None = None,
-        mu: float | None = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
-    ) -> None:
-        """
-        Lay out the sampling loop: `timesteps` for the network, `sigmas` (one longer) for those who look.
-
-        Args:
-            num_inference_steps (`int`, *optional*):
-                Number of steps, each of `order` calls of the network.
-            device (`str` or `torch.device`, *optional*):
-                Where `timesteps` and `sigmas` go.
-            sigmas (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*):
-                A grid of straight times, descending in [0, 1], before shifting; the end is appended. Values above the
-                path's own start are moved to it.
-            mu (`float`, *optional*):
-                The dynamic shift; needed with `use_dynamic_shifting`, ignored without.
-            timesteps (`list[float]`, `np.ndarray` or `torch.Tensor`, *optional*):
-                Times for the network, descending in [0, `timestep_scale`]. Alone they are the grid, unshifted (with
-                `timestep_spacing="linspace"` stock shifts the sigmas that belong to them, and so does this); beside
-                `sigmas` they are only handed on.
-
-        Raises:
-            ValueError: If nothing or contradicting things are given, values are out of range or not descending, or the
-                path has no defined derivative at the start of the grid for this `prediction_type`.
-        """
-        sigmas, timesteps = to_list("sigmas", sigmas), to_list("timesteps", timesteps)
-        check_lengths(num_inference_steps, sigmas, timesteps)
-        check_times("sigmas", sigmas, 1.0)
-        # Where the network's time runs backwards (Mochi), so do the timesteps; the sigmas are given as ever.
-        check_times("timesteps", timesteps, self.timestep_scale, rising=self.config.invert_sigmas)
-        if self.config.use_dynamic_shifting and (sigmas is not None or timesteps is None):
-            linear = self.config.time_shift_type == "linear"
-            if mu is None or not math.isfinite(mu) or (linear and mu <= 0):
-                accepted = "a number above 0" if linear else "a number"
-                raise ValueError(f"`mu` must be {accepted} with `use_dynamic_shifting`, got {mu!r}.")
-        # Stock reads timesteps as sigmas, which is not what an inverted network calls them.
-        stock_grid = (
-            self.config.timestep_spacing == "linspace"
-            and self.config.path != "vp_discrete"
-            and self.config.sampling_path != "native"
-            and not (self.config.invert_sigmas and timesteps is not None)
-        )
-
-        # 1. Straight times at which steps begin, and where they end
-        if self.config.solver == "calibrated":
-            ratios = self._calibrated_ratios(num_inference_steps, sigmas, timesteps)
-        elif sigmas is None and timesteps is not None and not stock_grid:
-            ratios = self.path.ratio(self._untied_time(torch.tensor(timesteps, dtype=torch.float64)))
-        elif sigmas is not None or stock_grid:
-            ratios = self._shifted(num_inference_steps, sigmas, mu, timesteps)
-        else:
-            ratios = self._spaced(num_inference_steps)
-            if self._transforms_grid:
-                ratios = self._shifted(None, ratios.tolist(), mu, None)
-        end = 0.0 if self.config.final_sigmas_type == "zero" else self.path.ratio_min
-        ratios = ratios.clamp(self.path.ratio_min, self.path.ratio_max)
-        ratios = torch.cat([ratios, ratios.new_tensor([end])])
-
-        # 2. What each turn of the loop does
-        self._ratios = ratios
-        self._stages = self._plan().stages(ratios)
-
-        # 3. What the network and the pipeline are told
-        stage_ratios = torch.tensor([stage.ratio for stage in self._stages] + [end], dtype=torch.float64)
-        self._given_times = None
-        if timesteps is not None and (sigmas is not None or stock_grid):
-            last = self.timestep_scale if self.config.invert_sigmas else 0.0
-            self._given_times = (ratios.flip(0), torch.tensor([*timesteps, last], dtype=torch.float64).flip(0))
-            network_times = interpolate(stage_ratios[:-1], *self._given_times)
-        else:
-            t = torch.tensor([stage.t for stage in self._stages], dtype=torch.float64)
-            network_times = self.timestep_scale * (1 - t if self.config.invert_sigmas else t)
-        sigmas_seen = 1 - stage_ratios if self.config.invert_sigmas else stage_ratios
-        self._laid_out = sigmas_seen.to(torch.float32)
-        # A copy, since pipelines write into it (Cosmos).
-        self.sigmas = self._laid_out.to(device, copy=True)
-        self.timesteps = network_times.to(torch.float32).to(device)
-        self.num_inference_steps = len(ratios) - 1
-        self._step_index = None
-        self._begin_index = None
-        self._step_start, self._derivatives = None, []
-
-    def _plan(self) -> SamplingPlan:
-        config = self.config
-        s_tmax = float("inf") if config.s_tmax is None else config.s_tmax
-        return SamplingPlan(
-            path=self.path,
-            prediction_type=config.prediction_type,
-            solver=config.solver,
-            sampling_path=config.sampling_path,
-            sigma_data=config.sigma_data,
-            eta=float("inf") if config.stochastic_sampling else config.eta,
-            churn=(config.s_churn, config.s_tmin, s_tmax, config.s_noise),
-            diffusion=(config.diffusion_form, config.diffusion_scale),
-            calibrated_steps=tuple(self._calibrated_steps.values()),
-        )
-
-    @property
-    def _transforms_grid(self) -> bool:
-        config = self.config
-        grids = (config.use_karras_sigmas, config.use_exponential_sigmas, config.use_beta_sigmas)
-        return self.shift != 1.0 or config.use_dynamic_shifting or bool(config.shift_terminal) or any(grids)
-
-    def _shifted(
-        self,
-        num_inference_steps: int | None,
-        sigmas: list[float] | None,
-        mu: float | None,
-        timesteps: list[float] | None,
-    ) -> torch.Tensor:
-        """Straight times after shift, stretch and Karras-like grids, by stock's own code, in its float32."""
-        super().set_timesteps(num_inference_steps, sigmas=sigmas, mu=mu, timesteps=timesteps)
-        ratios = self.sigmas[:-1].to(torch.float64)
-        return 1 - ratios if self.config.invert_sigmas else ratios
-
-    def _spaced(self, num_inference_steps: int) -> torch.Tensor:
-        """Straight times of `timestep_spacing` before any shift."""
-        config, spacing = self.config, self.config.timestep_spacing
-        if config.path == "vp_discrete" and spacing != "graded":
-            timesteps = integer_timesteps(
-                spacing, num_inference_steps, config.num_train_timesteps, config.steps_offset
-            )
-            return self.path.ratio(timesteps / self.timestep_scale)
-        native = config.sampling_path == "native"
-        return spaced_ratios(
-            self.path, spacing, num_inference_steps, native, config.sigma_data, config.num_train_timesteps
-        )
-
-    def _calibrated_ratios(
-        self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
-    ) -> torch.Tensor:
-        """Straight times of the calibration. Equal steps, which pipelines give on their own, ask for no other grid."""
-        num_steps = num_inference_steps if sigmas is None else len(sigmas)
-        equal = torch.arange(num_steps or 0, 0, -1, dtype=torch.float64) / max(num_steps or 1, 1)
-        plain = sigmas is None or torch.allclose(equal.new_tensor(sigmas), equal, rtol=0.0, atol=1e-4)
-        if timesteps is not None or not plain:
-            raise ValueError(
-                "The grid of the solver 'calibrated' is that of its calibration, got other "
-                f"{'sigmas' if timesteps is None else 'timesteps'}."
-            )
-        if num_steps not in self._calibrated_steps:
-            raise ValueError(
-                f"`num_inference_steps` must be one that was calibrated, {sorted(self._calibrated_steps)}, got "
-                f"{num_steps}."
-            )
-        return torch.tensor(self._calibrated_steps[num_steps].sigmas, dtype=torch.float64)
-
-    def stretch_shift_to_terminal(self, t: Any) -> Any:
-        """Stock's stretch to `shift_terminal`; a grid of one step, for which that is 0 / 0, is left alone."""
-        return t if len(t) == 1 else super().stretch_shift_to_terminal(t)
-
-    def _convert_to_karras(self, in_sigmas: Any, num_inference_steps: int) -> Any:
-        return self._over_levels(super()._convert_to_karras, in_sigmas, num_inference_steps)
-
-    def _convert_to_exponential(self, in_sigmas: Any, num_inference_steps: int) -> Any:
-        return self._over_levels(super()._convert_to_exponential, in_sigmas, num_inference_steps)
-
-    def _convert_to_beta(self, in_sigmas: Any, num_inference_steps: int, alpha: float = 0.6, beta: float = 0.6) -> Any:
-        convert = super()._convert_to_beta
-        return self._over_levels(lambda levels, n: convert(levels, n, alpha, beta), in_sigmas, num_inference_steps)
-
-    def _over_levels(self, convert: Callable[[Any, int], Any], in_sigmas: Any, num_inference_steps: int) -> Any:
-        """Stock's flow schedulers lay these grids over straight times, its diffusion schedulers over sigma / alpha."""
-        if min(in_sigmas) <= 0:
-            raise ValueError(f"Karras, exponential and beta grids need `sigmas` above 0, got {min(in_sigmas):g}.")
-        if self.config.path != "vp_discrete":
-            return convert(in_sigmas, num_inference_steps)
-        if max(in_sigmas) >= 1:
-            raise ValueError(
-                f"Karras, exponential and beta grids need a finite sigma / alpha where they begin, and {self.path} "
-                "begins in pure noise."
-            )
-        levels = convert(in_sigmas / (1 - in_sigmas), num_inference_steps)
-        return levels / (1 + levels)
-
-    def set_shift(self, shift: float) -> None:
-        """
-        Change the static shift of the grids to come.
-
-        Args:
-            shift (`float`):
-                Above 0; 1 changes nothing.
-
-        Raises:
-            ValueError: If it is not.
-        """
-        check_number("shift", shift)
-        if self.config.solver == "calibrated" and shift != 1.0:
-            raise ValueError(
-                f"The grid of the solver 'calibrated' is that of its calibration, got the shift {shift!r}."
-            )
-        # Stock's grid, `linspace`, ends where the shift of the constructor puts it: that is kept in files too.
-        self.register_to_config(shift=shift, _linspace_shift=self.config.get("_linspace_shift", self.config.shift))
-        super().set_shift(shift)
-
-    def _spread_linspace(self, shift: float) -> None:
-        """Give `linspace` the ends that it has in a scheduler constructed with this shift."""
-        if not self.config.use_dynamic_shifting:
-            ends = torch.tensor([1 / self.config.num_train_timesteps, 1.0])
-            self.sigma_min, self.sigma_max = (shift * ends / (1 + (shift - 1) * ends)).tolist()
-
-    # The sampling loop
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """
-        Say where in `timesteps` the loop begins, as image-to-image pipelines do.
-
-        Args:
-            begin_index (`int`, *optional*, defaults to 0):
-                The index of the loop's first turn, the first of a step.
-
-        Raises:
-            ValueError: If it is below 0.
-        """
-        if begin_index < 0:
-            raise ValueError(f"`begin_index` must be at least 0, got {begin_index!r}.")
-        super().set_begin_index(begin_index)
-
-    def index_for_timestep(
-        self, timestep: float | torch.Tensor, schedule_timesteps: torch.Tensor | None = None
-    ) -> int:
-        """
-        The turn of the loop that begins a step nearest to a timestep, whether or not that is on the grid.
-
-        Args:
-            timestep (`float` or `torch.Tensor` of shape `()`):
-                A timestep of the network.
-            schedule_timesteps (`torch.Tensor`, *optional*):
-                Timesteps to search in place of the grid.
-
-        Returns:
-            `int`: The index in `timesteps`.
-        """
-        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        distance = (grid.to("cpu", torch.float64) - float(timestep)).abs()
-        if schedule_timesteps is None and self._stages:
-            # A step may begin at the time at which the one before had its last stage.
-            distance[[not stage.first for stage in self._stages]] = float("inf")
-        return int(distance.argmin())
-
-    def step(
-        self,
-        model_output: torch.Tensor,
-        timestep: float | torch.Tensor,
-        sample: torch.Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        per_token_timesteps: torch.Tensor | None = None,
-        return_dict: bool = True,
-    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[torch.Tensor]:
-        """
-        One turn of the sampling loop: from the network's answer to its next input.
-
-        After the last stage of a step the result is the sample at the next grid point, before that the input of the
-        next stage. The arithmetic is in float32 (float64 for float64 samples).
-
-        Args:
-            model_output (`torch.Tensor` of shape `(batch_size, ...)`):
-                The network's answer, of `prediction_type`.
-            timestep (`float` or `torch.Tensor` of shape `()`):
-                The current element of `timesteps`; only the first call reads it, to find its place if no begin index
-                was set.
-            sample (`torch.Tensor` of shape `(batch_size, ...)`):
-                What the network was given, `x_t`.
-            s_churn (`float`, *optional*, defaults to 0.0):
-                Only 0 is accepted.
-            s_tmin (`float`, *optional*, defaults to 0.0):
-                Belongs to `s_churn`.
-            s_tmax (`float`, *optional*, defaults to infinity):
-                Belongs to `s_churn`.
-            s_noise (`float`, *optional*, defaults to 1.0):
-                Belongs to `s_churn`.
-            generator (`torch.Generator` or a list of them, *optional*):
-                For `stochastic_sampling`.
-            per_token_timesteps (`torch.Tensor` of shape `(batch_size, tokens)`, *optional*):
-                A timestep for each token, as stock does it. OT path with `flow_prediction` and Euler only.
-            return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return an output class.
-
-        Returns:
-            `FlowMatchEulerDiscreteSchedulerOutput` or `tuple`: With `prev_sample`, in the dtype of `model_output`.
-
-        Raises:
-            ValueError: If the timestep is an integer index, the loop has not been laid out or is over, it is entered
-                in the middle of a step, or an option is not available.
-        """
-        if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"`timestep` must be one of the floats in `scheduler.timesteps`, got {timestep!r}.")
-        if s_churn != 0:
-            raise ValueError(
-                f"Churn is set in the scheduler's configuration; `step` takes `s_churn` 0, got {s_churn!r}."
-            )
-        if not self._stages:
-            raise ValueError("`set_timesteps` must be called before `step`.")
-        if per_token_timesteps is not None:
-            self._check_per_token()
-            return super().step(
-                model_output,
-                timestep,
-                sample,
-                generator=generator,
-                per_token_timesteps=per_token_timesteps,
-                return_dict=return_dict,
-            )
-        index = self._init_step_index(timestep) if self._step_index is None else self._step_index
-        if index >= len(self._stages):
-            raise ValueError(f"The sampling loop has {len(self._stages)} turns, got one more; call `set_timesteps`.")
-
-        stage = self._stages[index]
-        x = sample.to(torch.promote_types(sample.dtype, torch.float32))
-        answer = -model_output if self.config.invert_sigmas else model_output
-        if self.config.clip_sample:
-            result = self._clipped(stage, x, answer)
-        else:
-            result = self._integrate(stage, x, answer)
-        if stage.noise != 0.0:
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            result = torch.add(result, noise, alpha=stage.noise)
-        self._step_index = index + 1
-        result = result.to(model_output.dtype)
-        return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
-
-    def _init_step_index(self, timestep: float | torch.Tensor) -> int:
-        super()._init_step_index(timestep)
-        index = int(self._step_index)
-        self._step_start, self._derivatives = None, []
-        if self._begin_index is None and self.order == 1 and not torch.equal(self.sigmas.cpu(), self._laid_out):
-            # The pipeline has changed the grid. To look at it here stalls a device no more than the look-up above.
-            self._laid_out = self.sigmas.cpu().clone()
-            ratios = self._laid_out.double()
-            self._ratios = 1 - ratios if self.config.invert_sigmas else ratios
-            self._stages = self._plan().stages(self._ratios)
-        if index > 0 and self._stages[index].first and len(self._stages[index].weights) > 1:
-            # A multistep method that begins later has no earlier derivatives: it starts up from there.
-            self._stages[index:] = self._plan().stages(self._ratios[index:])
-        return index
-
-    def _integrate(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        if stage.first:
-            start = x
-        elif self._step_start is not None:
-            start = self._step_start
-        else:
-            raise ValueError(
-                f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages,"
-                f" got index {self._step_index}."
-            )
-        self._step_start = None if stage.last else start
-        if start is x and len(stage.weights) == 1 and stage.retain == 0:
-            keep = stage.keep + stage.weights[0] * stage.on_sample
-            return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
-
-        answer = answer.to(x.dtype)
-        # In place wherever the tensor is a fresh one.
-        if stage.on_sample != 0.0:
-            derivative = (x * stage.on_sample).add_(answer, alpha=stage.on_output)
-        else:
-            derivative = answer if stage.on_output == 1.0 else answer * stage.on_output
-        derivatives = [*self._derivatives, derivative]
-        if stage.keep == 1.0:
-            result = torch.add(start, derivative, alpha=stage.weights[-1])
-        else:
-            result = (start * stage.keep).add_(derivative, alpha=stage.weights[-1])
-        for weight, earlier in zip(stage.weights[-2::-1], self._derivatives[::-1]):
-            if weight != 0.0:
-                result.add_(earlier, alpha=weight)
-        self._derivatives = derivatives[len(derivatives) - stage.retain :]
-        return result
-
-    def _clipped(self, stage: Stage, x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-        """Euler by way of the estimates of data and noise, the data clipped, the noise as it was before that."""
-        t = torch.tensor(stage.t, dtype=torch.float64)
-        data = self.path.convert(answer, x, t, self.config.prediction_type, "sample")
-        noise = self.path.convert(answer, x, t, self.config.prediction_type, "epsilon")
-        data = data.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        alpha, sigma = stage.end
-        # Of the noise, the share that is drawn afresh is left out here.
-        return alpha * data + max(sigma**2 - stage.noise**2, 0.0) ** 0.5 * noise
-
-    def _check_per_token(self) -> None:
-        config = self.config
-        if (config.path, config.prediction_type, config.solver) != ("ot", "flow_prediction", "euler"):
-            raise ValueError(
-                "`per_token_timesteps` needs the path 'ot', 'flow_prediction' and the solver 'euler', got "
-                f"{config.path!r}, {config.prediction_type!r} and {config.solver!r}."
-            )

@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from ..coordinates import SAMPLING_PATHS
@@ -31,18 +32,18 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clip_sample_range": (lambda value: 0 < value < math.inf, "above 0"),
     "steps_offset": (lambda value: value >= 0, "of at least 0"),
     "shift_terminal": (lambda value: value is None or 0 <= value < 1, "in [0, 1), or None"),
+    "base_shift": (lambda value: value is None or math.isfinite(value), "that is finite, or None"),
+    "max_shift": (lambda value: value is None or math.isfinite(value), "that is finite, or None"),
+    "base_image_seq_len": (lambda value: value > 0, "above 0"),
+    "max_image_seq_len": (lambda value: value > 0, "above 0"),
 }
 # These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
 BY_ESTIMATES = ("stochastic_sampling", "clip_sample", "eta")
 # What builds the path.
 PATH_SETTINGS = frozenset(("path", "path_kwargs", "num_train_timesteps"))
-GRID_CHANGES = (
-    "use_dynamic_shifting",
-    "shift_terminal",
-    "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-)
+GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+FLAGS = ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "clip_sample", *GRIDS)
+GRID_CHANGES = ("use_dynamic_shifting", "shift_terminal", *GRIDS)
 
 
 def check_number(name: str, value: Any) -> None:
@@ -59,7 +60,8 @@ def check_number(name: str, value: Any) -> None:
         ValueError: If it is out of range.
     """
     valid, accepted = NUMBERS[name]
-    if not valid(value):
+    is_number = value is None or (isinstance(value, Real) and not isinstance(value, bool))
+    if not is_number or (value is None and "None" not in accepted) or not valid(value):
         raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
 
 
@@ -95,6 +97,9 @@ def check_settings(config: Any) -> None:
     for name, accepted in CHOICES.items():
         if config[name] not in accepted:
             raise ValueError(f"`{name}` must be one of {list(accepted)}, got {config[name]!r}.")
+    for name in FLAGS:
+        if not isinstance(config[name], bool):
+            raise ValueError(f"`{name}` must be True or False, got {config[name]!r}.")
     count = config.num_train_timesteps
     if not isinstance(count, int) or count < 1:
         raise ValueError(f"`num_train_timesteps` must be an integer of at least 1, got {count!r}.")

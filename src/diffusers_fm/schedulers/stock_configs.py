@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import diffusers
 
 from ..paths import ConditionalPath, OTPath
+from .settings import GRIDS
 
 
 FLOW_KEYS = (
@@ -34,8 +35,6 @@ BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescal
 
 # What Cosmos registers with stock flow schedulers and reads again; on the OT path neither changes the samples.
 CARRIED = ("sigma_data", "final_sigmas_type")
-GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
 # Keys that are read here, and those that belong to stock's own solvers and do not change the model or its grid.
 READ = {
     *FLOW_KEYS,

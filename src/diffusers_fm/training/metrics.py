@@ -22,6 +22,7 @@ from torch import nn
 from ..data.streams import StreamPosition
 from ..data.unreadable import UnreadableImages
 from ..files import replace_text, written_for_run
+from ..precision import to_float64
 from .arguments import TrainingArguments
 from .optimizers import GradientGuard
 from .planning import forward_flops, peak_flops, with_backward
@@ -54,18 +55,18 @@ class LossMeter:
     def reduce(self, accelerator: Accelerator) -> None:
         """Sum over all processes into the main one. Every process calls it."""
         if self._pending:
-            t = torch.cat([t for t, _ in self._pending]).double()
-            losses = torch.cat([losses for _, losses in self._pending]).double().cpu()
+            t = to_float64(torch.cat([t for t, _ in self._pending]))
+            losses = to_float64(torch.cat([losses for _, losses in self._pending]))
             bins = (t * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
             finite = losses.isfinite()
             self._sums[0].index_add_(0, bins, losses.where(finite, torch.zeros_like(losses)))
-            self._sums[1].index_add_(0, bins, finite.double())
-            self._sums[2].index_add_(0, bins, (~finite).double())
+            self._sums[1].index_add_(0, bins, to_float64(finite))
+            self._sums[2].index_add_(0, bins, to_float64(~finite))
             self._pending.clear()
         if accelerator.num_processes > 1:
             # Losses are of order one: float32, which every device can add, is exact enough for them.
             sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum")
-            self._sums = sums.double().cpu() if accelerator.is_main_process else torch.zeros_like(self._sums)
+            self._sums = to_float64(sums) if accelerator.is_main_process else torch.zeros_like(self._sums)
 
     def report(self) -> dict[str, Any]:
         """

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..files import replace_text, written_aside
+from ..precision import to_float64
 from .ema import SNAPSHOT_FOLDER, power_exponent, width_name
 
 
@@ -179,7 +180,7 @@ def posthoc_ema(
     for name in readers[0].keys():
         total = torch.zeros((), dtype=torch.float64)
         for reader, coefficient in zip(readers, coefficients.tolist()):
-            total = total + coefficient * reader.get_tensor(name).double()
+            total = total + coefficient * to_float64(reader.get_tensor(name))
         weights[name] = total.float()
     return weights, error
 

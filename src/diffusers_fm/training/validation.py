@@ -17,6 +17,7 @@ from ..data.latents import latents_of_batch
 from ..data.randomness import make_generator
 from ..pipelines import FlowMatchPipeline
 from ..pipelines.base import FlowMatchPipelineBase
+from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .metrics import TIME_BINS, rounded
 
@@ -126,7 +127,7 @@ def held_out_loss(
             sums[0].index_add_(0, bins, losses)
             sums[1].index_add_(0, bins, torch.ones_like(losses))
     model.train(was_training)
-    sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").double().cpu()
+    sums = to_float64(accelerator.reduce(sums.to(accelerator.device), reduction="sum"))
     by_time = [rounded(total / count) if count else None for total, count in zip(*sums.tolist())]
     mean = (sums[0].sum() / sums[1].sum()).item()
     return {"validation_loss": rounded(mean), "validation_loss_by_time": by_time}
