@@ -335,6 +335,7 @@ def hidream() -> Family:
             axes_dims_rope=(4, 2, 2),
             max_resolution=(16, 16),
             llama_layers=(0, 1),
+            force_inference_output=True,  # in train mode, too
         ),
         vae=kl(4),
         scheduler=euler(**DYNAMIC),

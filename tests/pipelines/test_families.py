@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Velocity fields of many families of diffusers, against the stock pipelines."""
 
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from stock_fields import stock_step
 from tiny_families import FAMILIES, TIMES, Family
 from tiny_families_2 import MORE
 
-from diffusers_fm.pipelines import DecodeMap, VelocityField
+from diffusers_fm.families import table
+from diffusers_fm.pipelines import CapturedCall, DecodeMap, VelocityField, families
+from diffusers_fm.pipelines.findings import find
+from diffusers_fm.pipelines.network_calls import NetworkCalls
+from diffusers_fm.pipelines.one_step import StandIn
+from diffusers_fm.pipelines.pipeline_calls import PipelineCalls
+from diffusers_fm.pipelines.prompt_memo import PromptMemo
 
 
 RECIPES = {**FAMILIES, **MORE}
@@ -123,3 +133,64 @@ def test_data_are_what_the_decoder_is_given(name: str, monkeypatch: pytest.Monke
     with pytest.raises(Decoded):
         stock_step(family.pipeline, None, 0.0, **call, network=family.network, result=state)
     torch.testing.assert_close(given[0], latents, atol=1e-5, rtol=0)
+
+
+# The table
+
+
+def test_checked_families_are_those_of_the_recipes() -> None:
+    names = {type(make().pipeline).__name__.removesuffix("Pipeline") for make in RECIPES.values()}
+    assert names == set(families.CHECKED)
+
+
+def test_names_of_the_table_are_names_of_diffusers() -> None:
+    names = [name for name in dir(diffusers) if name.endswith("Pipeline")]
+    for key in (*families.REFUSED, *families.GUIDANCE_OFF, *families.LORA_LAYERS_OF):
+        assert any(name.startswith(key) for name in names), key
+    for name in families.CHECKED:
+        assert f"{name}Pipeline" in names
+
+
+def test_families_have_names_in_one_place() -> None:
+    source = Path(inspect.getfile(families))
+    assert len(source.read_text(encoding="utf-8").splitlines()) <= 80
+    word = re.compile("|".join(rf"\b{name}\b" for name in {"Flux", "Wan", *families.CHECKED, *families.REFUSED}))
+    for module in (VelocityField, DecodeMap, PromptMemo, CapturedCall, find, NetworkCalls, PipelineCalls, StandIn):
+        assert word.search(inspect.getsource(inspect.getmodule(module))) is None, module
+
+
+def test_a_refused_pipeline() -> None:
+    class AnyFlowPipeline(diffusers.FluxPipeline):
+        pass
+
+    pipeline = AnyFlowPipeline(**RECIPES["flux_text"]().pipeline.components)
+    with pytest.raises(ValueError, match="AnyFlowPipeline is no velocity field: it learns flow maps"):
+        VelocityField(pipeline)
+
+
+def test_a_pipeline_that_uses_the_time_outside_its_network_is_found() -> None:
+    class Preconditioned(diffusers.StableDiffusion3Pipeline):
+        """Its network predicts the data, and the pipeline makes the velocity with the batch's one time."""
+
+    family = RECIPES["sd3"]()
+    pipeline = Preconditioned(**family.pipeline.components)
+    field = VelocityField(pipeline, **family.call)
+    call = conditions(family, [0, 1])
+    step = type(field._scheduler).step
+
+    class Scheduler(type(field._scheduler)):  # type: ignore[misc]
+        def step(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return step(self, (sample - output) / self.t, timestep, sample, *args, **kwargs)
+
+    field._scheduler.__class__ = Scheduler
+    x_t = torch.randn(field.state_shape(**call))
+    with pytest.raises(ValueError, match="times differ within a batch .* it uses the time outside its network"):
+        field(x_t, torch.tensor([0.2, 0.7]), **call)
+
+
+def test_documented_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "velocity_field.md").read_text(encoding="utf-8")
+    rows = [tuple(line.strip("| ").split(" | ")) for line in page.splitlines() if re.match(r"\| \w+Pipeline ", line)]
+    # Of another diffusers than the page's, the table has other rows.
+    same = f"diffusers {diffusers.__version__}\n" in page
+    assert rows == table() if same else len(rows) > 100
