@@ -362,7 +362,7 @@ def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_pa
         ({"config": "nowhere.json", "report_to": "none"}, "no file 'nowhere.json'"),
         ({"optimizer": "schedule_free", "use_ema": True}, "averages the weights itself: leave out --use_ema"),
         ({"optimizer": "schedule_free", "lr_scheduler": "cosine"}, "takes the place of a schedule"),
-        ({"logit_std": -1.0}, "`logit_std` must be a number above 0"),
+        ({"logit_std": -1.0}, "--logit_std must be above 0, got -1.0"),
         ({"vae_name_or_path": "some"}, "works on pixels"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument groups: refusals before any work, files of arguments, help, and the end of a refused script."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+import pytest
+from training_runs import ROOT, environment, load_script
+
+from diffusers_fm.arguments import (
+    Arguments,
+    Count,
+    Fixed,
+    Fraction,
+    Free,
+    Number,
+    Positive,
+    Range,
+    make_parser,
+    option,
+    parse_arguments,
+    run_script,
+)
+from diffusers_fm.training.arguments import resume_changes
+
+
+SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps(Arguments):
+    _argument_group_name = "steps"
+
+    folder: str = option(MISSING, "A folder.")
+    steps: Count = option(3, "Steps.")
+    rate: Fixed[Positive] = option(0.5, "A rate of 50 % by default.")
+    mean: Number | None = option(None, "A mean.")
+    kind: str = option("fast", "Kind.", ["fast", "slow"])
+    parts: list[Fraction] = option([0.25], "Parts.")
+    output: Free[bool] = option(False, "Whether to write.")
+
+    def check(self) -> None:
+        if self.kind == "slow" and self.steps > 5:
+            raise ValueError(f"--kind slow takes at most 5 --steps, got {self.steps}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Script(Steps):
+    steps: Count = option(4, "Steps.")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--steps=0"], "--steps must be at least 1, got 0."),
+        (["--rate=0"], "--rate must be above 0, got 0.0."),
+        (["--rate=nan"], "--rate must be above 0, got nan."),
+        (["--rate=inf"], "--rate must be above 0, got inf."),
+        (["--mean=nan"], "--mean must be a number, got nan."),
+        (["--kind=medium"], "--kind must be one of fast, slow, got 'medium'."),
+        (["--parts", "0.5", "1.5"], r"--parts must be in \[0, 1\], got 1.5."),
+        (["--kind=slow", "--steps=6"], "--kind slow takes at most 5 --steps, got 6."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_values_are_refused_before_any_work(words: list[str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=f"^{sentence}$"):
+        parse_arguments(Script, ["--folder=x", *words])
+
+
+def test_ranges() -> None:
+    assert 0 in Range(0) and math.nan not in Range() and math.inf not in Range(0)
+    assert 1 not in Range(0, 1, open_high=True) and 0 not in Range(0, open_low=True)
+    assert str(Range(0, 1, open_high=True)) == "in [0, 1)"
+
+
+def test_a_script_has_its_own_defaults_and_nothing_changes_them() -> None:
+    args = parse_arguments(Script, ["--folder=x", "--output"])
+    assert (args.steps, args.parts, args.output) == (4, [0.25], True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        args.steps = 5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_file_of_arguments_with_a_byte_order_mark(encoding: str, tmp_path: Path) -> None:
+    file = tmp_path / "arguments.json"
+    args = parse_arguments(Script, ["--folder=ü", "--rate=0.25", "--parts", "0.5", "1", "--output"])
+    file.write_text(json.dumps(args.saved(), ensure_ascii=False), encoding=encoding)
+    assert parse_arguments(Script, ["--config", str(file)]) == args
+    assert parse_arguments(Script, ["--config", str(file), "--steps=2"]).steps == 2
+
+
+def test_changes_on_resume() -> None:
+    saved = parse_arguments(Script, ["--folder=x"]).saved()
+    now = parse_arguments(Script, ["--folder=x", "--steps=2", "--output"])
+    assert resume_changes(now, saved) == ["--steps was 4 in the run that is resumed and is 2 now."]
+    with pytest.raises(ValueError, match=r"--rate was 0\.5 in the run that is resumed and cannot be 1\.0 now"):
+        resume_changes(parse_arguments(Script, ["--folder=x", "--rate=1"]), saved)
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_help_shows_groups_choices_and_defaults(file: Path) -> None:
+    text = make_parser(load_script(file).ScriptArguments).format_help()
+    assert text.startswith("usage:")
+    assert text.split("\n")[0].endswith("[--config FILE] [options]")
+    assert "(default: 64)" in text or "(default: 16)" in text
+    assert "--mixed_precision {no,fp16,bf16}" in text
+    assert "--mixed-precision" not in text
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
+def test_a_refused_script_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
+    words = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path / 'run'}", "--eval_batch_size=0"]
+    ended = subprocess.run([sys.executable, str(file), *words], capture_output=True, text=True, env=environment())
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.strip().splitlines()[-1] == f"{file.name}: --eval_batch_size must be at least 1, got 0."
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_is_no_refusal_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(args: Script) -> None:
+        json.loads("{")
+
+    monkeypatch.setattr(sys, "argv", ["script", "--folder=x"])
+    with pytest.raises(ValueError, match="Expecting property name"):
+        run_script(main, Script, None)
