@@ -32,9 +32,10 @@ import numpy as np
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Arguments, Count, Free, NotNegative, Range, Size, option, run_script
+from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
-from diffusers_fm.data.sources import choose_split, held_out_split_name, load_splits
+from diffusers_fm.data.sources import choose_split, data_folders, held_out_split_name, load_splits
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.evaluation.distances import import_torchmetrics
 from diffusers_fm.evaluation.features import (
@@ -133,7 +134,11 @@ class ReferenceArguments(Arguments):
     label_column: str = option("label", "Column of the labels.")
     max_train_samples: Count | None = option(None, "Compare with so many images of the training split.")
     max_validation_samples: Count = option(2048, "Use so many held-out images at most.")
+    background: str = option("white", "Colour behind transparent images, as in training: a name, or #rrggbb.")
     cache_dir: Free[str | None] = option(None, "Where downloaded and prepared data is kept.")
+
+    def check(self) -> None:
+        rgb(self.background)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +198,13 @@ def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[Image
     num_classes = getattr(feature, "num_classes", 0) or pipeline.num_classes
     channels, side, _ = pipeline.sample_shape
     channels = channels if pipeline.vae is None else pipeline.vae.config.in_channels
-    transform = ImageTransform(side * pipeline.vae_scale_factor, channels, center_crop=True)
+    transform = ImageTransform(
+        side * pipeline.vae_scale_factor,
+        channels,
+        center_crop=True,
+        background=rgb(args.background),
+        folders=data_folders(args.dataset_name, args.train_data_dir, args.cache_dir),
+    )
     columns = {
         "image_column": args.image_column,
         "label_column": args.label_column if num_classes else None,

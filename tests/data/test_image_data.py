@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of all kinds become the same batches, in an order that depends on the seed alone."""
 
+import io
 import re
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -15,7 +20,8 @@ from training_runs import load_script, png
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import choose_split, class_names, held_out_split_name, load_splits
-from diffusers_fm.data.transforms import ImageTransform, to_pixels
+from diffusers_fm.data.streams import StreamData
+from diffusers_fm.data.transforms import ImageTransform, image_size, open_image, to_pixels
 from diffusers_fm.data.unreadable import UnreadableImages
 
 
@@ -244,6 +250,204 @@ def test_max_samples_are_drawn_from_everywhere() -> None:
     assert len(ImageData(dataset, ImageTransform(8, 3), max_samples=100)) == 40
 
 
+# Transparency, EXIF and odd shapes
+
+
+def cut_out(mode: str) -> bytes:
+    """A grey square of level 100, opaque on the left half alone; invisible pixels are 40, or what the mode needs."""
+    grey = np.full((4, 4), 100, np.uint8)
+    grey[:, 2:] = 40
+    alpha = PIL.Image.fromarray(np.where(grey == 100, 255, 0).astype(np.uint8))
+    image = PIL.Image.fromarray(grey)
+    if mode in ("LA", "RGBA", "WEBP"):
+        image = image.convert("L" if mode == "LA" else "RGB")
+        image.putalpha(alpha)
+    elif mode == "I;16":
+        return png(PIL.Image.fromarray(grey.astype(np.uint16) * 257), transparency=40 * 257)
+    elif mode in ("P", "GIF"):
+        image = PIL.Image.fromarray((grey == 100).astype(np.uint8), "P")
+        image.putpalette([40] * 3 + [100] * 3)
+        if mode == "P":
+            return png(image, transparency=0)
+    else:
+        return png(image.convert(mode), transparency=40 if mode == "L" else (40, 40, 40))
+    buffer = io.BytesIO()
+    options = {"WEBP": {"lossless": True, "exact": True}, "GIF": {"transparency": 0}}.get(mode, {})
+    image.save(buffer, mode if options else "PNG", **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB", "I;16", "GIF", "WEBP"])
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 20, 200)])
+def test_transparent_images_are_composed_over_one_colour(mode: str, background: tuple[int, int, int]) -> None:
+    file = cut_out(mode)
+    assert open_image(file).has_transparency_data
+    rows = datasets.Dataset.from_dict({"image": [file]})
+    for channels, expected in (
+        (3, background),
+        (1, PIL.Image.new("RGB", (1, 1), background).convert("L").getpixel((0, 0))),
+    ):
+        transform = ImageTransform(4, channels, background=background)
+        images = ImageData(rows, transform)[keys(1)]["images"]
+        assert (images[0, :, :, :2] == 100).all()
+        assert (images[0, :, :, 2:] == torch.tensor(expected).view(-1, 1, 1)).all()
+        stream = StreamData(rows.to_iterable_dataset(), transform)
+        streamed = stream.transform.decode(next(iter(stream._rows))["image"], (4, 4))
+        assert np.array_equal(streamed, images[0].numpy())
+    half = np.full((4, 4, 4), 100, np.uint8)
+    half[..., 3] = 51
+    mixed = to_pixels(PIL.Image.fromarray(half), (4, 4), 3, background=background)[:, 0, 0]
+    # A fifth of 100 and four fifths of the background, rounded.
+    assert np.abs(mixed - (20 + 0.8 * np.array(background))).max() <= 1
+
+
+def exif(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of tags, kinds, counts and values, as nobody should write it."""
+    body, table, end = b"", struct.pack("<H", len(entries)), 14 + 12 * len(entries)
+    for tag, kind, count, value in entries:
+        table += struct.pack("<HHI", tag, kind, count)
+        table += value.ljust(4, b"\0") if len(value) <= 4 else struct.pack("<I", end + len(body))
+        body += value if len(value) > 4 else b""
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + table + bytes(4) + body
+
+
+TURNED = (274, 3, 1, struct.pack("<H", 6))
+
+
+@pytest.mark.parametrize(
+    ("entries", "turned"),
+    [
+        ([TURNED], True),
+        ([TURNED, (282, 2, 3, b"72\0")], True),
+        ([(256, 5, 1, struct.pack("<II", 72, 1)), TURNED], True),
+        ([TURNED, (282, 5, 1, struct.pack("<II", 72, 0))], True),
+        ([(274, 2, 2, b"6\0")], False),
+        ([(274, 3, 1, struct.pack("<H", 9))], False),
+        ([(274, 3, 2, struct.pack("<HH", 6, 6))], True),
+        ([(274, 4, 1, struct.pack("<I", 6))], True),
+        ([(34665, 4, 1, struct.pack("<I", 2**32 - 1)), TURNED], True),
+    ],
+    ids=["whole", "text", "rational", "zero", "orientation text", "nine", "two", "long", "far"],
+)
+def test_images_are_turned_by_exif_that_is_otherwise_broken(entries: list, turned: bool) -> None:
+    buffer = io.BytesIO()
+    pixels = np.zeros((8, 16), np.uint8)
+    pixels[:, :8] = 200
+    PIL.Image.fromarray(pixels).save(buffer, "JPEG", quality=100, exif=exif(*entries))
+    seen = open_image(buffer.getvalue())
+    assert image_size(buffer.getvalue()) == (seen.height, seen.width) == ((16, 8) if turned else (8, 16))
+    upper, lower, left = (int(np.asarray(seen)[place]) for place in ((0, 4), (-1, 4), (4, 0)))
+    assert (upper > 150, lower < 100 if turned else lower > 150, left > 150) == (True, True, True)
+    rows = datasets.Dataset.from_dict({"image": [buffer.getvalue()]})
+    assert ImageData(rows, GREY)[keys(1)].keys() == {"images"}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sizes_are_those_of_the_turned_image(kind: str, orientation: int) -> None:
+    image, exif, buffer = picture(0, (24, 8)), PIL.Image.Exif(), io.BytesIO()
+    exif[PIL.ExifTags.Base.Orientation] = orientation
+    image.save(buffer, kind, exif=exif)
+    seen = open_image(buffer.getvalue())
+    assert image_size(buffer.getvalue()) == (seen.height, seen.width) == ((24, 8) if orientation > 4 else (8, 24))
+    if kind in ("PNG", "TIFF"):
+        plain = picture(0, (24, 8))
+        plain.getexif()[PIL.ExifTags.Base.Orientation] = orientation
+        assert np.array_equal(np.asarray(seen), np.asarray(PIL.ImageOps.exif_transpose(plain)))
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 4000), (40000, 2)], ids=str)
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_thin_images_keep_their_middle(size: tuple[int, int], multiple: int) -> None:
+    pixels = np.zeros((size[1], size[0]), np.uint8)
+    pixels[tuple(slice(side // 2 - 6, side // 2 + 6) if side > 9 else slice(None) for side in pixels.shape)] = 255
+    covering = to_pixels(PIL.Image.fromarray(pixels), (16, 32), 1, multiple)
+    assert covering.shape in ((1, 16, 256), (1, 128, 32))
+    assert covering[0, covering.shape[1] // 2, covering.shape[2] // 2] == 255
+    # Up to the limit an image is as long as it was.
+    assert to_pixels(PIL.Image.new("L", (128, 16)), (16, 16), 1).shape == (1, 16, 128)
+    assert to_pixels(PIL.Image.new("L", (1024, 16)), (16, 16), 1).shape == (1, 16, 128)
+
+
+# Decoded once
+
+
+def folder_of_images(folder: Path, num_rows: int = 6, size: tuple[int, int] = (8, 8)) -> datasets.Dataset:
+    folder.mkdir()
+    for row in range(num_rows):
+        picture(row, size).save(folder / f"{row}.png")
+    return load_splits(train_data_dir=str(folder))["train"]
+
+
+@pytest.mark.parametrize("buckets", [(), ((8, 8), (8, 16))], ids=["square", "buckets"])
+@pytest.mark.parametrize("size", [(8, 8), (20, 9)], ids=str)
+def test_images_are_decoded_once_for_all_processes_and_runs(
+    buckets: tuple, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = folder_of_images(tmp_path / "images", size=size)
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    transform = ImageTransform(8, 3, buckets=buckets)
+    options = {"folder": tmp_path / "decoded", "max_unreadable": 1, "seed": 3}
+    first = ImageData(rows, transform, **options)
+    alone = ImageData(rows, transform, max_unreadable=1, seed=3)
+    expected = [alone[keys(6, epoch)] for epoch in range(2)]
+    shards = sorted((tmp_path / "decoded").glob("*.safetensors"))
+    assert len(shards) == (2 if buckets else 1)
+    with monkeypatch.context() as patch:
+        for name in ("image_size", "image_file"):
+            patch.setattr(f"diffusers_fm.data.decoded.{name}", None)
+        patch.setattr(ImageTransform, "decode", None)
+        again = ImageData(load_splits(train_data_dir=str(tmp_path / "images"))["train"], transform, **options)
+        for data in (first, again):
+            assert data.in_memory
+            for epoch, batch in enumerate(expected):
+                found = data[keys(6, epoch)]
+                assert torch.equal(found["images"], batch["images"])
+                assert found.get("unreadable") == batch.get("unreadable")
+    assert sorted((tmp_path / "decoded").glob("*.safetensors")) == shards
+    # Another file, other settings: decoded anew.
+    picture(9, size).save(tmp_path / "images" / "3.png")
+    assert ImageData(rows, transform, **{**options, "max_unreadable": 0}).unreadable == {}
+    grey = ImageData(rows, replace(transform, channels=1), folder=tmp_path / "decoded")
+    assert grey[keys(6)]["images"].shape[1] == 1
+    more = ImageData(rows.select([5, 0]), transform, folder=tmp_path / "decoded")[keys(2)]["images"]
+    assert torch.equal(more, ImageData(rows.select([5, 0]), transform)[keys(2)]["images"])
+
+
+def test_prepared_rows_are_found_again_until_they_are_prepared_anew(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+
+    def load(level: int) -> torch.Tensor:
+        rows = load_splits(str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))["train"]
+        images = ImageData(rows, GREY, folder=tmp_path / "decoded")[keys(1)]["images"]
+        assert (images == level).all()
+        return images
+
+    for level in (1, 1, 2):
+        file = png(PIL.Image.new("L", (8, 8), level))
+        if level == 2 or not list((tmp_path / "data").iterdir()):
+            datasets.Dataset.from_dict({"image": [file]}).to_parquet(tmp_path / "data" / "train.parquet")
+        load(level)
+    assert len(list((tmp_path / "decoded").glob("*.safetensors"))) == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "decoded").write_text("a file")
+    data = ImageData(pictures(), ImageTransform(8, 3), folder=tmp_path / "decoded")
+    assert torch.equal(data[keys(6)]["images"], ImageData(pictures(), ImageTransform(8, 3))[keys(6)]["images"])
+    assert "cannot be kept in" in caplog.text
+
+
+def test_what_does_not_fit_is_not_decoded_again_to_find_that_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = folder_of_images(tmp_path / "images", size=(80, 8))
+    options = {"memory_budget": 6 * 8 * 8 * 3, "folder": tmp_path / "decoded"}
+    assert not ImageData(rows, ImageTransform(8, 3), **options).in_memory
+    monkeypatch.setattr(ImageTransform, "decode", None)
+    assert not ImageData(rows, ImageTransform(8, 3), **options).in_memory
+
+
 # The stream
 
 
@@ -327,6 +531,47 @@ def test_empty_data_and_unreadable_images_are_named() -> None:
     lazy = ImageData(datasets.Dataset.from_dict({"image": files}), GREY, memory_budget=0)
     with pytest.raises(ValueError, match="row 1 of the data set"):
         next(iter(make_loader(lazy, StreamSampler(3, 0, 3), num_workers=1)))
+
+
+@pytest.mark.parametrize("lacking", ["label", "caption"])
+def test_rows_without_label_or_caption_are_replaced_up_to_the_limit(lacking: str) -> None:
+    captions: list = [f"number {row}" for row in range(6)]
+    labels: list = list(range(6))
+    if lacking == "label":
+        labels[2], labels[4] = None, -1
+    else:
+        captions[2], captions[4] = None, ""
+        captions = [caption and [caption] for caption in captions]
+        captions[4] = []
+    dataset = pictures(6, label=labels, text=captions)
+    columns = {"label_column": "label", "num_classes": 6, "caption_column": "text"}
+    data = ImageData(dataset, ImageTransform(8, 3), max_unreadable=2, **columns)
+    batch = data[keys(6)]
+    assert sorted(batch["unreadable"]) == [2, 4]
+    assert not {2, 4} & set(batch["labels"].tolist())
+    assert batch["captions"] == [f"number {label}" for label in batch["labels"].tolist()]
+    assert data.captions is not None
+    expected = [f"number {row}" for row in range(6) if lacking == "label" or row not in (2, 4)]
+    assert list(data.captions.distinct()) == expected
+    with pytest.raises(ValueError, match=f"has no {lacking}"):
+        ImageData(dataset, ImageTransform(8, 3), max_unreadable=1, **columns)[keys(6)]
+
+
+def test_a_size_of_which_nothing_can_be_read_is_left_out() -> None:
+    files = [png(picture(0, (8, 8))), png(picture(1, (16, 8))), b"no image"]
+    # The head of the file says another size; the pixels are missing.
+    files += [png(picture(2, (8, 16)))[:70]]
+    transform = ImageTransform(8, 3, buckets=((16, 8), (8, 8), (8, 16)))
+    for memory_budget in (0, 2**20):
+        data = ImageData(
+            datasets.Dataset.from_dict({"image": files}), transform, max_unreadable=2, memory_budget=memory_budget
+        )
+        assert data.size(3) == (16, 8)
+        batch = data[np.array([[0, 3], [1, 3]])]
+        assert batch["images"].shape in ((2, 3, 8, 8), (2, 3, 8, 16))
+        assert 3 in batch["unreadable"]
+    with pytest.raises(ValueError, match="None of the 1 images can be read"):
+        ImageData(datasets.Dataset.from_dict({"image": files[2:3]}), transform, max_unreadable=2)[keys(1)]
 
 
 def test_images_without_a_range_and_other_channels_are_refused() -> None:

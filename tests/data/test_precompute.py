@@ -2,6 +2,7 @@
 """What is computed once is found again by content, survives being killed, and is checked when it is read."""
 
 import json
+import pickle
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file
 from tiny_text_to_image import colours, tiny_stable_diffusion_3
 from training_runs import make_dataset, read_log, save_untrained, train
 
@@ -63,26 +65,49 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     # A writer that had nothing to write leaves nothing.
     with cache.writer():
         pass
-    assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_what_was_whole_when_the_process_was_killed_is_kept(tmp_path: Path) -> None:
+def test_what_was_whole_when_the_process_was_killed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A shard for each record; the third was being written, and a fourth record was in memory.
+    monkeypatch.setattr("diffusers_fm.data.cache.SHARD_BYTES", 16)
     cache = TensorCache(tmp_path, {"what": "tests"})
-    with cache.writer() as writer:
-        for number in range(3):
-            writer.add([str(number)], [[torch.full((4,), number)]])
-    index = next(tmp_path.glob("*.jsonl"))
-    lines = index.read_text().splitlines(keepends=True)
-    # The third line was being written; bytes of a fourth record were there without one.
-    index.write_text("".join(lines[:2]) + lines[2][:-5])
-    with index.with_suffix(".bin").open("ab") as file:
-        file.write(b"123")
+    writer = cache.writer()
+    for number in range(2):
+        writer.add([str(number)], [[torch.full((4,), number)]])
+    whole = sorted(tmp_path.glob("*.safetensors"))
+    assert len(whole) == 2
+    (tmp_path / f".partial-{whole[0].name}").write_bytes(whole[0].read_bytes()[:-5])
     again = TensorCache(tmp_path, {"what": "tests"})
     assert [str(number) in again for number in range(3)] == [True, True, False]
     with again.writer() as writer:
         writer.add(["2"], [[torch.full((4,), 2)]])
     again.refresh()
     assert [int(again.read(str(number))[0][0]) for number in range(3)] == [0, 1, 2]
+
+
+def test_a_killed_process_loses_no_more_than_half_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("diffusers_fm.data.cache.time.monotonic", lambda: now)
+    writer = TensorCache(tmp_path, {"what": "tests"}).writer()
+    for number, time in enumerate((100.0, 120.0, 131.0, 135.0)):
+        now = time
+        writer.add([str(number)], [[torch.full((4,), number)]])
+    assert sorted(TensorCache(tmp_path, {"what": "tests"})._records) == ["0", "1", "2"]
+
+
+def test_records_are_read_by_memory_map_and_from_workers(tmp_path: Path) -> None:
+    cache = TensorCache(tmp_path, {"what": "tests"})
+    with cache.writer() as writer:
+        writer.add(["a"], [[torch.arange(8)]])
+    cache.refresh()
+    # A mapping of its own: what one reader writes into it no other sees.
+    cache.read("a")[0][0] = 1
+    other = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(other.read("a")[0], torch.arange(8))
+    mapped = Path("/proc/self/maps")
+    if mapped.exists():
+        assert str(next(tmp_path.glob("*.safetensors"))) in mapped.read_text()
 
 
 def test_damage_and_other_contents_are_clear_errors(tmp_path: Path) -> None:
@@ -94,13 +119,13 @@ def test_damage_and_other_contents_are_clear_errors(tmp_path: Path) -> None:
         TensorCache(tmp_path, {"what": "latents", "autoencoder": "other"})
     with pytest.raises(ValueError, match="with what latents and not text, autoencoder one and not None"):
         TensorCache(tmp_path, {"what": "text"})
-    file = next(tmp_path.glob("*.bin"))
+    file = next(tmp_path.glob("*.safetensors"))
     content = bytearray(file.read_bytes())
-    content[20] ^= 1
+    content[-1] ^= 1
     file.write_bytes(content)
     cache = TensorCache(tmp_path, {"what": "latents", "autoencoder": "one"})
     assert torch.equal(cache.read("a")[0], torch.zeros(4))
-    with pytest.raises(ValueError, match=r"\.bin' is damaged: remove it and .*\.jsonl to compute what it held anew"):
+    with pytest.raises(ValueError, match=r"\.safetensors' is damaged: remove it to compute what it held anew"):
         cache.read("b")
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match="is damaged"):
@@ -166,7 +191,7 @@ def test_latents_are_computed_once_for_each_content(tmp_path: Path, accelerator:
     assert files() == first
     assert len(cache_latents(accelerator, image_data(7), vae, tmp_path, batch_size=3)) == 7
     added = set(files()) - set(first)
-    assert len([line for file in added if file.suffix == ".jsonl" for line in file.open()]) == 2
+    assert sum(len(load_file(file)) for file in added) == 2
     assert len(cache_latents(accelerator, image_data(7, buckets=()), vae, tmp_path, batch_size=3)) == 10
     # Rows with equal images share a record.
     twice = colours(3)
@@ -216,8 +241,7 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path, accelerator: Accelerator) 
     vae.encode = interrupted
     with pytest.raises(KeyboardInterrupt):
         cache_latents(accelerator, image_data(), vae, tmp_path, batch_size=2)
-    lines = [json.loads(line) for file in tmp_path.glob("*.jsonl") for line in file.open()]
-    assert len(lines) == 4
+    assert sum(len(load_file(file)) for file in tmp_path.glob("*.safetensors")) == 4
     assert len(cache_latents(accelerator, image_data(), vae, tmp_path, batch_size=2)) == 7
     # Four images in two batches before, the other three in two.
     assert calls == 3 + 2
@@ -254,7 +278,7 @@ def test_training_on_cached_latents_has_the_same_losses(tmp_path: Path) -> None:
     cached = train(folder, data, tmp_path / "cached", cache_latents=True, **options)
     files = sorted((cached / "precomputed" / "latents").iterdir())
     # 20 images and their mirror images, and 7 that are held out.
-    assert sum(file.read_text().count("\n") for file in files if file.suffix == ".jsonl") == 47
+    assert sum(len(load_file(file)) for file in files if file.suffix == ".safetensors") == 47
     for name in ("loss", "validation_loss"):
         (steps, losses), (other_steps, others) = (zip(*read_log(run, name)) for run in (plain, cached))
         assert steps == other_steps

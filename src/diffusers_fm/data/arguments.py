@@ -3,7 +3,18 @@
 
 from dataclasses import dataclass
 
+import PIL.ImageColor
+
 from ..arguments import Arguments, Count, Fixed, Fraction, Free, Size, option
+
+
+def rgb(background: str) -> tuple[int, int, int]:
+    """Red, green and blue of `--background`."""
+    try:
+        red, green, blue = PIL.ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise ValueError(f"--background must be a colour's name or #rrggbb, got {background!r}.") from error
+    return red, green, blue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,7 @@ class DataArguments(Arguments):
     resolution: Count | None = option(None, "Side of the images; by default what the pipeline is configured for.")
     center_crop: bool = option(False, "Crop at the centre, not anywhere.")
     random_flip: bool = option(False, "Mirror half of the images.")
+    background: str = option("white", "Colour behind transparent images: a name, or #rrggbb.")
     dataloader_num_workers: Free[Size] = option(
         0, "Processes that decode images; results do not change.", source="diffusers' examples"
     )
@@ -39,6 +51,7 @@ class DataArguments(Arguments):
         if (self.dataset_name is None) == (self.train_data_dir is None):
             given = "neither" if self.dataset_name is None else "both"
             raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
+        rgb(self.background)
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 f"--max_train_samples {self.max_train_samples} does not go with --streaming: streams are read whole."

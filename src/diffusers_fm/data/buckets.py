@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from diffusers.training_utils import parse_buckets_string
 
 
 def make_buckets(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) -> list[tuple[int, int]]:
@@ -11,13 +12,13 @@ def make_buckets(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) 
     Sizes of about the area of a square, from upright to lying.
 
     For each width that is a multiple of `multiple`, the height is the largest multiple that keeps the area within the
-    square's; all sizes cost about the same. The square itself is always one of them.
+    square's: no size costs more than the square, which diffusers' `generate_aspect_ratio_buckets` does not promise.
 
     Args:
         resolution (`int`):
-            Side of the square, a multiple of `multiple`.
+            Side of the square, a multiple of `multiple`. The square itself is one of the sizes.
         multiple (`int`):
-            What all sides are a multiple of.
+            All sides are multiples of it.
         max_aspect_ratio (`float`, *optional*, defaults to 2.0):
             Longer to shorter side at most.
 
@@ -40,31 +41,17 @@ def make_buckets(resolution: int, multiple: int, max_aspect_ratio: float = 2.0) 
 
 
 def parse_buckets(text: str) -> list[tuple[int, int]]:
-    """
-    Sizes from the command line.
-
-    Args:
-        text (`str`):
-            Such as `"1024,1024;832,1216;1216,832"`: heights and widths.
-
-    Returns:
-        `list[tuple[int, int]]`: the same.
-
-    Raises:
-        ValueError: if it cannot be read.
-    """
+    """Heights and widths from the command line, such as `"1024,1024;832,1216"`."""
     try:
-        sizes = [(int(height), int(width)) for height, width in (pair.split(",") for pair in text.split(";"))]
-    except ValueError:
-        sizes = []
-    if not sizes or min(min(size) for size in sizes) < 1:
-        raise ValueError(f'Buckets must read like "1024,1024;832,1216" (height,width;...), got {text!r}.')
-    return sizes
+        return parse_buckets_string(text)
+    except ValueError as error:
+        raise ValueError(f'Buckets must read like "1024,1024;832,1216" (height,width;...), got {text!r}.') from error
 
 
 def assign_buckets(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """
-    The bucket of each image: the one of the nearest aspect ratio, by its logarithm, and of those the nearest in area.
+    Bucket of each image: the nearest aspect ratio, by its logarithm, and of equal ones the nearest in area. (In the
+    cross products of diffusers' `find_nearest_bucket` larger buckets seem farther.)
 
     Args:
         sizes (`np.ndarray` of shape `(num_images, 2)`):
@@ -76,7 +63,7 @@ def assign_buckets(sizes: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.
         `np.ndarray` of shape `(num_images,)`: numbers of buckets, int64.
     """
     log_sizes, log_buckets = np.log(np.asarray(sizes, dtype=float)), np.log(np.asarray(buckets, dtype=float))
-    # Rounded, so that buckets of the same aspect ratio are told apart by area and not by the last bit.
+    # Rounded, so that equal aspect ratios are told apart by area and not by the last bit.
     distance = np.abs(np.subtract.outer(log_sizes @ [1, -1], log_buckets @ [1, -1])).round(9)
     distance_in_area = np.abs(np.subtract.outer(log_sizes.sum(1), log_buckets.sum(1)))
     return np.lexsort((distance_in_area, distance), axis=1)[:, 0]

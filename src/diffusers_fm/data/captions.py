@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions from any column: one of several for each visit of an image."""
+"""Caption column: one of several captions for each visit of an image."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,27 +8,14 @@ import datasets
 import numpy as np
 
 from .randomness import row_uniforms
+from .unreadable import reading
 
 
 READ_AT_ONCE = 1000
 
 
 def caption_path(columns: Any, caption_column: str) -> tuple[str, ...]:
-    """
-    Where captions are.
-
-    Args:
-        columns (`datasets.Features`):
-            The columns of a data set.
-        caption_column (`str`):
-            One of strings, or of lists of strings; or a field of a column of dictionaries, such as `json.caption`.
-
-    Returns:
-        `tuple[str, ...]`: the column, and the fields in it.
-
-    Raises:
-        ValueError: if there is no such column, or it holds no strings.
-    """
+    """Column and fields of the captions, such as `json.caption`; refuses what holds no strings or lists of them."""
     path = (caption_column,) if caption_column in columns else tuple(caption_column.split("."))
     feature = columns
     for name in path:
@@ -48,23 +35,7 @@ def caption_path(columns: Any, caption_column: str) -> tuple[str, ...]:
 
 
 def choose_caption(value: Any, number: float, row: int | str) -> str:
-    """
-    The caption of one visit.
-
-    Args:
-        value (`str` or `list[str]`):
-            What the column holds for the row: a caption, or several, of which one is chosen.
-        number (`float`):
-            In [0, 1); it chooses.
-        row (`int` or `str`):
-            Which row, for the error.
-
-    Returns:
-        `str`: the caption, which may be empty.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The caption, or the one of several that a number in [0, 1) chooses; `row` names it in the error."""
     captions = [value] if isinstance(value, str) else value
     if not captions or not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"Row {row} has no caption: the column holds {value!r} there.")
@@ -73,64 +44,60 @@ def choose_caption(value: Any, number: float, row: int | str) -> str:
 
 class CaptionColumn:
     """
-    The captions of a data set, read when they are needed.
+    Captions of the used rows of a data set, read on demand.
 
     Args:
         dataset (`datasets.Dataset`):
-            The rows.
+            The data set.
         caption_column (`str`):
             Column of strings, or of lists of strings; or a field of a column of dictionaries, such as `json.caption`.
         rows (`np.ndarray`):
-            The rows that are used, by number.
+            Numbers of the used rows.
         seed (`int`, *optional*, defaults to 0):
             Seed of the choice among several captions.
+        max_missing (`int`, *optional*, defaults to 0):
+            Rows that may be without a caption where all captions are collected.
 
     Raises:
         ValueError: if there is no such column, or it holds no strings.
     """
 
-    def __init__(self, dataset: datasets.Dataset, caption_column: str, rows: np.ndarray, seed: int = 0) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, caption_column: str, rows: np.ndarray, seed: int = 0, max_missing: int = 0
+    ) -> None:
         path = caption_path(dataset.features, caption_column)
         if len(path) > 1:
             dataset = dataset.select_columns([path[0]]).flatten()
         self._values = dataset.select_columns([caption_column]).with_format(None)
         self._name = caption_column
-        self._rows, self._seed = rows, seed
+        self._rows, self._seed, self._max_missing = rows, seed, max_missing
+
+    def values(self, indices: np.ndarray) -> list[Any]:
+        """Cells of the column, by numbers of samples."""
+        return self._values[self._rows[indices].tolist()][self._name]
 
     def draw(self, keys: np.ndarray) -> list[str]:
-        """
-        Captions of a batch.
-
-        Args:
-            keys (`np.ndarray` of shape `(batch_size, 2)`):
-                Epoch and number of each sample.
-
-        Returns:
-            `list[str]`: a caption for each.
-
-        Raises:
-            ValueError: if a row has none.
-        """
-        rows = self._rows[keys[:, 1]]
-        values = self._values[rows.tolist()][self._name]
-        numbers = row_uniforms(self._seed, "caption", keys)
-        return [choose_caption(value, number, row) for value, number, row in zip(values, numbers, rows.tolist())]
+        """A caption for each visit, `(epoch, sample)`; an [`UnreadableImageError`] names the row that has none."""
+        captions, numbers = [], row_uniforms(self._seed, "caption", keys)
+        for value, number, index in zip(self.values(keys[:, 1]), numbers, keys[:, 1].tolist()):
+            with reading(int(self._rows[index]), index):
+                captions.append(choose_caption(value, number, int(self._rows[index])))
+        return captions
 
     def distinct(self) -> Iterator[str]:
-        """
-        All captions of all rows, each once, in the order in which they first come.
-
-        Yields:
-            `str`: a caption.
-
-        Raises:
-            ValueError: if a row has none.
-        """
+        """All captions, each once, in the order of the rows; a `ValueError` if too many rows have none."""
         seen: set[str] = set()
+        missing = 0
         for start in range(0, len(self._rows), READ_AT_ONCE):
-            rows = self._rows[start : start + READ_AT_ONCE].tolist()
-            for row, value in zip(rows, self._values[rows][self._name]):
-                choose_caption(value, 0.0, row)
+            indices = np.arange(start, min(start + READ_AT_ONCE, len(self._rows)))
+            for row, value in zip(self._rows[indices].tolist(), self.values(indices)):
+                try:
+                    choose_caption(value, 0.0, row)
+                except ValueError:
+                    missing += 1
+                    if missing > self._max_missing:
+                        raise
+                    continue
                 for caption in [value] if isinstance(value, str) else value:
                     if caption not in seen:
                         seen.add(caption)
@@ -138,17 +105,5 @@ class CaptionColumn:
 
 
 def drop_captions(captions: Sequence[str], dropped: Sequence[bool]) -> list[str]:
-    """
-    Some captions made empty, to learn what guidance starts from: [`~diffusers.StableDiffusion3Pipeline`] takes the
-    encoded empty string for that.
-
-    Args:
-        captions (`Sequence[str]`):
-            Captions of a batch.
-        dropped (`Sequence[bool]`):
-            Which of them to drop.
-
-    Returns:
-        `list[str]`: the captions.
-    """
+    """Captions of a batch, the dropped ones empty: Stable Diffusion 3 takes the empty prompt for guidance."""
     return ["" if drop else caption for caption, drop in zip(captions, dropped)]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images, labels and captions from any `datasets` data set, with augmentations that depend on the seed alone."""
+"""Map-style dataset of images, labels and captions, with augmentations that depend on the seed alone."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -13,22 +13,22 @@ from torch.utils.data import Dataset
 from .buckets import assign_buckets
 from .cache import content_key
 from .captions import CaptionColumn
+from .decoded import MEMORY_BUDGET, column_key, read_once, read_pixels, read_sizes, unpack
 from .randomness import derive_seed, make_generator
-from .sources import image_rows, read_labels
-from .transforms import ImageTransform, image_size, to_pixels
+from .sources import check_label, image_files, read_labels
+from .transforms import ImageTransform, image_file
 from .unreadable import UnreadableImageError, reading
 
 
-# Decoded images are kept in memory, in every process, if all of them together take no more than this.
-MEMORY_BUDGET = 512 * 2**20
+T = TypeVar("T")
 
 
 class ImageData(Dataset):
     """
     Images, labels and captions by epoch and row, batch by batch.
 
-    Decoded and resized images are kept in memory if all of them fit `MEMORY_BUDGET`; otherwise they are decoded at
-    each visit, best in several loader workers.
+    Images are decoded and resized beforehand if all of them fit `MEMORY_BUDGET`; otherwise they are decoded at each
+    visit, best in several loader workers.
 
     Args:
         dataset (`datasets.Dataset`):
@@ -50,22 +50,24 @@ class ImageData(Dataset):
         caption_column (`str`, *optional*):
             Name of the column of captions; without it there are none.
         max_unreadable (`int`, *optional*, defaults to 0):
-            So many images may be unreadable. At each visit another one, chosen at random by epoch and row and of the
-            same size, takes the place of such an image, with its own label and caption.
+            So many rows may be unreadable: without an image that can be decoded, a label or a caption. At each visit
+            another one, chosen at random by epoch and row and of the same size, takes its place.
+        folder (`Path`, *optional*):
+            Folder in which decoded images are kept for other processes and later runs, read by memory map; without it
+            each process decodes its own.
 
     Attributes:
         captions ([`CaptionColumn`], *optional*):
             The captions.
         bucket_rows (`list[np.ndarray]`, *optional*):
-            Numbers of the samples in each bucket, if the transform has buckets. The samples of a batch must be of one.
+            Numbers of the samples in each bucket, if the transform has buckets. A batch must be of one bucket.
         read_moments (`Callable`, *optional*):
-            If set, batches hold `moments` in place of `images`: `read_moments(number, mirrored)` gives what the
-            autoencoder says of an image.
+            If set, batches hold `moments` in place of `images`: `read_moments(number, mirrored)` gives the
+            autoencoder's posterior of an image.
 
     Raises:
-        ValueError: if the data set is empty, columns are missing or of the wrong type, a label is missing or out of
-            range, or an image cannot be read (with its row; at once if images are kept or there are buckets, else at
-            its first visit).
+        ValueError: if the data set is empty, columns are missing or of the wrong type, a label is out of range, or too
+            many rows cannot be read (named; at once if images are kept or there are buckets, else at the first visit).
     """
 
     def __init__(
@@ -80,51 +82,56 @@ class ImageData(Dataset):
         memory_budget: int = MEMORY_BUDGET,
         caption_column: str | None = None,
         max_unreadable: int = 0,
+        folder: Path | None = None,
     ) -> None:
         self._max_unreadable = max_unreadable
         self._unreadable: dict[int, tuple[int | str, str]] = {}
-        self._untold: dict[int | str, str] = {}
-        self._images = image_rows(dataset, image_column)
-        self._files = self._images.cast_column(image_column, datasets.Image(decode=False))
+        self._unreported: dict[int | str, str] = {}
+        self._files = image_files(dataset, image_column)
         if len(dataset) == 0:
             raise ValueError("The data set is empty.")
         self._rows = np.arange(len(dataset))
         if max_samples is not None and max_samples < len(dataset):
             order = torch.randperm(len(dataset), generator=make_generator(seed, "max_samples")).numpy()
             self._rows = np.sort(order[:max_samples])
+        self.transform, self._seed = transform, seed
         self._labels = None
         if label_column is not None:
-            self._labels = torch.from_numpy(read_labels(dataset, label_column, num_classes)[self._rows])
-        self.captions = None if caption_column is None else CaptionColumn(dataset, caption_column, self._rows, seed)
-        self.transform = transform
-        self._seed = seed
+            labels = read_labels(dataset, label_column, num_classes)[self._rows]
+            self._labels = torch.from_numpy(labels)
+            for index in np.flatnonzero(labels == -1).tolist():
+                self.read_or_note(index, lambda index: check_label(None, int(self._rows[index]), label_column, 0))
+        self.captions = None
+        if caption_column is not None:
+            self.captions = CaptionColumn(dataset, caption_column, self._rows, seed, max_unreadable)
         self.read_moments: Callable[[int, bool], torch.Tensor] | None = None
         self.bucket_rows: list[np.ndarray] | None = None
         self._bucket_of = None
-        if transform.buckets:
-            sizes = [
-                self._read_or_note(index, lambda index: image_size(self.file(index))) for index in range(len(self))
-            ]
-            sizes = [(transform.resolution,) * 2 if size is None else size for size in sizes]
-            self._bucket_of = assign_buckets(np.array(sizes), transform.buckets)
-            self.bucket_rows = [np.flatnonzero(self._bucket_of == bucket) for bucket in range(len(transform.buckets))]
         self._kept: list[np.ndarray] | None = None
         self._stack: torch.Tensor | None = None
-        # Images that are not square take more; that many are decoded at first only to see whether it fits.
-        if len(self) * transform.channels * transform.resolution**2 <= memory_budget:
-            self._keep_in_memory(memory_budget)
+        # Images that are not square take more; decoding stops where it no longer fits.
+        fits = len(self) * transform.channels * transform.resolution**2 <= memory_budget
+        key = column_key(self._files, self._rows) if folder is not None and (fits or transform.buckets) else None
+        if transform.buckets:
+            sizes_key = key and content_key("sizes", key, transform.resolution)
+            sizes, bad = read_once(folder, sizes_key, lambda: read_sizes(self._files, self._rows, transform))
+            self._note_all(bad)
+            self._bucket_of = assign_buckets(sizes.numpy(), transform.buckets)
+            self.bucket_rows = [np.flatnonzero(self._bucket_of == bucket) for bucket in range(len(transform.buckets))]
+        if fits:
+            self._keep(folder, key, memory_budget)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def num_samples(self) -> int:
-        """How many there are."""
+        """Number of samples."""
         return len(self)
 
     @property
     def description(self) -> str:
-        """What there is of it, for the log."""
+        """Number and whereabouts of the images, for the log."""
         kept = "in memory" if self.in_memory else "decoded on the way"
         return f"{len(self)} images ({'latents cached' if self.read_moments is not None else kept})"
 
@@ -135,12 +142,12 @@ class ImageData(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are decoded and kept."""
+        """Whether all images are decoded beforehand."""
         return self._kept is not None or self._stack is not None
 
     @property
     def unreadable(self) -> dict[int, tuple[int | str, str]]:
-        """Rows, and why, of the samples, by number, of which it is known that they cannot be read."""
+        """Row and reason of each sample, by number, that is known to be unreadable."""
         return dict(self._unreadable)
 
     def __getitem__(self, keys: np.ndarray) -> dict[str, Any]:
@@ -154,7 +161,7 @@ class ImageData(Dataset):
         Returns:
             `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)`, or `moments`; with
             labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`; and, where
-            images were found that cannot be read, `unreadable`, the reasons by row.
+            rows were found that cannot be read, `unreadable`, the reasons by row.
         """
         while True:
             try:
@@ -162,22 +169,25 @@ class ImageData(Dataset):
                 break
             except UnreadableImageError as error:
                 self.note_unreadable(error)
-        if self._untold:
-            batch["unreadable"], self._untold = self._untold, {}
+        if self._unreported:
+            batch["unreadable"], self._unreported = self._unreported, {}
         return batch
 
     def _readable(self, keys: np.ndarray) -> np.ndarray:
-        """The keys, with readable images in the place of those that are known not to be."""
+        """The keys, with readable samples in the place of unreadable ones."""
         if not self._unreadable:
             return keys
         keys = keys.copy()
         for key in keys:
             epoch, index = key.tolist()
-            rows = np.arange(len(self))
+            groups = [np.arange(len(self))]
             if self.bucket_rows is not None and self._bucket_of is not None:
-                rows = self.bucket_rows[self._bucket_of[index]]
-            if all(row in self._unreadable for row in rows.tolist()):
-                raise ValueError(f"None of the {len(rows)} images of one size can be read.")
+                # A batch of a bucket in which nothing can be read is one of the largest that has something.
+                groups = [self.bucket_rows[self._bucket_of[index]], *sorted(self.bucket_rows, key=len, reverse=True)]
+            readable = (rows for rows in groups if any(row not in self._unreadable for row in rows.tolist()))
+            rows = next(readable, None)
+            if rows is None:
+                raise ValueError(f"None of the {len(self)} images can be read.")
             # The choice depends on which images can be read, not on when that was found out.
             attempt = 0
             while key[1] in self._unreadable:
@@ -186,20 +196,41 @@ class ImageData(Dataset):
         return keys
 
     def note_unreadable(self, error: UnreadableImageError) -> None:
-        """
-        Remember that an image cannot be read: others take its place.
-
-        Args:
-            error ([`UnreadableImageError`]):
-                Which, and why.
-
-        Raises:
-            UnreadableImageError: if there are too many of them.
-        """
+        """Have others take the place of an unreadable sample; raises the error if there are too many."""
         self._unreadable[error.index] = (error.row, error.reason)
-        self._untold[error.row] = error.reason
+        self._unreported[error.row] = error.reason
         if len(self._unreadable) > self._max_unreadable:
             raise error
+
+    def read_or_note(self, index: int, read: Callable[[int], T]) -> T | None:
+        """Something of a sample, or `None` where it cannot be read: then others take its place."""
+        try:
+            with reading(int(self._rows[index]), index):
+                return read(index)
+        except UnreadableImageError as error:
+            self.note_unreadable(error)
+            return None
+
+    def _note_all(self, packed: torch.Tensor) -> None:
+        for index, reason in unpack(packed).items():
+            self.note_unreadable(UnreadableImageError.of(index, int(self._rows[index]), reason))
+
+    def _keep(self, folder: Path | None, key: str | None, memory_budget: int) -> None:
+        """Decode all images, once for all processes and runs that share a folder, if they fit the budget."""
+        transform, sizes = self.transform, [self.size(index) for index in range(len(self))]
+        settings = (*map(str, (transform.channels, transform.multiple, transform.background, sizes)), memory_budget)
+        pixels_key = key and content_key("pixels", key, *settings)
+        pixels, shapes, bad = read_once(
+            folder, pixels_key, lambda: read_pixels(self._files, self._rows, transform, sizes, memory_budget)
+        )
+        self._note_all(bad)
+        if not len(pixels):
+            return
+        if (shapes == transform.resolution).all():
+            self._stack = pixels.view(len(self), transform.channels, *shapes[0].tolist())
+            return
+        parts = pixels.split((transform.channels * shapes.prod(1)).tolist())
+        self._kept = [part.view(-1, *shape).numpy() for part, shape in zip(parts, shapes.tolist())]
 
     def _batch(self, keys: np.ndarray) -> dict[str, Any]:
         indices = torch.from_numpy(keys[:, 1])
@@ -220,118 +251,38 @@ class ImageData(Dataset):
         return batch
 
     def groups(self, batch_size: int) -> list[np.ndarray]:
-        """
-        All samples in batches of one size each, the last of a size perhaps smaller.
-
-        Args:
-            batch_size (`int`):
-                Samples at once.
-
-        Returns:
-            `list[np.ndarray]`: their numbers, int64.
-        """
+        """Numbers of all samples, int64, in batches of one size each, the last of a size perhaps smaller."""
         buckets = [np.arange(len(self))] if self.bucket_rows is None else self.bucket_rows
         return [rows[start : start + batch_size] for rows in buckets for start in range(0, len(rows), batch_size)]
 
     def size(self, index: int) -> tuple[int, int]:
-        """
-        The size to which an image is brought.
-
-        Args:
-            index (`int`):
-                Number of the sample.
-
-        Returns:
-            `tuple[int, int]`: height and width.
-        """
+        """Height and width to which an image is brought."""
         if self._bucket_of is None:
             return self.transform.resolution, self.transform.resolution
         return self.transform.buckets[self._bucket_of[index]]
 
     def pixels(self, keys: np.ndarray) -> torch.Tensor:
-        """
-        Images of one size, cropped and not mirrored.
-
-        Args:
-            keys (`np.ndarray` of shape `(batch_size, 2)`):
-                Epoch and number of each sample.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, channels, height, width)`: uint8.
-        """
-        return self._crop(keys) if self._stack is None else self._stack[torch.from_numpy(keys[:, 1])]
-
-    def file_key(self, index: int) -> str:
-        """
-        A name for the contents of an image's file.
-
-        Args:
-            index (`int`):
-                Number of the sample.
-
-        Returns:
-            `str`: equal for equal contents.
-        """
-
-        def read(index: int) -> str:
-            file = self.file(index)
-            return content_key(file if isinstance(file, bytes) else Path(file).read_bytes())
-
-        return self._read(index, read)
-
-    def file(self, index: int) -> bytes | str:
-        """
-        The file of an image.
-
-        Args:
-            index (`int`):
-                Number of the sample.
-
-        Returns:
-            `bytes` or `str`: its contents, or its path.
-        """
-        file = next(iter(self._files[int(self._rows[index])].values()))
-        if file is None:
-            raise ValueError("there is none")
-        return file["path"] if file["bytes"] is None else file["bytes"]
-
-    def _read(self, index: int, read: Callable[[int], Any]) -> Any:
-        """Something of an image; where that fails, the error names its row."""
-        with reading(int(self._rows[index]), index):
-            return read(index)
-
-    def _read_or_note(self, index: int, read: Callable[[int], Any]) -> Any:
-        """The same, or `None` where that fails, which is noted."""
-        try:
-            return self._read(index, read)
-        except UnreadableImageError as error:
-            self.note_unreadable(error)
-            return None
-
-    def _decode(self, index: int) -> np.ndarray:
-        image = next(iter(self._images[int(self._rows[index])].values()))
-        if image is None:
-            raise ValueError("there is none")
-        return to_pixels(image, self.size(index), self.transform.channels, self.transform.multiple)
-
-    def _keep_in_memory(self, memory_budget: int) -> None:
-        kept, used = [], 0
-        for index in range(len(self)):
-            pixels = self._read_or_note(index, self._decode)
-            # No visit shows the black image: another takes its place.
-            kept.append(np.zeros((self.transform.channels, *self.size(index)), np.uint8) if pixels is None else pixels)
-            used += kept[-1].nbytes
-            if used > memory_budget:
-                return
-        side = self.transform.resolution
-        if all(pixels.shape[1:] == (side, side) for pixels in kept):
-            self._stack = torch.from_numpy(np.stack(kept))
-        else:
-            self._kept = kept
-
-    def _crop(self, keys: np.ndarray) -> torch.Tensor:
+        """Images of one size, uint8 of shape `(batch_size, channels, height, width)`, cropped and not mirrored."""
+        if self._stack is not None:
+            return self._stack[torch.from_numpy(keys[:, 1])]
         images = []
         for index, place in zip(keys[:, 1].tolist(), self.transform.places(self._seed, keys)):
-            pixels = self._read(index, self._decode) if self._kept is None else self._kept[index]
+            pixels = self._decode(index) if self._kept is None else self._kept[index]
             images.append(self.transform.crop(pixels, self.size(index), place))
         return torch.from_numpy(np.stack(images))
+
+    def file(self, index: int) -> bytes | str:
+        """Contents or path of an image's file."""
+        return image_file(self._cell(index), self.transform.folders)
+
+    def file_key(self, index: int) -> str:
+        """Digest of the contents of an image's file."""
+        file = self.file(index)
+        return content_key(file if isinstance(file, bytes) else Path(file).read_bytes())
+
+    def _cell(self, index: int) -> dict[str, Any] | None:
+        return next(iter(self._files[int(self._rows[index])].values()))
+
+    def _decode(self, index: int) -> np.ndarray:
+        with reading(int(self._rows[index]), index):
+            return self.transform.decode(self._cell(index), self.size(index))

@@ -2,9 +2,8 @@
 """Latents of a batch, encoded on the way or kept on disk."""
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +22,9 @@ from .unreadable import UnreadableImageError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """
-    Bytes to the range of models.
-
-    Args:
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            uint8.
-
-    Returns:
-        `torch.Tensor` of the same shape: float32 in [-1, 1].
-    """
+    """Bytes to the range of models: uint8 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
@@ -48,8 +36,8 @@ def latents_of_batch(
     offload: bool = False,
 ) -> torch.Tensor:
     """
-    The data of a batch, as the flow sees it: latents drawn from the posterior that the autoencoder or a cache of its
-    answers gives, or pixels where there is no autoencoder.
+    Data of a batch as the flow sees it: latents drawn from the autoencoder's posterior, computed or cached, or pixels
+    where there is no autoencoder.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -80,23 +68,7 @@ def latents_of_batch(
 
 
 def open_cache(accelerator: Accelerator, folder: Path, description: dict[str, str]) -> TensorCache:
-    """
-    A cache that all processes read; the main process makes it.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-        folder (`Path`):
-            Where it is, seen by all processes.
-        description (`dict[str, str]`):
-            What it holds, see [`TensorCache`].
-
-    Returns:
-        [`TensorCache`]: the cache.
-
-    Raises:
-        ValueError: if the folder holds something else or is damaged.
-    """
+    """[`TensorCache`] in a folder that all processes see; the main process makes it."""
     with accelerator.main_process_first():
         return TensorCache(folder, description)
 
@@ -109,11 +81,11 @@ def cache_latents(
     batch_size: int,
 ) -> TensorCache:
     """
-    Keep what the autoencoder says of all images, and let the data set read that in place of images.
+    Encode all images once, and have the data set read the autoencoder's posteriors in place of images.
 
-    What is kept are the moments of the posterior, so that each visit still draws its own latents. A record is found by
-    the bytes of the image's file and what is done to the image, the whole cache by the autoencoder. Mirrored images
-    have records of their own. Every process calls it and does its share; what is there already is not done again.
+    Each visit still draws its own latents. A record is found by the bytes of the image's file and what is done to the
+    image, the whole cache by the autoencoder. Mirrored images have records of their own. Every process calls it and
+    does its share; what is there already is not done again.
 
     Args:
         accelerator (`Accelerator`):
@@ -140,12 +112,13 @@ def cache_latents(
     cache = open_cache(accelerator, folder, description)
     shares = range(accelerator.process_index, len(data), accelerator.num_processes)
     bar = tqdm(shares, desc="Hashing images", disable=not accelerator.is_local_main_process)
-    own = [(index, _try(data, index, data.file_key)) for index in bar]
-    file_keys = [key or "" for _, key in sorted(gather_object(own))]
+    own = [(index, data.read_or_note(index, data.file_key) or "") for index in bar]
+    file_keys = [key for _, key in sorted(gather_object(own))]
     _share_unreadable(data)
     mirrors = (False, True) if data.transform.random_flip else (False,)
+    settings = (data.transform.channels, str(data.transform.background))
     keys = [
-        [content_key(file_key, data.transform.channels, *data.size(index), mirror) for mirror in mirrors]
+        [content_key(file_key, *settings, *data.size(index), mirror) for mirror in mirrors]
         for index, file_key in enumerate(file_keys)
     ]
 
@@ -167,31 +140,22 @@ def cache_latents(
                 batch = [item for item in work[:batch_size] if item[0] == work[0][0]]
                 work = work[len(batch) :]
                 bar.update(len(batch))
-                tried = [
-                    _try(data, index, lambda index: data.pixels(np.array([[0, index]]))) for _, index, _, _ in batch
-                ]
-                read = [(image, item) for image, item in zip(tried, batch) if image is not None]
-                if not read:
-                    continue
-                images = torch.cat([image.flip(-1) if item[2] else image for image, item in read])
-                with torch.no_grad():
-                    moments = encode_moments(vae, normalize(images).to(accelerator.device)).cpu()
-                writer.add([item[3] for _, item in read], [[each] for each in moments])
+                images, read = [], []
+                for _, index, mirror, key in batch:
+                    image = data.read_or_note(index, lambda index: data.pixels(np.array([[0, index]])))
+                    if image is not None:
+                        images.append(image.flip(-1) if mirror else image)
+                        read.append(key)
+                if images:
+                    with torch.no_grad():
+                        moments = encode_moments(vae, normalize(torch.cat(images)).to(accelerator.device)).cpu()
+                    writer.add(read, [[each] for each in moments])
         accelerator.wait_for_everyone()
         cache.refresh()
         _share_unreadable(data)
     logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
     data.read_moments = CachedMoments(cache, keys)
     return cache
-
-
-def _try(data: ImageData, index: int, read: Callable[[int], T]) -> T | None:
-    """Something of an image, or `None` where it cannot be read, which the data then knows."""
-    try:
-        return read(index)
-    except UnreadableImageError as error:
-        data.note_unreadable(error)
-        return None
 
 
 def _share_unreadable(data: ImageData) -> None:
@@ -201,15 +165,7 @@ def _share_unreadable(data: ImageData) -> None:
 
 
 class CachedMoments:
-    """
-    Reads the moments of images.
-
-    Args:
-        cache ([`TensorCache`]):
-            Where they are.
-        keys (`list[list[str]]`):
-            For each image, its key and that of its mirror image.
-    """
+    """Reader of the moments of images, by the key of each image and of its mirror image."""
 
     def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
         self._cache = cache

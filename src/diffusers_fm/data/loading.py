@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images that a script's arguments name: those to train on, and those held out."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import datasets
 
 from ..pipelines.base import FlowMatchPipelineBase
-from .arguments import DataArguments
+from .arguments import DataArguments, rgb
 from .images import ImageData
-from .sources import AnyDataset, choose_split, class_names, first_rows, held_out_split_name, load_splits, stream_splits
+from .sources import (
+    AnyDataset,
+    choose_split,
+    class_names,
+    data_folders,
+    first_rows,
+    held_out_split_name,
+    load_splits,
+    stream_splits,
+)
 from .streams import StreamData
 from .transforms import ImageTransform
 
 
+logger = logging.getLogger(__name__)
+
+
 def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | None]:
     """
-    The split to train on, and the one held out. With `--streaming` the first is a stream, and of the second the first
-    rows are held out.
-
-    Args:
-        args ([`DataArguments`]):
-            With the arguments of `add_data_arguments`.
-
-    Returns:
-        `tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset | None]`: both; `None` if no split is held
-        out.
-
-    Raises:
-        ValueError: if there is no such data.
+    The split to train on, and the one held out, if there is one. With `--streaming` the first is a stream, and of the
+    second the first rows are held out.
     """
     source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     if not args.streaming:
@@ -40,40 +43,75 @@ def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | Non
     name = args.validation_split or held_out_split_name(streams, args.train_split)
     if name is None:
         return train_split, None
-    return train_split, first_rows(choose_split(streams, name), args.image_column, args.max_validation_samples)
+    folders = data_folders(args.dataset_name, args.train_data_dir, args.cache_dir)
+    rows = first_rows(choose_split(streams, name), args.image_column, args.max_validation_samples, folders)
+    return train_split, rows
 
 
-def make_train_data(
+def make_datasets(
     args: DataArguments,
-    split: AnyDataset,
-    transform: ImageTransform,
-    make_data: Callable[..., ImageData] = ImageData,
+    channels: int,
+    resolution: int,
+    make: Callable[..., ImageData] = ImageData,
+    buckets: Sequence[tuple[int, int]] = (),
+    multiple: int = 1,
+    check: Callable[[AnyDataset], None] = lambda split: None,
     **columns: Any,
-) -> ImageData | StreamData:
+) -> tuple[ImageData | StreamData, ImageData | None]:
     """
-    The images to train on.
+    Images to train on, and those held out, if there is a split of them.
 
     Args:
         args ([`DataArguments`]):
-            With the arguments of `add_data_arguments`, and `seed`.
-        split (`datasets.Dataset` or `datasets.IterableDataset`):
-            As [`open_splits`] gives it.
-        transform (`ImageTransform`):
-            What is done to each image.
-        make_data (`Callable`, *optional*, defaults to [`ImageData`]):
+            With `seed`.
+        channels (`int`):
+            1 (grey) or 3 (RGB).
+        resolution (`int`):
+            Side of the images.
+        make (`Callable`, *optional*, defaults to [`ImageData`]):
             Makes data of a split that is no stream, with the arguments of [`ImageData`].
+        buckets (`Sequence[tuple[int, int]]`, *optional*):
+            Heights and widths that take the square's place.
+        multiple (`int`, *optional*, defaults to 1):
+            Crops begin at multiples of so many pixels.
+        check (`Callable`, *optional*):
+            Called with the split to train on, before any image is read.
         columns:
             Further arguments of [`ImageData`] and [`StreamData`].
 
     Returns:
-        [`ImageData`] or [`StreamData`]: the images.
+        `tuple[ImageData | StreamData, ImageData | None]`: both.
 
     Raises:
-        ValueError: if they do not fit.
+        ValueError: if there is no such data, or it does not fit.
     """
-    if isinstance(split, datasets.IterableDataset):
-        return StreamData(split, transform, seed=args.seed, buffer_size=args.shuffle_buffer_size, **columns)
-    return make_data(split, transform, seed=args.seed, max_samples=args.max_train_samples, **columns)
+    train_split, held_out_split = open_splits(args)
+    check(train_split)
+    columns |= {"image_column": args.image_column, "max_unreadable": args.max_unreadable_images}
+    common = {
+        "buckets": tuple(buckets),
+        "multiple": multiple,
+        "background": rgb(args.background),
+        "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir),
+    }
+    transform = ImageTransform(resolution, channels, args.center_crop, args.random_flip, **common)
+    folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
+    if isinstance(train_split, datasets.IterableDataset):
+        train_data: Any = StreamData(
+            train_split, transform, seed=args.seed, buffer_size=args.shuffle_buffer_size, **columns
+        )
+    else:
+        train_data = make(
+            train_split, transform, seed=args.seed, max_samples=args.max_train_samples, folder=folder, **columns
+        )
+    if held_out_split is None:
+        return train_data, None
+    # The same images are held out whatever the run's seed, so that losses of runs compare.
+    transform = ImageTransform(resolution, channels, center_crop=True, **common)
+    held_out = make(
+        held_out_split, transform, seed=0, max_samples=args.max_validation_samples, folder=folder, **columns
+    )
+    return train_data, held_out
 
 
 def load_images(
@@ -84,42 +122,33 @@ def load_images(
     multiple: int = 1,
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
-    Images and labels for a pipeline, which takes over the names of the classes if it has none.
-
-    Args:
-        args ([`DataArguments`]):
-            With the arguments of `add_data_arguments`, `label_column` and `seed`.
-        pipeline ([`FlowMatchPipelineBase`]):
-            Which channels and classes it has.
-        resolution (`int`):
-            Side of the images.
-        make_data (`Callable`, *optional*, defaults to [`ImageData`]):
-            Makes data of a split and a transform, with the arguments of [`ImageData`].
-        multiple (`int`, *optional*, defaults to 1):
-            Crops begin at multiples of so many pixels.
-
-    Returns:
-        `tuple[ImageData | StreamData, ImageData | None]`: the images to train on, and those held out, if there is a
-        split of them.
-
-    Raises:
-        ValueError: if there is no such data, or it does not fit the pipeline.
+    Images and labels for a pipeline, which takes over the names of their classes. Arguments and errors are those of
+    [`make_datasets`].
     """
-    train_split, held_out_split = open_splits(args)
-    columns = {
-        "image_column": args.image_column,
-        "max_unreadable": args.max_unreadable_images,
-        "label_column": args.label_column if pipeline.num_classes else None,
-        "num_classes": pipeline.num_classes,
-    }
-    transform = ImageTransform(
-        resolution, pipeline.image_channels, args.center_crop, args.random_flip, multiple=multiple
-    )
-    train_data = make_train_data(args, train_split, transform, make_data, **columns)
-    if pipeline.num_classes and pipeline.config.id2label is None:
-        pipeline.register_to_config(id2label=class_names(train_split, args.label_column))
-    if held_out_split is None:
-        return train_data, None
-    # The same images are held out whatever the run's seed, so that losses of runs compare.
-    transform = ImageTransform(resolution, pipeline.image_channels, center_crop=True, multiple=multiple)
-    return train_data, make_data(held_out_split, transform, seed=0, max_samples=args.max_validation_samples, **columns)
+    label_column = args.label_column if pipeline.num_classes else None
+
+    def check(split: AnyDataset) -> None:
+        if label_column is not None and label_column in (split.features or {}):
+            adopt_class_names(pipeline, class_names(split, label_column))
+
+    columns = {"label_column": label_column, "num_classes": pipeline.num_classes}
+    return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
+
+
+def adopt_class_names(pipeline: FlowMatchPipelineBase, names: dict[int, str] | None) -> None:
+    """Give a pipeline the class names of its data; a warning says what becomes of other names."""
+    # JSON has keys that are strings.
+    known = {int(label): name for label, name in (pipeline.config.id2label or {}).items()}
+    if names == known or (names is None and not known):
+        return
+    if known:
+        common = [name for label, name in (names or {}).items() if name in known.values() and known.get(label) != name]
+        logger.warning(
+            "The class names of the model, %s, are replaced by those of the data, %s.%s",
+            list(known.values()),
+            "which has none" if names is None else list(names.values()),
+            f" {common} are in both with other labels: cast the column to the model's `ClassLabel` to keep them."
+            if common
+            else "",
+        )
+    pipeline.register_to_config(id2label=names)

@@ -1,17 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where images come from: the splits of a data set, their columns, and what is wrong with them."""
+"""Data sources: the splits of a data set, their columns, and checks of them."""
 
+import glob
+import logging
+import os
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import fsspec
+import huggingface_hub.constants
 import numpy as np
+import pyarrow.compute as pc
+from datasets.data_files import FILES_TO_IGNORE
 
 from .cache import content_key
+from .folders import METADATA_FILES, image_suffixes, is_data_folder, read_image_folder, split_of_name
+from .transforms import image_file
+from .unreadable import UnreadableImageError, reading
 
+
+logger = logging.getLogger(__name__)
 
 AnyDataset = datasets.Dataset | datasets.IterableDataset
 DatasetT = TypeVar("DatasetT", datasets.Dataset, datasets.IterableDataset)
@@ -21,8 +33,20 @@ HELD_OUT_SPLITS = ("validation", "test")
 # Rows at the beginning of a stream that are looked at for what is true of all of them.
 FIRST_ROWS = 100
 
-# A folder of `save_to_disk` is read in so many shards.
+# Shards in which a folder of images, or one of `save_to_disk`, is streamed.
 SHARDS_OF_FOLDER = 64
+
+# Modules of `datasets` by the suffix of the files that they read.
+_MODULES = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".zip": "imagefolder",
+}
+_SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d+-of-\d+$")
 
 
 def load_splits(
@@ -32,7 +56,7 @@ def load_splits(
     cache_dir: str | None = None,
 ) -> datasets.DatasetDict:
     """
-    Loads every split of a data set, from the Hub or from a local folder.
+    Load every split of a data set, from the Hub or from a local folder.
 
     Args:
         dataset_name (`str`, *optional*):
@@ -40,8 +64,7 @@ def load_splits(
         dataset_config_name (`str`, *optional*):
             Configuration of the data set, where it has several.
         train_data_dir (`str`, *optional*):
-            A folder of images, classes in subfolders if there are classes. Exactly one of this and `dataset_name` is
-            given.
+            A folder of images, see [`read_image_folder`]. Exactly one of this and `dataset_name` is given.
         cache_dir (`str`, *optional*):
             Where `datasets` keeps downloaded and prepared files.
 
@@ -51,14 +74,8 @@ def load_splits(
     Raises:
         ValueError: if both or neither are given, or there is nothing to read.
     """
-    with _data_set_of(dataset_name, train_data_dir):
-        if train_data_dir is not None:
-            return datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir)
-        saved = _load_from_disk(dataset_name)
-        if saved is not None:
-            return saved
-        cache_dir = _cache_of(dataset_name, cache_dir)
-        return datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir)
+    with _reading(dataset_name, train_data_dir):
+        return _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming=False)
 
 
 def stream_splits(
@@ -68,63 +85,103 @@ def stream_splits(
     cache_dir: str | None = None,
 ) -> datasets.IterableDatasetDict:
     """
-    The same splits as of [`load_splits`], to be read from end to end, without a download or a preparation beforehand.
-
-    Args:
-        dataset_name (`str`, *optional*):
-            As [`load_splits`] takes it.
-        dataset_config_name (`str`, *optional*):
-            As [`load_splits`] takes it.
-        train_data_dir (`str`, *optional*):
-            As [`load_splits`] takes it.
-        cache_dir (`str`, *optional*):
-            As [`load_splits`] takes it.
-
-    Returns:
-        `datasets.IterableDatasetDict`: the splits by name, with known columns.
-
-    Raises:
-        ValueError: as [`load_splits`], or if a split is empty and its files do not say what they hold.
+    Open every split of a data set as a stream of known columns, without a download or a preparation beforehand.
+    Arguments and errors are those of [`load_splits`]; a split that is empty is an error, too.
     """
-    with _data_set_of(dataset_name, train_data_dir):
-        saved = None if dataset_name is None else _load_from_disk(dataset_name)
-        if saved is not None:
-            splits = {
-                name: split.to_iterable_dataset(num_shards=min(len(split), SHARDS_OF_FOLDER))
-                for name, split in saved.items()
-                if len(split)
-            }
-        elif train_data_dir is not None:
-            splits = datasets.load_dataset("imagefolder", data_dir=train_data_dir, cache_dir=cache_dir, streaming=True)
-        else:
-            cache_dir = _cache_of(dataset_name, cache_dir)
-            splits = datasets.load_dataset(str(dataset_name), dataset_config_name, cache_dir=cache_dir, streaming=True)
+    with _reading(dataset_name, train_data_dir):
+        splits = _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, streaming=True)
+        for name, split in list(splits.items()):
+            if isinstance(split, datasets.Dataset):
+                del splits[name]
+                if len(split):
+                    splits[name] = split.to_iterable_dataset(num_shards=min(len(split), SHARDS_OF_FOLDER))
         return datasets.IterableDatasetDict({name: with_features(split) for name, split in splits.items()})
 
 
 @contextmanager
-def _data_set_of(dataset_name: str | None, train_data_dir: str | None) -> Iterator[None]:
+def _reading(dataset_name: str | None, train_data_dir: str | None) -> Iterator[None]:
     if (dataset_name is None) == (train_data_dir is None):
         given = "neither" if dataset_name is None else "both"
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
     try:
         yield
-    except (FileNotFoundError, datasets.exceptions.DatasetsError) as error:
+    except (FileNotFoundError, NotADirectoryError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"No data set can be read from {dataset_name or train_data_dir!r}: {error}") from error
 
 
-def _load_from_disk(dataset_name: str | None) -> datasets.DatasetDict | None:
-    """What `save_to_disk` wrote, if that is what the folder is."""
-    folder = Path(str(dataset_name))
-    if (folder / "dataset_dict.json").is_file():
-        return datasets.DatasetDict.load_from_disk(folder)
-    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-        return datasets.DatasetDict({"train": datasets.Dataset.load_from_disk(folder)})
-    return None
+def _open(
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    train_data_dir: str | None,
+    cache_dir: str | None,
+    streaming: bool,
+) -> Any:
+    """Splits of any source; those of a folder of images or of `save_to_disk` are no streams."""
+    folder = Path(str(train_data_dir or dataset_name)).expanduser()
+    options: dict[str, Any] = {"cache_dir": cache_dir, "streaming": streaming}
+    if dataset_name is not None:
+        if (folder / "dataset_dict.json").is_file():
+            return datasets.DatasetDict.load_from_disk(folder)
+        if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+            return datasets.DatasetDict({"train": datasets.Dataset.load_from_disk(folder)})
+        if dataset_config_name is not None or not folder.is_dir() or (folder / "README.md").is_file():
+            options["cache_dir"] = _cache_of(dataset_name, cache_dir)
+            return datasets.load_dataset(dataset_name, dataset_config_name, **options)
+    counts, files = _find_files(folder, cache_dir)
+    images = sum(counts[suffix] for suffix in image_suffixes())
+    if images > len(files) or not files or (train_data_dir is not None and images):
+        rows: Any = read_image_folder(str(folder))
+        return datasets.DatasetDict(rows)
+    module = Counter(_MODULES[os.path.splitext(file)[1].lower()] for file in files).most_common(1)[0][0]
+    module = "imagefolder" if train_data_dir is not None else module
+    data_files = _splits_of_files(folder, [f for f in files if _MODULES[os.path.splitext(f)[1].lower()] == module])
+    return datasets.load_dataset(module, data_files=data_files, **options)
+
+
+def _find_files(folder: Path, cache_dir: str | None) -> tuple[Counter[str], list[str]]:
+    """Numbers of files by suffix, and the paths, in order, of those that `datasets` reads rows from."""
+    counts: Counter[str] = Counter()
+    files: list[str] = []
+    seen = {os.path.realpath(cache_dir or datasets.config.HF_DATASETS_CACHE)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        kept = [name for name in folders if is_data_folder(os.path.join(place, name))]
+        real = {name: os.path.realpath(os.path.join(place, name)) for name in kept}
+        folders[:] = [name for name in kept if real[name] not in seen]
+        seen |= set(real.values())
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            counts[suffix] += 1
+            if suffix in _MODULES and not name.startswith(".") and name not in (*METADATA_FILES, *FILES_TO_IGNORE):
+                files.append(os.path.join(place, name))
+    return counts, sorted(files)
+
+
+def _splits_of_files(folder: Path, files: list[str]) -> dict[str, list[str]]:
+    """Files of each split: by names of shards, else by folders or names that begin with the word of a split."""
+    stems = {file: os.path.splitext(os.path.basename(file))[0] for file in files}
+    shards = {file: match[1] for file, stem in stems.items() if (match := _SHARD.match(stem))}
+    parents = {file: Path(file).relative_to(folder).parts[:-1] for file in files}
+    split_of = shards or {
+        file: word[0]
+        for file in files
+        if (word := next(filter(None, map(split_of_name, (*parents[file], stems[file]))), None)) is not None
+    }
+    if "train" not in split_of.values() and not shards:
+        split_of = dict.fromkeys(files, "train")
+    left_out = [os.path.relpath(file, folder) for file in files if file not in split_of]
+    if left_out:
+        logger.warning(
+            "%d files of %r are read. %d are left out, as they are of no split, unlike the others: %s.",
+            *(len(split_of), str(folder), len(left_out), ", ".join(left_out[:3]) + (", ..." if left_out[3:] else "")),
+        )
+    splits: dict[str, list[str]] = defaultdict(list)
+    for file, split in split_of.items():
+        splits[split].append(glob.escape(file))
+    return dict(splits)
 
 
 def _cache_of(dataset_name: str | None, cache_dir: str | None) -> str | None:
-    """Where `datasets` keeps what it prepares of a data set."""
+    """Folder for what `datasets` prepares of a data set."""
     folder = Path(str(dataset_name))
     if not (folder / "README.md").is_file():
         return cache_dir
@@ -134,56 +191,33 @@ def _cache_of(dataset_name: str | None, cache_dir: str | None) -> str | None:
     return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / content_key(*state))
 
 
+def data_folders(
+    dataset_name: str | None, train_data_dir: str | None, cache_dir: str | None
+) -> tuple[Path, ...] | None:
+    """
+    Folders in which rows of a data set may name image files, for [`ImageTransform`]: the data set's own and the caches
+    of downloads; `None`, any, for a folder of images, which names what was found in it.
+    """
+    if train_data_dir is not None:
+        return None
+    caches = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    return tuple(Path(str(folder)) for folder in (dataset_name, *caches) if folder is not None)
+
+
 def choose_split(splits: Mapping[Any, DatasetT], name: str) -> DatasetT:
-    """
-    One split of a data set.
-
-    Args:
-        splits (`datasets.DatasetDict` or `datasets.IterableDatasetDict`):
-            All splits.
-        name (`str`):
-            The wanted one.
-
-    Returns:
-        `datasets.Dataset` or `datasets.IterableDataset`: the split.
-
-    Raises:
-        ValueError: if there is no such split.
-    """
+    """One split of a data set; a `ValueError` names the others if there is no such split."""
     if name not in splits:
         raise ValueError(f"The data set has no split {name!r}; its splits are {list(splits)}.")
     return splits[name]
 
 
 def held_out_split_name(splits: Mapping[Any, AnyDataset], train_split: str) -> str | None:
-    """
-    The split to hold out if none is named: `validation`, else `test`, else none.
-
-    Args:
-        splits (`datasets.DatasetDict` or `datasets.IterableDatasetDict`):
-            All splits.
-        train_split (`str`):
-            The split that is trained on.
-
-    Returns:
-        `str`, *optional*: its name.
-    """
+    """The split to hold out if none is named: `validation`, else `test`, else none."""
     return next((name for name in HELD_OUT_SPLITS if name in splits and name != train_split), None)
 
 
 def check_image_column(dataset: AnyDataset, image_column: str) -> None:
-    """
-    Refuses a column that holds no images.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            With known columns.
-        image_column (`str`):
-            Of images, undecoded or not, of their files, or of paths.
-
-    Raises:
-        ValueError: if there is no such column, or it holds something else.
-    """
+    """Refuse a column that holds no images, decoded or not, nor their files or paths."""
     columns: Any = dataset.features
     if image_column not in columns:
         raise ValueError(f"There is no image column {image_column!r}; the columns are {list(columns)}.")
@@ -194,45 +228,18 @@ def check_image_column(dataset: AnyDataset, image_column: str) -> None:
         raise ValueError(f"The column {image_column!r} holds {feature}, not images; the columns are {list(columns)}.")
 
 
-def image_rows(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
-    """
-    A data set's images, decoded on access.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            The data set.
-        image_column (`str`):
-            As [`check_image_column`] admits.
-
-    Returns:
-        `datasets.Dataset`: of that column alone.
-
-    Raises:
-        ValueError: as [`check_image_column`].
-    """
+def image_files(dataset: datasets.Dataset, image_column: str) -> datasets.Dataset:
+    """The column of images alone, undecoded: `{"bytes", "path"}`."""
     check_image_column(dataset, image_column)
-    feature = dataset.features[image_column]
-    images = dataset.select_columns([image_column])
-    if isinstance(feature, datasets.Image) and feature.decode:
-        return images
-    return images.cast_column(image_column, datasets.Image())
+    return (
+        dataset.select_columns([image_column])
+        .with_format(None)
+        .cast_column(image_column, datasets.Image(decode=False))
+    )
 
 
 def check_label_column(dataset: AnyDataset, label_column: str, num_classes: int) -> None:
-    """
-    Refuses a column that holds no labels.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            With known columns.
-        label_column (`str`):
-            A column of `ClassLabel` or integers.
-        num_classes (`int`):
-            Classes of the model, for the message.
-
-    Raises:
-        ValueError: if there is no such column, or it holds something else.
-    """
+    """Refuse a column that holds neither `ClassLabel` nor integers."""
     columns: Any = dataset.features
     if label_column not in columns:
         raise ValueError(
@@ -249,22 +256,7 @@ def check_label_column(dataset: AnyDataset, label_column: str, num_classes: int)
 
 
 def check_label(label: int | None, row: int | str, label_column: str, num_classes: int) -> None:
-    """
-    Refuses a label that is none of the model's classes.
-
-    Args:
-        label (`int`, *optional*):
-            Of a row.
-        row (`int` or `str`):
-            Which row, for the message.
-        label_column (`str`):
-            Its column, for the message.
-        num_classes (`int`):
-            Classes of the model.
-
-    Raises:
-        ValueError: if it is missing or not in `0 .. num_classes - 1`.
-    """
+    """Refuse a label that is missing, or none of the model's classes."""
     # Image folders without class folders have labels of -1 where one is missing.
     if label is None or label == -1:
         raise ValueError(f"Row {row} has no label in the column {label_column!r}.")
@@ -275,62 +267,24 @@ def check_label(label: int | None, row: int | str, label_column: str, num_classe
 
 
 def read_labels(dataset: datasets.Dataset, label_column: str, num_classes: int) -> np.ndarray:
-    """
-    All labels of a data set, checked.
-
-    Args:
-        dataset (`datasets.Dataset`):
-            The data set.
-        label_column (`str`):
-            A column of `ClassLabel` or integers.
-        num_classes (`int`):
-            Classes of the model.
-
-    Returns:
-        `np.ndarray` of shape `(num_rows,)`: int64 labels in `0 .. num_classes - 1`.
-
-    Raises:
-        ValueError: if the column is missing or not of integers, or a label is missing or out of range.
-    """
+    """Labels of all rows, int64 of shape `(num_rows,)`, -1 where one is missing; refuses those out of range."""
     check_label_column(dataset, label_column, num_classes)
-    labels = dataset.select_columns([label_column]).with_format(None)[:][label_column]
-    for row, label in enumerate(labels):
-        check_label(label, row, label_column, num_classes)
-    return np.array(labels, dtype=np.int64)
+    column: Any = dataset.select_columns([label_column]).with_format("arrow")[:][label_column]
+    labels = pc.fill_null(column, -1).to_numpy().astype(np.int64)
+    for row in np.flatnonzero((labels != -1) & ((labels < 0) | (labels >= num_classes)))[:1].tolist():
+        check_label(int(labels[row]), row, label_column, num_classes)
+    return labels
 
 
 def class_names(dataset: AnyDataset, label_column: str) -> dict[int, str] | None:
-    """
-    Names of the classes by label, as `id2label` of a pipeline.
-
-    Args:
-        dataset (`datasets.Dataset` or `datasets.IterableDataset`):
-            The data set, with known columns.
-        label_column (`str`):
-            Its label column.
-
-    Returns:
-        `dict[int, str]`, *optional*: the names, if the column is a `ClassLabel`.
-    """
+    """Names of the classes by label, as `id2label` of a pipeline, if the column is a `ClassLabel`."""
     columns: Any = dataset.features
     feature = columns[label_column]
     return dict(enumerate(feature.names)) if isinstance(feature, datasets.ClassLabel) else None
 
 
 def with_features(dataset: datasets.IterableDataset) -> datasets.IterableDataset:
-    """
-    The data set with known columns: where the files do not say what they hold, what the first rows hold.
-
-    Args:
-        dataset (`datasets.IterableDataset`):
-            Any.
-
-    Returns:
-        `datasets.IterableDataset`: the same rows.
-
-    Raises:
-        ValueError: if it is empty.
-    """
+    """The stream with known columns: where its files do not say what they hold, what the first rows hold."""
     if dataset.features is not None:
         return dataset
     first = list(dataset.take(FIRST_ROWS))
@@ -340,18 +294,7 @@ def with_features(dataset: datasets.IterableDataset) -> datasets.IterableDataset
 
 
 def undecoded(dataset: datasets.IterableDataset, image_column: str) -> datasets.IterableDataset:
-    """
-    The data set with images as they are in the files.
-
-    Args:
-        dataset (`datasets.IterableDataset`):
-            With known columns.
-        image_column (`str`):
-            Name of the column of images.
-
-    Returns:
-        `datasets.IterableDataset`: with values `{"bytes", "path"}` in that column.
-    """
+    """The stream with images as they are in the files: `{"bytes", "path"}`."""
     dataset = dataset.decode(False)
     columns: Any = dataset.features
     if isinstance(columns[image_column], datasets.Image):
@@ -360,21 +303,14 @@ def undecoded(dataset: datasets.IterableDataset, image_column: str) -> datasets.
 
 
 def num_rows(dataset: datasets.IterableDataset) -> int | None:
-    """
-    The number of rows, where the data set's card says it.
-
-    Args:
-        dataset (`datasets.IterableDataset`):
-            One split.
-
-    Returns:
-        `int`, *optional*: the number, or `None` if it is not known.
-    """
+    """Rows of a split, where the data set's card says it."""
     splits, name = dataset.info.splits, str(dataset.split)
     return splits[name].num_examples or None if splits and name in splits else None
 
 
-def first_rows(dataset: datasets.IterableDataset, image_column: str, count: int) -> datasets.Dataset:
+def first_rows(
+    dataset: datasets.IterableDataset, image_column: str, count: int, folders: tuple[Path, ...] | None = None
+) -> datasets.Dataset:
     """
     The first rows of a stream, in memory, images as they are in the files.
 
@@ -385,6 +321,8 @@ def first_rows(dataset: datasets.IterableDataset, image_column: str, count: int)
             Name of the column of images.
         count (`int`):
             Rows at most.
+        folders (`tuple[Path, ...]`, *optional*):
+            Folders in which rows may name files, see [`data_folders`].
 
     Returns:
         `datasets.Dataset`: the rows.
@@ -395,17 +333,15 @@ def first_rows(dataset: datasets.IterableDataset, image_column: str, count: int)
     dataset = with_features(dataset)
     check_image_column(dataset, image_column)
     dataset = undecoded(dataset, image_column)
-    rows = [{**row, image_column: _at_hand(row[image_column])} for row in dataset.take(count)]
+    rows = [{**row, image_column: _at_hand(row[image_column], folders)} for row in dataset.take(count)]
     return datasets.Dataset.from_list(rows, features=dataset.features)
 
 
-def _at_hand(image: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The file of an image, fetched if it is neither there nor on this machine."""
-    if image is None or image["bytes"] is not None or Path(image["path"]).is_file():
-        return image
+def _at_hand(image: dict[str, Any] | None, folders: tuple[Path, ...] | None) -> dict[str, Any] | None:
+    """The file of an image, fetched if it is not on this machine; the reader of one out of reach finds it missing."""
     try:
-        with fsspec.open(image["path"], "rb") as file:
-            return {"bytes": file.read(), "path": image["path"]}
-    except OSError:
-        # Whoever reads it finds it missing.
+        with reading(""):
+            file = image_file(image, folders)
+    except UnreadableImageError:
         return image
+    return {"bytes": file, "path": None} if isinstance(file, bytes) else {"bytes": None, "path": file}

@@ -6,13 +6,11 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import datasets
 import fsspec.asyn
 import numpy as np
-import PIL.Image
 import torch
 from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, get_worker_info
@@ -29,7 +27,7 @@ from .sources import (
     undecoded,
     with_features,
 )
-from .transforms import ImageTransform, image_size, to_pixels
+from .transforms import ImageTransform, image_file, image_size
 from .unreadable import UnreadableImageError, reading
 
 
@@ -171,13 +169,7 @@ class StreamData:
         """Height and width of a row's image; those of the square, if it cannot be read."""
         try:
             with reading(row.name):
-                value = row.values[self._image_column]
-                file = value["path"] if value["bytes"] is None else value["bytes"]
-                if isinstance(file, bytes) or Path(file).is_file():
-                    return image_size(file)
-                # On another machine, or in an archive.
-                width, height = datasets.Image().decode_example(value).size
-                return height, width
+                return image_size(image_file(row.values[self._image_column], self.transform.folders))
         except UnreadableImageError:
             return self.transform.resolution, self.transform.resolution
 
@@ -188,11 +180,7 @@ class StreamData:
                 check_label(row.values[self._label_column], row.name, self._label_column, self._num_classes)
             if self._caption_path:
                 self._caption_value(row.values, row.name)
-            value = row.values[self._image_column]
-            if value is None:
-                raise ValueError("there is none")
-            image: PIL.Image.Image = datasets.Image().decode_example(value)
-            return to_pixels(image, size, self.transform.channels, self.transform.multiple)
+            return self.transform.decode(row.values[self._image_column], size)
 
     def batch(
         self, rows: Sequence[StreamedRow], pixels: Sequence[np.ndarray], size: tuple[int, int]

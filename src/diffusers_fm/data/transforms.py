@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to an image: resized, cropped and mirrored, as the seed and the visit alone decide."""
+"""Image files to pixels: decoded, resized, cropped and mirrored, as the seed and the visit alone decide."""
 
 import io
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -11,7 +16,88 @@ import PIL.Image
 from .randomness import row_uniforms
 
 
-def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int, multiple: int = 1) -> np.ndarray:
+WHITE = (255, 255, 255)
+
+# An image that covers a size is at most this many times as long as the size: the ends of a thinner one are cut off.
+MAX_OVERHANG = 8
+
+# The quarter turns and mirrors that undo each orientation of EXIF.
+_TURNS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+# Places on the network that a row may name, and archives in them.
+_REMOTE = ("hf", "http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss")
+_ARCHIVES = ("zip", "tar")
+
+
+def image_file(value: dict[str, Any] | None, folders: Sequence[Path] | None = None) -> bytes | str:
+    """
+    The file of an image, fetched if it is not on this machine.
+
+    Args:
+        value (`dict[str, Any]`, *optional*):
+            A cell of an undecoded image column: `{"bytes", "path"}`.
+        folders (`Sequence[Path]`, *optional*):
+            Local files must be in one of these folders; relative paths begin in the first. Without it, any file is
+            read: only for rows that were not downloaded.
+
+    Returns:
+        `bytes` or `str`: its contents, or its path.
+
+    Raises:
+        ValueError: if there is no image, or the row names a file elsewhere.
+    """
+    if value is None or (value["bytes"] is None and value["path"] is None):
+        raise ValueError("there is none")
+    if value["bytes"] is not None:
+        return value["bytes"]
+    path: str = value["path"]
+    *archives, source = path.split("::")
+    scheme, _, rest = source.rpartition("://")
+    local = scheme in ("", "file")
+    if folders is not None and scheme not in _REMOTE:
+        place = os.path.realpath(os.path.join(folders[0], rest))
+        inside = any(Path(place).is_relative_to(os.path.realpath(folder)) for folder in folders)
+        if not (local and inside and all(hop.partition("://")[0] in _ARCHIVES for hop in archives)):
+            raise ValueError(f"it names {path!r}, which is not in the folder of the data")
+        path = "::".join([*archives, place])
+    if local and not archives:
+        return path
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def open_image(file: bytes | str) -> PIL.Image.Image:
+    """Decode an image and turn it as its EXIF says; EXIF that cannot be read says nothing."""
+    with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image))
+        return image if turn is None else image.transpose(turn)
+
+
+def image_size(file: bytes | str) -> tuple[int, int]:
+    """Height and width that [`open_image`] gives, from the head of the file."""
+    with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+        width, height = image.size
+        # Pillow turns TIFF itself.
+        lies = image.format != "TIFF" and _orientation(image) >= 5
+    return (width, height) if lies else (height, width)
+
+
+def to_pixels(
+    image: PIL.Image.Image,
+    size: tuple[int, int],
+    channels: int,
+    multiple: int = 1,
+    background: tuple[int, int, int] = WHITE,
+) -> np.ndarray:
     """
     An image's pixels, resized (bicubic, antialiased) to cover a size in both directions, if it does not fit already.
 
@@ -19,11 +105,14 @@ def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int, mult
         image (`PIL.Image.Image`):
             Any mode with 8 or 16 bits a channel.
         size (`tuple[int, int]`):
-            Height and width to cover: one side has the wanted length, the other at least that.
+            Height and width to cover: one side has the wanted length, the other at least that, and at most
+            `MAX_OVERHANG` times that, of which the middle is kept.
         channels (`int`):
             1 for grey, 3 for RGB; images are converted.
         multiple (`int`, *optional*, defaults to 1):
             If it is resized, the other side's length is a multiple of this.
+        background (`tuple[int, int, int]`, *optional*, defaults to white):
+            Colour behind what is transparent.
 
     Returns:
         `np.ndarray` of shape `(channels, height, width)`: uint8.
@@ -31,40 +120,46 @@ def to_pixels(image: PIL.Image.Image, size: tuple[int, int], channels: int, mult
     Raises:
         ValueError: if the mode has no 8-bit form.
     """
-    if image.mode.startswith("I;16"):
-        image = PIL.Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"images of mode {image.mode!r} have no fixed range")
-    image = image.convert("L" if channels == 1 else "RGB")
-    height, width = size
-    scale = max(height / image.height, width / image.width)
-    if scale != 1:
-        covering = (multiple * round(side * scale / multiple) for side in image.size)
-        wanted = tuple(max(side, least) for side, least in zip(covering, (width, height)))
-        image = image.resize(wanted, PIL.Image.Resampling.BICUBIC)
+    image = _opaque(image, background).convert("L" if channels == 1 else "RGB")
+    least = (size[1], size[0])
+    scale = max(wanted / side for wanted, side in zip(least, image.size))
+    if scale != 1 or any(side > MAX_OVERHANG * wanted for side, wanted in zip(image.size, least)):
+        covering = [max(multiple * round(side * scale / multiple), low) for side, low in zip(image.size, least)]
+        wanted = [min(side, MAX_OVERHANG * low) for side, low in zip(covering, least)]
+        spans = [side * part / whole for side, part, whole in zip(image.size, wanted, covering)]
+        starts = [(side - span) / 2 for side, span in zip(image.size, spans)]
+        ends = [start + span for start, span in zip(starts, spans)]
+        image = image.resize((wanted[0], wanted[1]), PIL.Image.Resampling.BICUBIC, box=(*starts, *ends))
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def image_size(file: bytes | str) -> tuple[int, int]:
-    """
-    The size of an image as it is seen, from the head of its file.
+def _orientation(image: PIL.Image.Image) -> int:
+    """Orientation of an image by its EXIF, 1 where that says none."""
+    try:
+        value = image.getexif().get(PIL.ExifTags.Base.Orientation)
+    except Exception:  # EXIF is written by anybody, and parsed by Pillow as it comes.
+        return 1
+    return value if isinstance(value, int) and value in _TURNS else 1
 
-    Args:
-        file (`bytes` or `str`):
-            Its contents or its path.
 
-    Returns:
-        `tuple[int, int]`: height and width.
-
-    Raises:
-        OSError: if it is no image.
-    """
-    with PIL.Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-        width, height = image.size
-        # Orientations from 5 on lie on their side, and `datasets` turns them.
-        lies = image.getexif().get(PIL.ExifTags.Base.Orientation, 1) >= 5
-    return (width, height) if lies else (height, width)
+def _opaque(image: PIL.Image.Image, background: tuple[int, int, int]) -> PIL.Image.Image:
+    """An image with 8 bits a channel, composed over the background where it is transparent."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"images of mode {image.mode!r} have no fixed range")
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        image = PIL.Image.fromarray(np.round(levels / 257).astype(np.uint8))
+        if transparent is not None:
+            image.putalpha(PIL.Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    elif image.mode == "RGB" and isinstance(transparent, tuple) and max(transparent) > 255:
+        # A PNG with 16 bits a channel, of which Pillow keeps the upper 8 of the pixels alone.
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, background), image)
 
 
 @dataclass(frozen=True)
@@ -86,6 +181,10 @@ class ImageTransform:
             Heights and widths that take the square's place.
         multiple (`int`, *optional*, defaults to 1):
             Crops begin at multiples of so many pixels, where they can follow those of a smaller image.
+        background (`tuple[int, int, int]`, *optional*, defaults to white):
+            Colour behind what is transparent.
+        folders (`tuple[Path, ...]`, *optional*):
+            Folders in which rows may name files, see [`image_file`].
     """
 
     resolution: int
@@ -94,43 +193,26 @@ class ImageTransform:
     random_flip: bool = False
     buckets: tuple[tuple[int, int], ...] = ()
     multiple: int = 1
+    background: tuple[int, int, int] = WHITE
+    folders: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
             raise ValueError(f"Images have 1 or 3 channels, but the model takes {self.channels}.")
 
+    def decode(self, value: dict[str, Any] | None, size: tuple[int, int]) -> np.ndarray:
+        """Pixels of a cell of an image column, uint8 of shape `(channels, height, width)`, covering a size."""
+        image = open_image(image_file(value, self.folders))
+        return to_pixels(image, size, self.channels, self.multiple, self.background)
+
     def places(self, seed: int, visits: np.ndarray) -> np.ndarray:
-        """
-        Where images are cropped.
-
-        Args:
-            seed (`int`):
-                Seed of the run.
-            visits (`np.ndarray` of shape `(batch_size, num_keys)`):
-                Epoch and number of each image.
-
-        Returns:
-            `np.ndarray` of shape `(batch_size, 2)`: how far down and across of what there is, in [0, 1).
-        """
+        """Where images are cropped, `(batch_size, 2)`: how far down and across of what there is, in [0, 1)."""
         if self.center_crop:
             return np.full((len(visits), 2), 0.5)
         return np.stack([row_uniforms(seed, purpose, visits) for purpose in ("down", "across")], axis=1)
 
     def crop(self, pixels: np.ndarray, size: tuple[int, int], place: np.ndarray) -> np.ndarray:
-        """
-        Part of an image.
-
-        Args:
-            pixels (`np.ndarray` of shape `(channels, height, width)`):
-                The image, at least as large as the part.
-            size (`tuple[int, int]`):
-                Height and width of the part.
-            place (`np.ndarray` of shape `(2,)`):
-                As [`~ImageTransform.places`] draws it.
-
-        Returns:
-            `np.ndarray` of shape `(channels, *size)`: a view.
-        """
+        """The part of an image, `(channels, height, width)`, at a place as [`~ImageTransform.places`] draws it."""
         top, left = (
             self.multiple * int(part * ((length - side) // self.multiple + 1))
             for part, length, side in zip(place.tolist(), pixels.shape[1:], size)
@@ -138,18 +220,7 @@ class ImageTransform:
         return pixels[:, top : top + size[0], left : left + size[1]]
 
     def mirrored(self, seed: int, visits: np.ndarray) -> np.ndarray:
-        """
-        Which images are mirrored.
-
-        Args:
-            seed (`int`):
-                Seed of the run.
-            visits (`np.ndarray` of shape `(batch_size, num_keys)`):
-                Epoch and number of each image.
-
-        Returns:
-            `np.ndarray` of shape `(batch_size,)`: bool.
-        """
+        """Which images are mirrored, bool of shape `(batch_size,)`."""
         if not self.random_flip:
             return np.zeros(len(visits), dtype=bool)
         return row_uniforms(seed, "flip", visits) < 0.5

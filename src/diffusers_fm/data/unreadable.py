@@ -43,6 +43,8 @@ def reading(row: int | str, index: int = -1) -> Iterator[None]:
     """Turn any exception of reading a row (its image, EXIF, label or caption) into [`UnreadableImageError`]."""
     try:
         yield
+    except UnreadableImageError:
+        raise
     except Exception as error:
         # Decoders raise what they like: struct.error, TypeError, ZeroDivisionError, ImportError, ...
         raise UnreadableImageError.of(index, row, str(error).rstrip(".") or type(error).__name__) from error

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the frozen models say of data, computed once, by all processes together, before training."""
+"""Cache of text embeddings, computed by all processes together before training."""
 
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
 
 from accelerate import Accelerator
 from diffusers.training_utils import offload_models
@@ -17,33 +16,13 @@ from .prompts import CachedPrompts, PromptEncoder
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def cache_prompts(
     accelerator: Accelerator, captions: Iterable[str], encoder: PromptEncoder, folder: Path, batch_size: int
 ) -> CachedPrompts:
     """
-    Keep the embeddings of all captions. A record is found by the caption's tokens, the whole cache by the encoders.
-    Every process calls it and does its share; what is there already is not done again.
-
-    Args:
-        accelerator (`Accelerator`):
-            Of the run.
-        captions (`Iterable[str]`):
-            All captions that will be asked for; the empty one is added.
-        encoder ([`PromptEncoder`]):
-            The encoders.
-        folder (`Path`):
-            Of the cache.
-        batch_size (`int`):
-            Captions at once.
-
-    Returns:
-        [`CachedPrompts`]: what reads them.
-
-    Raises:
-        ValueError: if the cache does not match.
+    Encode all captions, and the empty one, once, `batch_size` at a time. A record is found by the caption's tokens,
+    the whole cache by the encoders. Every process calls it and does its share; what is there is not done again.
     """
     models = encoder.encoders
     description = {

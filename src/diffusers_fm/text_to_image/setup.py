@@ -15,10 +15,9 @@ from torch import nn
 
 from ..data.images import ImageData
 from ..data.latents import cache_latents
-from ..data.loading import make_train_data, open_splits
+from ..data.loading import make_datasets
 from ..data.randomness import make_generator
 from ..data.streams import StreamData
-from ..data.transforms import ImageTransform
 from ..pipelines.init_pipeline import ENCODERS
 from ..pipelines.stock import with_stock_scheduler
 from ..text_to_image.precompute import cache_prompts
@@ -122,20 +121,8 @@ def load_captioned_data(
     Raises:
         ValueError: if there are no such data, columns or captions.
     """
-    train_split, held_out_split = open_splits(args)
     buckets = () if list(sizes) == [(args.resolution, args.resolution)] else tuple(sizes)
-    columns = {
-        "image_column": args.image_column,
-        "caption_column": args.caption_column,
-        "max_unreadable": args.max_unreadable_images,
-    }
-    transform = ImageTransform(args.resolution, channels, args.center_crop, args.random_flip, buckets)
-    train_data = make_train_data(args, train_split, transform, **columns)
-    if held_out_split is None:
-        return train_data, None
-    # The same images are held out whatever the seed, so that losses of runs compare.
-    transform = ImageTransform(args.resolution, channels, center_crop=True, buckets=buckets)
-    return train_data, ImageData(held_out_split, transform, max_samples=args.max_validation_samples, **columns)
+    return make_datasets(args, channels, args.resolution, buckets=buckets, caption_column=args.caption_column)
 
 
 def prepare_prompts(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training of an upscaler needs besides: pairs of images, and how good upscaled images are."""
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -12,7 +13,7 @@ from ..applications.image_quality import psnr, ssim
 from ..data.images import ImageData
 from ..data.randomness import make_generator
 from ..data.transforms import ImageTransform, image_size
-from ..data.unreadable import UnreadableImageError
+from ..data.unreadable import UnreadableImageError, reading
 from ..pipelines import FlowMatchUpscalePipeline
 from ..pipelines.resampling import downscale, resize_bicubic
 from .validation import EVALUATION_SEED, make_grid, quiet_copy
@@ -55,10 +56,8 @@ class PairedImageData(ImageData):
         **columns: Any,
     ) -> None:
         super().__init__(dataset, transform, seed=seed, max_samples=max_samples, **columns)
-        small = ImageTransform(
-            transform.resolution // scale_factor, transform.channels, transform.center_crop, transform.random_flip
-        )
-        shared = {name: columns[name] for name in ("max_unreadable", "memory_budget") if name in columns}
+        small = replace(transform, resolution=transform.resolution // scale_factor, multiple=1)
+        shared = {name: columns[name] for name in ("max_unreadable", "memory_budget", "folder") if name in columns}
         self.conditioning_images = ImageData(
             dataset, small, conditioning_image_column, seed=seed, max_samples=max_samples, **shared
         )
@@ -68,13 +67,15 @@ class PairedImageData(ImageData):
             self.note_unreadable(UnreadableImageError.of(index, row, reason))
         if self.in_memory:
             for index in sorted(set(range(len(self))) - set(self.unreadable)):
-                self._check_pair(index, self._read_or_note(index, self._sizes))
+                self._check_pair(index, self.read_or_note(index, self._sizes))
 
     def _batch(self, keys: np.ndarray) -> dict[str, Any]:
         """As of [`ImageData`], with `conditioning_images`, uint8 and `scale_factor` times smaller."""
         if not self.in_memory:
             for index in keys[:, 1].tolist():
-                self._check_pair(index, self._read(index, self._sizes))
+                with reading(int(self._rows[index]), index):
+                    sizes = self._sizes(index)
+                self._check_pair(index, sizes)
         return {**super()._batch(keys), "conditioning_images": self.conditioning_images._batch(keys)["images"]}
 
     def _sizes(self, index: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sizes and pixels of all images, read by threads and kept on disk: done once, not at each start of each process."""
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from tqdm.auto import tqdm
+
+from .cache import TensorCache, content_key
+from .transforms import ImageTransform, image_file, image_size
+from .unreadable import UnreadableImageError, reading
+
+
+logger = logging.getLogger(__name__)
+
+# Images are decoded beforehand if all of them together take no more bytes than this.
+MEMORY_BUDGET = 512 * 2**20
+
+READ_AT_ONCE = 1024
+
+
+def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
+    """
+    Digest of an undecoded image column: of its Arrow files or contents, and of paths, sizes and times of the image
+    files that it names; `None` where these are on the network.
+    """
+    # A folder that is prepared anew keeps its fingerprint; its files do not keep their times.
+    prepared = [f"{file['filename']} {os.stat(file['filename']).st_mtime_ns}" for file in files.cache_files]
+    parts: list[bytes | str] = [files._fingerprint, *prepared, rows.tobytes()]
+    column = files.column_names[0]
+    batches: Any = files.with_format("arrow").iter(READ_AT_ONCE)
+    for batch in batches:
+        cells = batch[column].combine_chunks()
+        for path in pc.filter(cells.field("path"), pc.is_null(cells.field("bytes"))).drop_null().to_pylist():
+            try:
+                state = os.stat(path)
+                parts.append(f"{path} {state.st_size} {state.st_mtime_ns}")
+            except OSError:
+                if "://" in path:
+                    return None
+                parts.append(path)
+    return content_key(*parts)
+
+
+def read_once(
+    folder: Path | None, key: str | None, read: Callable[[], list[torch.Tensor]], what: str = "decoded images"
+) -> list[torch.Tensor]:
+    """Tensors by key from a [`TensorCache`], or computed and added to it; without folder or key computed alone."""
+    if folder is None or key is None:
+        return read()
+    tensors = None
+    try:
+        cache = TensorCache(folder, {"what": what})
+        if key not in cache:
+            tensors = read()
+            with cache.writer() as writer:
+                writer.add([key], [tensors])
+            cache.refresh()
+        return cache.read(key)
+    except OSError as error:
+        logger.warning("Images that are decoded cannot be kept in %r for the next run: %s.", str(folder), error)
+        return read() if tensors is None else tensors
+
+
+def read_sizes(files: datasets.Dataset, rows: np.ndarray, transform: ImageTransform) -> list[torch.Tensor]:
+    """Heights and widths of images, int64 of shape `(num_images, 2)`, and the unreadable ones."""
+    sizes = np.full((len(rows), 2), transform.resolution)
+    unreadable = {}
+    read = lambda number, cell: image_size(image_file(cell, transform.folders))  # noqa: E731
+    for number, size in enumerate(_read_all(files, rows, read, "Reading sizes")):
+        if isinstance(size, UnreadableImageError):
+            unreadable[number] = size.reason
+        else:
+            sizes[number] = size
+    return [torch.from_numpy(sizes), _pack(unreadable)]
+
+
+def read_pixels(
+    files: datasets.Dataset,
+    rows: np.ndarray,
+    transform: ImageTransform,
+    sizes: Sequence[tuple[int, int]],
+    memory_budget: int,
+) -> list[torch.Tensor]:
+    """
+    Pixels of all images, uint8, one after another, none if they take more than the budget; heights and widths, int64
+    of shape `(num_images, 2)`; and the unreadable ones, which are black.
+    """
+    images, used = [], 0
+    unreadable = {}
+    read = lambda number, cell: transform.decode(cell, sizes[number])  # noqa: E731
+    for number, pixels in enumerate(_read_all(files, rows, read, "Decoding images")):
+        if isinstance(pixels, UnreadableImageError):
+            unreadable[number] = pixels.reason
+            pixels = np.zeros((transform.channels, *sizes[number]), np.uint8)
+        images.append(pixels)
+        used += pixels.nbytes
+        if used > memory_budget:
+            return [torch.empty(0, dtype=torch.uint8), torch.empty(0, 2, dtype=torch.int64), _pack({})]
+    shapes = torch.tensor([image.shape[1:] for image in images])
+    return [torch.from_numpy(np.concatenate([image.ravel() for image in images])), shapes, _pack(unreadable)]
+
+
+def unpack(unreadable: torch.Tensor) -> dict[int, str]:
+    """Reasons of unreadable images by number."""
+    return {int(number): reason for number, reason in json.loads(unreadable.numpy().tobytes()).items()}
+
+
+def _pack(unreadable: dict[int, str]) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(unreadable).encode()), dtype=torch.uint8)
+
+
+def _read_all(
+    files: datasets.Dataset, rows: np.ndarray, read: Callable[[int, Any], Any], description: str
+) -> Iterator[Any]:
+    """What `read(number, cell)` gives for all images, or its [`UnreadableImageError`], in order, by threads."""
+
+    def try_one(number: int, cell: Any) -> Any:
+        try:
+            with reading(int(rows[number]), number):
+                return read(number, cell)
+        except UnreadableImageError as error:
+            return error
+
+    column = files.column_names[0]
+    with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), desc=description, delay=2) as bar:
+        for start in range(0, len(rows), READ_AT_ONCE):
+            cells = files[rows[start : start + READ_AT_ONCE].tolist()][column]
+            yield from pool.map(try_one, range(start, start + len(cells)), cells)
+            bar.update(len(cells))
