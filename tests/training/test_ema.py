@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_pipeline
 from training_runs import ROOT, environment, make_dataset, save_untrained, train, weights
 
@@ -235,7 +235,9 @@ def test_a_resumed_run_leaves_the_same_snapshots(run: Path, tmp_path: Path) -> N
     resumed = tmp_path / "run"
     shutil.copytree(run, resumed)
     stray = resumed / "ema_snapshots" / "step-97.ema-0_050.safetensors"
-    shutil.copy(tracked(run, 0.05)[0].file, stray)
+    mine = [resumed / "ema_snapshots" / name for name in ("mine.safetensors", "step-best.safetensors", "step-999.bak")]
+    for file in (stray, *mine):
+        shutil.copy(tracked(run, 0.05)[0].file, file)
     shutil.rmtree(resumed / "checkpoint-192")
     (resumed / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     arguments = {"config": resumed / "training_args.json", "resume_from_checkpoint": "latest"}
@@ -243,6 +245,7 @@ def test_a_resumed_run_leaves_the_same_snapshots(run: Path, tmp_path: Path) -> N
     folder = run.parent
     train(folder / "untrained", folder / "data", resumed, **arguments, **unset)
     assert not stray.exists()
+    assert all(file.exists() for file in mine)
     for snapshot in find_snapshots(run):
         again = load_file(resumed / "ema_snapshots" / snapshot.file.name)
         assert all(torch.equal(tensor, again[name]) for name, tensor in load_file(snapshot.file).items())
@@ -270,6 +273,18 @@ def test_shards_and_embedders_are_written_too(tmp_path: Path) -> None:
     loaded = FlowMatchPipeline.from_pretrained(tmp_path, variant="other").transformer.state_dict()
     assert (loaded.pop("pos_embed.proj.bias") == 3).all()
     assert all(torch.equal(tensor, pipeline.transformer.state_dict()[name]) for name, tensor in loaded.items())
+
+
+def test_weights_that_are_not_finite_make_no_variant(run: Path, tmp_path: Path) -> None:
+    spoilt = shutil.copytree(run, tmp_path / "run")
+    files = sorted(path.name for path in (spoilt / "unet").iterdir())
+    file = tracked(spoilt, 0.05)[3].file
+    tensors = load_file(file)
+    tensors["denoiser.conv_in.bias"][0] = math.nan
+    save_file(tensors, file, {"update": str(tracked(run, 0.05)[3].update), "sigma_rel": "0.05"})
+    with pytest.raises(ValueError, match=r"up to step 192 hold weights that are not finite, such as 'denoiser"):
+        main([str(spoilt), "--sigma_rel", "0.12"])
+    assert sorted(path.name for path in (spoilt / "unet").iterdir()) == files
 
 
 def test_what_cannot_be_made_is_refused(run: Path, tmp_path: Path) -> None:

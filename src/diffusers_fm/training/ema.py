@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -23,7 +22,7 @@ from ..files import written_aside
 
 SNAPSHOT_FOLDER = "ema_snapshots"
 
-_SNAPSHOT = re.compile(r"step-(\d+)\.ema-[\d_]+\.safetensors")
+_SNAPSHOT = re.compile(r"step-(\d+)\.ema-[\w-]+\.safetensors")
 
 # Snapshots of a run by default. The profile of another width is then met to 0.3 % between the tracked widths and up to
 # 0.15.
@@ -209,11 +208,16 @@ class EMA:
                     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
 
+def snapshot_files(output_dir: Path) -> dict[Path, int]:
+    """Snapshots of a run with the updates done; other files in their folder are the user's."""
+    matches = {file: _SNAPSHOT.fullmatch(file.name) for file in (output_dir / SNAPSHOT_FOLDER).glob("*")}
+    return {file: int(match[1]) for file, match in matches.items() if match is not None}
+
+
 def remove_later_snapshots(output_dir: Path, num_updates: int) -> None:
     """Remove the snapshots of a run that went further than the step from which it is resumed."""
-    for file in (output_dir / SNAPSHOT_FOLDER).glob("*"):
-        match = _SNAPSHOT.fullmatch(file.name)
-        if match is not None and int(match[1]) > num_updates:
+    for file, update in snapshot_files(output_dir).items():
+        if update > num_updates:
             file.unlink()
 
 
@@ -224,10 +228,7 @@ def make_ema(
     offload: bool = False,
 ) -> EMA:
     """[`EMA`] of a prepared model, registered for checkpoints; an engine whose shards have no names is refused."""
-    kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        raise ValueError("--use_ema does not work with FSDP of version 1: use FSDP2 (fsdp_version: 2).")
-    deepspeed = accelerator.state.deepspeed_plugin if kind == DistributedType.DEEPSPEED else None
+    deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("--use_ema does not work with DeepSpeed ZeRO stage 3: use stage 2, or FSDP2.")
     ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""An average of any width, made after the run from snapshots of two (arXiv 2312.02696, section 3.2 and appendix C).
+r"""Post-hoc EMA: averages of any width, from snapshots of two (arXiv 2312.02696, section 3.2 and appendix C).
 
 A run with `--use_ema --ema_profile power` leaves snapshots in `ema_snapshots/`. From them
 
     python -m diffusers_fm.training.posthoc_ema runs/unet-digits --sigma_rel 0.05 0.10 0.15
 
-writes the weights of each width beside those of the trained pipeline, as a variant of diffusers:
+writes the weights of each width into the trained pipeline's folder, as a variant of diffusers:
 
     pipeline = FlowMatchPipeline.from_pretrained("runs/unet-digits", variant="ema-0_100")
 """
@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 
 from ..files import replace_text, written_aside
 from ..precision import to_float64
-from .ema import SNAPSHOT_FOLDER, power_exponent, width_name
+from .ema import SNAPSHOT_FOLDER, power_exponent, snapshot_files, width_name
 
 
 WEIGHTS = "diffusion_pytorch_model"
 
-# A profile that is missed by more than this is told in a warning.
+# Error of a profile above which more snapshots are advised.
 WARNED_ERROR = 0.01
 
 
@@ -39,20 +39,11 @@ def profile_product(
     exponent_2: np.ndarray | float,
 ) -> np.ndarray:
     """
-    The inner products of profiles, the integrals of `p_1(tau) p_2(tau)` over all `tau`, where `p_i(tau)` is
-    `(gamma_i + 1) tau^gamma_i / t_i^(gamma_i + 1)` up to `t_i` and 0 after it.
+    Inner products of profiles that end at `time_i > 0` with exponents gamma_i: the integrals of `p_1(tau) p_2(tau)`,
+    where `p_i(tau)` is `(gamma_i + 1) tau^gamma_i / t_i^(gamma_i + 1)` up to `t_i` and 0 after it. They broadcast.
 
     A tracked average is exactly its profile's integral over the weights, each of which holds for the unit of time that
     ends with its step. So nothing is lost by the continuous form.
-
-    Args:
-        time_1 (`np.ndarray` or `float`), time_2 (`np.ndarray` or `float`):
-            Where the profiles end, above 0; they broadcast.
-        exponent_1 (`np.ndarray` or `float`), exponent_2 (`np.ndarray` or `float`):
-            Their exponents gamma, at least 0.
-
-    Returns:
-        `np.ndarray`: the products, in the inverse of the unit of time.
     """
     later = np.maximum(time_1, time_2)
     # Powers of the ratio, which is at most 1, neither overflow nor lose digits.
@@ -65,17 +56,13 @@ def posthoc_coefficients(
     times: np.ndarray, exponents: np.ndarray, time: float, exponent: float
 ) -> tuple[np.ndarray, float]:
     """
-    The combination of tracked profiles that is nearest to a wanted one, among those whose coefficients sum to 1.
+    Combination of tracked profiles nearest to a wanted one, among those whose coefficients sum to 1.
 
     Args:
-        times (`np.ndarray` of shape `(num_snapshots,)`):
-            Updates done at each snapshot.
-        exponents (`np.ndarray` of shape `(num_snapshots,)`):
-            Exponent of the profile of each.
-        time (`float`):
-            Where the wanted profile ends.
-        exponent (`float`):
-            Its exponent.
+        times (`np.ndarray` of shape `(num_snapshots,)`), exponents (`np.ndarray` of shape `(num_snapshots,)`):
+            Updates done at each snapshot, and exponent of its profile.
+        time (`float`), exponent (`float`):
+            Where the wanted profile ends, and its exponent.
 
     Returns:
         `tuple[np.ndarray, float]`: the coefficients, and the distance of their profile from the wanted one over the
@@ -100,17 +87,7 @@ def posthoc_coefficients(
 
 @dataclass(frozen=True)
 class Snapshot:
-    """
-    A file of an average's weights.
-
-    Args:
-        file (`Path`):
-            The file.
-        update (`int`):
-            Updates done.
-        sigma_rel (`float`):
-            Width of the average.
-    """
+    """File of an average's weights, of width `sigma_rel` after `update` updates."""
 
     file: Path
     update: int
@@ -118,21 +95,9 @@ class Snapshot:
 
 
 def find_snapshots(run: Path) -> list[Snapshot]:
-    """
-    The snapshots of a run.
-
-    Args:
-        run (`Path`):
-            Its output folder.
-
-    Returns:
-        `list[Snapshot]`: by update and width.
-
-    Raises:
-        ValueError: if there are none.
-    """
+    """Snapshots in a run's output folder, by update and width; a `ValueError` if there are none."""
     snapshots = []
-    for file in (run / SNAPSHOT_FOLDER).glob("step-*.safetensors"):
+    for file in snapshot_files(run):
         with safe_open(file, framework="pt") as reader:
             metadata = reader.metadata()
         snapshots.append(Snapshot(file, int(metadata["update"]), float(metadata["sigma_rel"])))
@@ -147,7 +112,7 @@ def posthoc_ema(
     snapshots: Sequence[Snapshot], sigma_rel: float, update: int | None = None
 ) -> tuple[dict[str, torch.Tensor], float]:
     """
-    The average of a width, from snapshots. Of each file one tensor is in memory at a time.
+    Average of a width from snapshots, with one tensor of each in memory at a time.
 
     Args:
         snapshots (`Sequence[Snapshot]`):
@@ -161,7 +126,7 @@ def posthoc_ema(
         `tuple[dict[str, torch.Tensor], float]`: the weights by name, float32, and the relative error of the profile.
 
     Raises:
-        ValueError: if the width is out of range, or there is no snapshot at the update.
+        ValueError: if the width is out of range, there is no snapshot at the update, or weights are not finite.
     """
     exponent = power_exponent(sigma_rel)
     updates = sorted({snapshot.update for snapshot in snapshots})
@@ -182,11 +147,13 @@ def posthoc_ema(
         for reader, coefficient in zip(readers, coefficients.tolist()):
             total = total + coefficient * to_float64(reader.get_tensor(name))
         weights[name] = total.float()
+        if not weights[name].isfinite().all():
+            raise ValueError(f"The snapshots up to step {update} hold weights that are not finite, such as {name!r}.")
     return weights, error
 
 
 def _weight_files(run: Path) -> dict[str, list[Path]]:
-    """The files of weights of each component of a saved pipeline, shards or one, none of a variant."""
+    """Files of weights of each component of a saved pipeline, shards or one, none of a variant."""
     if not (run / "model_index.json").is_file():
         raise ValueError(f"There is no trained pipeline in {str(run)!r} yet, and so nothing to write the variant to.")
     components = {}
@@ -201,7 +168,7 @@ def _weight_files(run: Path) -> dict[str, list[Path]]:
 
 
 def _prefix(names: Iterable[str], keys: set[str]) -> str | None:
-    """What stands before a component's own names in those of the trained model, if all in that group are its own."""
+    """Prefix of a component's names in those of the trained model, if all names with it are the component's."""
     names = list(names)
     for prefix in ("", *sorted({f"{name.split('.')[0]}." for name in names})):
         group = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -212,8 +179,8 @@ def _prefix(names: Iterable[str], keys: set[str]) -> str | None:
 
 def write_variant(run: Path, weights: dict[str, torch.Tensor], variant: str) -> list[Path]:
     """
-    Write weights beside those of a saved pipeline, as `from_pretrained(variant=...)` finds them. What was not trained
-    is copied, the dtype is that of the saved weights.
+    Write weights into a saved pipeline, as `from_pretrained(variant=...)` finds them. What was not trained is copied,
+    the dtype is that of the saved weights.
 
     Args:
         run (`Path`):
@@ -268,7 +235,7 @@ def _write_component(files: list[Path], weights: dict[str, torch.Tensor], prefix
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command."""
+    """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m diffusers_fm.training.posthoc_ema",
         description=__doc__,
@@ -278,13 +245,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sigma_rel", type=float, nargs="+", required=True, help="Relative widths, in (0, 0.2887).")
     parser.add_argument("--step", type=int, help="Step of the average; the last by default.")
     args = parser.parse_args(argv)
-    snapshots = find_snapshots(args.run)
+    run = args.run.expanduser()
+    snapshots = find_snapshots(run)
     for sigma_rel in args.sigma_rel:
         power_exponent(sigma_rel)
     for sigma_rel in args.sigma_rel:
         weights, error = posthoc_ema(snapshots, sigma_rel, args.step)
         variant = width_name(sigma_rel) + ("" if args.step is None else f"-step-{args.step}")
-        files = write_variant(args.run, weights, variant)
+        files = write_variant(run, weights, variant)
         print(f"variant {variant}: {', '.join(str(file) for file in files)}; error of the profile {error:.2%}")
         if error > WARNED_ERROR:
             print(f"  {sigma_rel} is far from the tracked widths; more snapshots (--ema_snapshot_steps) would help.")
