@@ -196,7 +196,9 @@ def parse_arguments(arguments: type[A], argv: Sequence[str] | None = None, descr
         words = _words(parser, Path(found.config).expanduser()) + words
     values = vars(parser.parse_args(words))
     del values["config"]
-    return arguments(**values)
+    # A shell expands no `--output_dir=~/run`.
+    paths = {name: value for name, value in values.items() if isinstance(value, str) and value.startswith("~/")}
+    return arguments(**values | {name: str(Path(value).expanduser()) for name, value in paths.items()})
 
 
 def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:

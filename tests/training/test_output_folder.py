@@ -89,6 +89,10 @@ def test_fewer_steps_than_were_done_are_refused(untrained: tuple[Path, Path], tm
     # By epochs, of 20 images in steps of 8.
     with pytest.raises(ValueError, match="--max_train_steps 3 is fewer"):
         train(*untrained, run, max_train_steps=None, num_train_epochs=1, resume_from_checkpoint="latest")
+    # Nor is anything else of a run touched that cannot be resumed so.
+    for options in ({"optimizer": "adafactor"}, {"train_batch_size": 64}):
+        with pytest.raises(ValueError, match="cannot be adafactor now|is larger than the data set"):
+            train(*untrained, run, resume_from_checkpoint="checkpoint-2", **options)
     assert (run / "log.jsonl").read_text() == log
     train(*untrained, run, max_train_steps=3, resume_from_checkpoint="checkpoint-2")
 
@@ -114,9 +118,12 @@ def test_a_resumed_run_uses_the_arguments_of_now(untrained: tuple[Path, Path], t
 def test_a_tilde_is_the_home_folder(
     untrained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    shutil.copytree(untrained[0], tmp_path / "model")
+    shutil.copytree(untrained[1], tmp_path / "data")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    train(*untrained, Path("~/run"), checkpointing_steps=2, max_train_steps=2)
+    model, data, run = Path("~/model"), Path("~/data"), Path("~/run")
+    train(model, data, run, checkpointing_steps=2, max_train_steps=2)
     assert (tmp_path / "run" / "model_index.json").is_file()
     train(*untrained, Path("~/other"), resume_from_checkpoint="~/run/checkpoint-2")
     assert [step for step, _ in read_log(tmp_path / "other", "loss")] == [3, 4]

@@ -76,7 +76,7 @@ class TrainingRun(Generic[A]):
         model (`nn.Module`):
             The trained model as the accelerator wraps it, after [`begin`].
         log ([`RunLog`]):
-            Log file and trackers.
+            Log file and trackers, after [`begin`].
         repo_id (`str`):
             What a card loads: the repository on the Hub, or the output folder.
 
@@ -123,7 +123,6 @@ class TrainingRun(Generic[A]):
         self.global_batch_size: int = (
             args.train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
         )
-        self.log = RunLog(self.accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
         self._checkpoints = CheckpointWriter(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
@@ -227,6 +226,8 @@ class TrainingRun(Generic[A]):
             mininterval=1.0,
             disable=not accelerator.is_local_main_process,
         )
+        # Lines beyond the checkpoint go, when nothing is refused any more.
+        self.log = RunLog(accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
         self.log.start_trackers(args.tracker_project_name, args.saved())
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
@@ -264,7 +265,8 @@ class TrainingRun(Generic[A]):
             length = math.ceil(args.num_train_epochs * num_samples / self.global_batch_size)
         if length < self.first_step:
             raise ValueError(
-                f"--max_train_steps {length} is fewer than the {self.first_step} steps that {self.checkpoint} has done."
+                f"--max_train_steps {length} is fewer than the {self.first_step} steps that {self.checkpoint} has"
+                " done."
             )
         return length
 
