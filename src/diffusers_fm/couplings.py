@@ -39,12 +39,12 @@ def minibatch_ot(data: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor |
     size = data.shape[0]
     if labels is not None and labels.shape != (size,):
         raise ValueError(f"There must be one label for each of {size} samples, got the shape {tuple(labels.shape)}.")
-    products = (data.reshape(size, -1).float() @ noise.reshape(size, -1).float().T).cpu().numpy()
-    if labels is None:
-        return torch.from_numpy(linear_sum_assignment(products, maximize=True)[1])
+    # Noise is assigned to data: its rows are alike, those of images differ in size, and take the solver twice as long.
+    products = (noise.reshape(size, -1).float() @ data.reshape(size, -1).float().T).cpu().numpy()
+    kinds = np.zeros(size) if labels is None else labels.cpu().numpy()
     permutation = np.arange(size)
-    kinds = labels.cpu().numpy()
     for kind in np.unique(kinds):
         members = np.flatnonzero(kinds == kind)
-        permutation[members] = members[linear_sum_assignment(products[np.ix_(members, members)], maximize=True)[1]]
+        data_of_noise = linear_sum_assignment(products[np.ix_(members, members)], maximize=True)[1]
+        permutation[members[data_of_noise]] = members
     return torch.from_numpy(permutation)

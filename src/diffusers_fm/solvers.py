@@ -360,19 +360,7 @@ def odeint(
 
 
 def find_method(method: str | ButcherTableau) -> ButcherTableau | None:
-    """
-    The tableau of a method.
-
-    Args:
-        method (`str` or `ButcherTableau`):
-            A name, or a tableau, which is returned.
-
-    Returns:
-        `ButcherTableau` or `None`: The tableau, or `None` for an Adams method.
-
-    Raises:
-        ValueError: If there is no method of this name.
-    """
+    """The tableau of a method."""
     if isinstance(method, ButcherTableau):
         return method
     if method not in TABLEAUX and method not in ADAMS:
@@ -572,8 +560,7 @@ def _adaptive(
 
         keep = ~(accept & arrives)
         if not keep.all():
-            arrived = (~keep).to(x.device)
-            result[running.to(x.device)[arrived]] = x[arrived]
+            result = result.index_copy(0, running[~keep].to(x.device), x[(~keep).to(x.device)])
             if not keep.any():
                 return Solution(result, evaluate.nfe, evaluations, accepted, rejected)
             staying = keep.to(x.device)

@@ -28,27 +28,7 @@ def spaced_ratios(
     sigma_data: float = 1.0,
     num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
-    """
-    Where steps begin, before any shift.
-
-    Args:
-        path (`ConditionalPath`):
-            The path; the grid begins at its `ratio_max` and stays above its `ratio_min`.
-        spacing (`str`):
-            `trailing`: equal steps. `linspace`: the same, with a last step of `1 / num_train_timesteps`. `graded`:
-            angles that become finer towards both ends, most towards the data.
-        num_steps (`int`):
-            Number of steps.
-        native (`bool`, *optional*, defaults to `False`):
-            Whether equal steps are meant in the path's own time, not in the straight one.
-        sigma_data (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the data, for `graded`.
-        num_train_timesteps (`int`, *optional*, defaults to 1000):
-            For `linspace`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_steps,)`: Straight times in float64, descending.
-    """
+    """Where steps begin, before any shift."""
     left = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
     if spacing == "graded":
         low, high = angle_of_ratio(torch.tensor([path.ratio_min, path.ratio_max], dtype=torch.float64), sigma_data)
@@ -60,25 +40,7 @@ def spaced_ratios(
 
 
 def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, steps_offset: int) -> torch.Tensor:
-    """
-    The timesteps of diffusion schedulers by `timestep_spacing` (arXiv 2305.08891, table 2).
-
-    Args:
-        spacing (`str`):
-            `trailing`, `linspace` or `leading`.
-        num_steps (`int`):
-            Number of steps, at most `num_train_timesteps`.
-        num_train_timesteps (`int`):
-            Number of timesteps that the network was trained at.
-        steps_offset (`int`):
-            Added to `leading` timesteps.
-
-    Returns:
-        `torch.Tensor` of shape `(num_steps,)`: Integers in float64, descending in `[0, num_train_timesteps - 1]`.
-
-    Raises:
-        ValueError: If there are more steps than timesteps.
-    """
+    """The timesteps of diffusion schedulers by `timestep_spacing` (arXiv 2305.08891, table 2)."""
     if num_steps > num_train_timesteps:
         raise ValueError(
             f"`num_inference_steps` must be at most {num_train_timesteps} on 'vp_discrete', got {num_steps}."
@@ -94,20 +56,7 @@ def integer_timesteps(spacing: str, num_steps: int, num_train_timesteps: int, st
 
 
 def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None) -> None:
-    """
-    Check that something says how many steps there are, and that all that is given agrees.
-
-    Args:
-        num_inference_steps (`int`, *optional*):
-            Number of steps.
-        sigmas (`list[float]`, *optional*):
-            Straight times.
-        timesteps (`list[float]`, *optional*):
-            Times for the network.
-
-    Raises:
-        ValueError: If nothing is given, or lengths differ.
-    """
+    """Check that something says how many steps there are, and that all that is given agrees."""
     given = {
         "num_inference_steps": num_inference_steps,
         "sigmas": None if sigmas is None else len(sigmas),
@@ -123,22 +72,7 @@ def check_lengths(num_inference_steps: int | None, sigmas: list[float] | None, t
 
 
 def check_times(name: str, values: list[float] | None, high: float, rising: bool = False) -> None:
-    """
-    Check a grid that a user gave.
-
-    Args:
-        name (`str`):
-            What the values are called.
-        values (`list[float]`, *optional*):
-            The values, if given.
-        high (`float`):
-            The largest one that is accepted; the smallest is 0.
-        rising (`bool`, *optional*, defaults to `False`):
-            Whether they must rise, not descend.
-
-    Raises:
-        ValueError: If values are missing, out of range, equal or in the wrong order.
-    """
+    """Check a grid that a user gave."""
     if values is None:
         return
     outside = [value for value in values if not 0 <= value <= high * (1 + 1e-6)]
@@ -150,20 +84,7 @@ def check_times(name: str, values: list[float] | None, high: float, rising: bool
 
 
 def interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """
-    Piecewise linear interpolation, constant beyond the ends.
-
-    Args:
-        x (`torch.Tensor`):
-            Where to interpolate, any shape.
-        xs (`torch.Tensor` of shape `(n,)`):
-            Points, in any order.
-        ys (`torch.Tensor` of shape `(n,)`):
-            Values at these points.
-
-    Returns:
-        `torch.Tensor`: Of the shape of `x`.
-    """
+    """Piecewise linear interpolation, constant beyond the ends."""
     order = xs.argsort(stable=True)
     xs, ys = xs[order], ys[order]
     upper = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)

@@ -41,22 +41,6 @@ def adams_increments(
 
     A correction is the difference of two integrals over a step that was made before, so that it is an increment to the
     sample at hand, whatever a pipeline has done to it in between.
-
-    Args:
-        start (`float`):
-            Where integration begins; with the first call later than that, the sample does not move before it.
-        calls (`Sequence[float]`):
-            Where the network is called; each call begins a step that leads to the next.
-        end (`float`):
-            Where the last step ends.
-        order (`int`):
-            Number of derivatives that a polynomial runs through.
-        corrected_steps (`int`):
-            How many of the latest steps each call corrects: none (Bashforth), one (Moulton), or with order 3 two, so
-            that each is at last interpolated from both of its sides.
-
-    Returns:
-        `list[tuple[float, ...]]`: For each step the weights of the latest derivatives, its own last.
     """
     bounds = [start, *calls, end]
     integrals: list[dict[int, float]] = [{} for _ in bounds[1:]]
@@ -83,20 +67,7 @@ def adams_increments(
 
 
 def read_calibration(calibration: Mapping[str, Any]) -> dict[int, CalibratedSteps]:
-    """
-    Check the calibration in a scheduler's configuration.
-
-    Args:
-        calibration (`Mapping[str, Any]`):
-            By number of steps, as text: the `sigmas` of the calls, and for each step the weight `keep` of the sample
-            and the `weights` of the derivatives.
-
-    Returns:
-        `dict[int, CalibratedSteps]`: By number of steps.
-
-    Raises:
-        ValueError: If it is not of this form.
-    """
+    """Check the calibration in a scheduler's configuration."""
     steps = {}
     for name, entry in calibration.items():
         try:

@@ -376,7 +376,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
             grid = self.timesteps if self._was_changed(2) else self._laid_out[1]
         else:
             grid = schedule_timesteps
-        distance = (to_float64(grid) - float(timestep)).abs()
+        distance = (to_float64(grid) - to_float64(torch.as_tensor(timestep))).abs()
         if schedule_timesteps is None and self._stages:
             # A step may begin at the time at which the one before had its last stage.
             distance[[not stage.first for stage in self._stages]] = float("inf")

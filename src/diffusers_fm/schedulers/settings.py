@@ -47,18 +47,7 @@ GRID_CHANGES = ("use_dynamic_shifting", "shift_terminal", *GRIDS)
 
 
 def check_number(name: str, value: Any) -> None:
-    """
-    Check one of the numbers of a scheduler's configuration.
-
-    Args:
-        name (`str`):
-            Its name, one of `NUMBERS`.
-        value:
-            The value.
-
-    Raises:
-        ValueError: If it is out of range.
-    """
+    """Check one of the numbers of a scheduler's configuration."""
     valid, accepted = NUMBERS[name]
     is_number = value is None or (isinstance(value, Real) and not isinstance(value, bool))
     if not is_number or (value is None and "None" not in accepted) or not valid(value):
@@ -86,13 +75,6 @@ def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> d
 def check_settings(config: Any) -> None:
     """
     Check the configuration of a `FlowMatchScheduler`; its path and its calibration are checked where they are read.
-
-    Args:
-        config:
-            The arguments of the scheduler, as attributes.
-
-    Raises:
-        ValueError: If a value is not among the accepted ones, or does not go with the others.
     """
     for name, accepted in CHOICES.items():
         if config[name] not in accepted:

@@ -126,19 +126,6 @@ def translate_stock_config(config: Mapping[str, Any], changes: Mapping[str, Any]
     give the OT path; those of diffusion checkpoints (DDPM, DDIM, PNDM, Euler, DPM-Solver, UniPC, ...) give
     `vp_discrete` with their betas. A configuration that is ours already comes back as it is. Keys that the class named
     in the configuration does not have are left over from another class, and mean nothing.
-
-    Args:
-        config (`Mapping[str, Any]`):
-            `scheduler.config`, or the contents of a `scheduler_config.json`.
-        changes (`Mapping[str, Any]`):
-            Arguments of `FlowMatchScheduler` that will replace these, and so need not be honoured.
-
-    Returns:
-        `dict[str, Any]`: Arguments of `FlowMatchScheduler`.
-
-    Raises:
-        ValueError: If the configuration is of an unknown kind, or asks for something that would change the images and
-            that `FlowMatchScheduler` does not do.
     """
     class_name = _class_of(config)
     is_stock = isinstance(class_name, str) and class_name in dir(diffusers)
@@ -230,21 +217,7 @@ STOCK_BEHAVIOUR = {
 
 
 def stock_flow_config(config: Mapping[str, Any], path: ConditionalPath) -> dict[str, Any]:
-    """
-    The configuration of `FlowMatchEulerDiscreteScheduler` that gives the images of a configuration of ours.
-
-    Args:
-        config (`Mapping[str, Any]`):
-            The configuration of a `FlowMatchScheduler`.
-        path (`ConditionalPath`):
-            Its path.
-
-    Returns:
-        `dict[str, Any]`: Arguments of `FlowMatchEulerDiscreteScheduler`.
-
-    Raises:
-        ValueError: If there is none; the message names every setting that stands in the way.
-    """
+    """The configuration of `FlowMatchEulerDiscreteScheduler` that gives the images of a configuration of ours."""
     obstacles = [] if path == OTPath() else [f"the path {path} (not {OTPath()})"]
     obstacles += [
         f"{key} {config[key]!r} (not {value!r})" for key, value in STOCK_BEHAVIOUR.items() if config[key] != value
