@@ -26,12 +26,12 @@ the number of processes nor, but for rounding, on the batch size.
 import logging
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.arguments import Arguments, Count, Free, NotNegative, Range, Size, option, run_script
+from diffusers_fm.arguments import Arguments, Count, Free, NotNegative, Size, option, run_script
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
@@ -68,6 +68,7 @@ from diffusers_fm.evaluation.report import (
 from diffusers_fm.evaluation.sampling import Sampler
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
+from diffusers_fm.hub.portable import last_part
 from diffusers_fm.training.distributed import make_accelerator
 from diffusers_fm.training.optimizers import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
@@ -133,11 +134,15 @@ class ReferenceArguments(Arguments):
     image_column: str = option("image", "Column of the images.")
     label_column: str = option("label", "Column of the labels.")
     max_train_samples: Count | None = option(None, "Compare with so many images of the training split.")
+    max_unreadable_images: Size = option(100, "Go on if so many images cannot be read, at most.")
     max_validation_samples: Count = option(2048, "Use so many held-out images at most.")
     background: str = option("white", "Colour behind transparent images, as in training: a name, or #rrggbb.")
     cache_dir: Free[str | None] = option(None, "Where downloaded and prepared data is kept.")
 
     def check(self) -> None:
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            given = "neither" if self.dataset_name is None else "both"
+            raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
         rgb(self.background)
 
 
@@ -164,8 +169,12 @@ class LikelihoodArguments(Arguments):
 
     num_draws: list[Count] = option([1, 5, 20], "Draws of dequantisation noise: the paper's K.")
     num_probes: Count = option(1, "Hutchinson probes of a draw.")
-    levels: Annotated[int, Range(2, 256)] = option(256, "Levels of a value, evenly spread over 0 to 255.")
+    levels: int = option(256, "Levels of a value, evenly spread over 0 to 255.")
     likelihood_steps: Count = option(32, "Steps of the integration.")
+
+    def check(self) -> None:
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"--levels must be from 2 to 256, got {self.levels}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +198,20 @@ class ScriptArguments(
 ):
     """Arguments of this script."""
 
+    def check(self) -> None:
+        if {"quality", "solvers"} & set(self.metrics):
+            import_torchmetrics()
+            if self.features != "classifier":
+                find_inception_weights(self.inception_weights)
+                import_inception()
+        least = {"num_solver_images": 2} if "solvers" in self.metrics else {}
+        if "quality" in self.metrics:
+            least |= dict.fromkeys(("num_images", "max_train_samples", "max_validation_samples"), MIN_IMAGES)
+        for name, number in least.items():
+            value = getattr(self, name)
+            if value is not None and value < number:
+                raise ValueError(f"--{name} must be at least {number} for these --metrics, got {value}.")
+
 
 def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[ImageData, ImageData | None, int]:
     """The training images, those held out, and the number of classes in their label column."""
@@ -196,11 +219,9 @@ def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[Image
     train_split = choose_split(splits, args.train_split)
     feature = train_split.features.get(args.label_column)
     num_classes = getattr(feature, "num_classes", 0) or pipeline.num_classes
-    channels, side, _ = pipeline.sample_shape
-    channels = channels if pipeline.vae is None else pipeline.vae.config.in_channels
     transform = ImageTransform(
-        side * pipeline.vae_scale_factor,
-        channels,
+        pipeline.sample_shape[1] * pipeline.vae_scale_factor,
+        pipeline.image_channels,
         center_crop=True,
         background=rgb(args.background),
         folders=data_folders(args.dataset_name, args.train_data_dir, args.cache_dir),
@@ -209,6 +230,7 @@ def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[Image
         "image_column": args.image_column,
         "label_column": args.label_column if num_classes else None,
         "num_classes": num_classes,
+        "max_unreadable": args.max_unreadable_images,
     }
     train_data = ImageData(train_split, transform, max_samples=args.max_train_samples, **columns)
     name = args.validation_split or held_out_split_name(splits, args.train_split)
@@ -232,25 +254,6 @@ def choose_features(
         return classifier_features(
             store.folder / "classifier.safetensors", train_data, num_classes, accelerator.device
         )
-
-
-def check_figures(args: ScriptArguments, wanted: set[str]) -> None:
-    """Refuse, before any work, missing packages and weights, and fewer images than the figures need."""
-    if (args.dataset_name is None) == (args.train_data_dir is None):
-        given = "neither" if args.dataset_name is None else "both"
-        raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
-    if wanted & {"quality", "solvers"}:
-        import_torchmetrics()
-        if args.features != "classifier":
-            find_inception_weights(args.inception_weights)
-            import_inception()
-    least = dict.fromkeys(
-        ("num_images", "max_train_samples", "max_validation_samples"), MIN_IMAGES * ("quality" in wanted)
-    )
-    for name, number in (least | {"num_solver_images": 2 * ("solvers" in wanted)}).items():
-        value = getattr(args, name)
-        if value is not None and value < number:
-            raise ValueError(f"--{name} must be at least {number} for these --metrics, got {value}.")
 
 
 def weights_digest(folder: Path) -> dict[str, str]:
@@ -303,7 +306,6 @@ def main(args: ScriptArguments) -> None:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("diffusers_fm").setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     wanted, batch_size = set(args.metrics), args.eval_batch_size
-    check_figures(args, wanted)
 
     # 1. Model and data
     source = args.pretrained_model_name_or_path
@@ -330,9 +332,9 @@ def main(args: ScriptArguments) -> None:
     if wanted & {"quality", "solvers"}:
         extractor = choose_features(args, train_data, num_classes, store, accelerator)
         measure_features(store, "train", train_data, extractor, batch_size)
-    data_name = Path(args.dataset_name or args.train_data_dir).name
+    data_name = last_part(args.dataset_name or args.train_data_dir or "")
     metrics: dict[str, Any] = {
-        "model": Path(args.pretrained_model_name_or_path).name,
+        "model": last_part(args.pretrained_model_name_or_path),
         "dataset_name": data_name,
         "seed": args.seed,
     }

@@ -101,7 +101,7 @@ class Arguments:
                     raise ValueError(f"--{field.name} must be one of {accepted}, got {value!r}.")
                 for annotation in annotations:
                     if isinstance(annotation, Range) and value not in annotation:
-                        raise ValueError(f"--{field.name} must be {annotation}, got {value}.")
+                        raise ValueError(f"--{field.name} must be {annotation}, got {values}.")
         for group in reversed(type(self).__mro__):
             if "check" in vars(group):
                 group.check(self)

@@ -34,6 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("diffusers_fm").setLevel(logging.INFO)
     if not words.folder.is_dir():
         parser.error(f"There is no folder {str(words.folder)!r}.")
+    if args.hub_license is not None or args.hub_strategy != "end":
+        parser.error("--hub_license and --hub_strategy are for the training; a licence stands in the README.md here.")
     publisher = Publisher(args, words.folder)
     try:
         if not publisher.files(words.folder):

@@ -2,6 +2,7 @@
 """Evaluation: distances against independent formulas and closed forms; figures do not depend on how work is shared."""
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -372,3 +373,26 @@ def test_bad_arguments_are_refused(
     with pytest.raises(ValueError, match=message):
         run_script(load_script(SCRIPT), command_line(model, data, tmp_path / "out", **options))
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_images_that_cannot_be_read_do_not_end_an_evaluation(model: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split, odd in {"train": b"no image", "test": b"\x89PNG\r\n"}.items():
+        rows = []
+        for _ in range(6):
+            buffer = io.BytesIO()
+            PIL.Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
+            rows.append(buffer.getvalue())
+        images = [{"bytes": row, "path": None} for row in [*rows, odd]]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=5)})
+        (tmp_path / "data").mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 2, 3, 4, 0, 1]}, features)
+        rows.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    options = {"metrics": ["loss", "neighbours"], "num_images": 4, "num_inference_steps": 2}
+    for limit in (0, 1):
+        line = command_line(model, tmp_path / "data", tmp_path / "out", **options, max_unreadable_images=limit)
+        with nullcontext() if limit else pytest.raises(ValueError, match="cannot be read"):
+            run_script(load_script(SCRIPT), line)
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert math.isfinite(figures["loss"]["validation_loss"])
+    assert figures["dataset_name"] == "data"

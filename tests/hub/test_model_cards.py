@@ -4,7 +4,6 @@
 import json
 import os
 import re
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from tiny_text_to_image import tiny_stable_diffusion_3
 from diffusers_fm import PATHS, FlowMatchPipeline, FlowMatchScheduler, with_stock_scheduler
 from diffusers_fm.hub.cards import Evaluation, with_evaluation
 from diffusers_fm.hub.portable import clean_settings, portable_card, portable_files, without_local_paths
+from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import lora_card, text_to_image_card
 from diffusers_fm.training.publishing import model_card
 
@@ -29,7 +29,7 @@ from diffusers_fm.training.publishing import model_card
 FIGURES = {"validation_loss": 0.25, "validation_loss_by_time": [0.5, None, *[0.125] * 8]}
 
 
-def arguments(folder: Path, **options: Any) -> Namespace:
+def arguments(folder: Path, **options: Any) -> TextToImageArguments:
     """Arguments of a run that a card speaks of."""
     defaults = {
         "output_dir": str(folder),
@@ -41,11 +41,12 @@ def arguments(folder: Path, **options: Any) -> Namespace:
         "guidance_scale": 2.0,
         "hub_token": "secret-token",
         "hub_license": "apache-2.0",
+        "push_dry_run": True,
         "validation_prompts": ["a red square", 'a "blue" one'],
         "resolution": 16,
         "max_sequence_length": 16,
     }
-    return Namespace(**{**defaults, **options})
+    return TextToImageArguments(**{**defaults, **options})
 
 
 def data_of(card: ModelCard) -> dict[str, Any]:

@@ -290,6 +290,10 @@ def test_mistakes_are_found_before_any_work(hub: FakeHub, run: Callable[..., Pat
 def test_a_folder_that_cannot_be_uploaded_is_refused_before_the_hub_is_asked(
     hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture, name: str, content: bytes, refusal: str
 ) -> None:
+    for words in (["--hub_license", "mit"], ["--hub_strategy", "checkpoint"]):
+        with pytest.raises(SystemExit):
+            push([str(tmp_path), *words])
+        assert "are for the training" in capsys.readouterr().err
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit) as left:
         push([str(tmp_path), "--hub_model_id", "our/blobs", "--hub_token", TOKEN])

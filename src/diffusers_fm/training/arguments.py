@@ -204,9 +204,6 @@ class RunArguments(Arguments):
     tracker_project_name: Free[str] = option("diffusers-fm", "Name of the run in the trackers.")
     dry_run: Free[bool] = option(False, "Print the memory, disk and time that the run needs, and stop.")
 
-    def check(self) -> None:
-        check_tracker(self.report_to)
-
 
 @dataclass(frozen=True, kw_only=True)
 class HubArguments(Arguments):
@@ -247,6 +244,7 @@ class TrainingArguments(
                 f"--hub_token does not go with --report_to {self.report_to}, which may record the command line: log in"
                 " with `hf auth login`, or set HF_TOKEN."
             )
+        check_tracker(self.report_to)
         if not self.push_to_hub and not self.push_dry_run:
             for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_license"):
                 if getattr(self, name):
