@@ -68,7 +68,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 # What comes out
 
 
-def test_a_run_leaves_a_pipeline_and_its_story(folder: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_a_pipeline_and_its_story(
+    folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output_dir = train(
         folder,
         data,
@@ -121,6 +123,7 @@ def test_a_run_leaves_a_pipeline_and_its_story(folder: Path, data: Path, tmp_pat
     example = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert example is not None
     names: dict = {}
+    monkeypatch.chdir(tmp_path)
     exec(compile(example[1], "README.md", "exec"), names)
     assert len(names["images"]) == 4
 
