@@ -70,7 +70,7 @@ from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.hub.portable import last_part
 from diffusers_fm.training.distributed import make_accelerator
-from diffusers_fm.training.optimizers import TrainableModel
+from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
 
 

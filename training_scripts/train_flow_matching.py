@@ -52,9 +52,13 @@ from diffusers_fm.data.latents import cache_latents, latents_of_batch
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.arguments import TrainingArguments
-from diffusers_fm.training.objective import draw_times
-from diffusers_fm.training.optimizers import TrainableModel
-from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.objective import (
+    TrainableModel,
+    choose_label_dropout,
+    choose_resolution,
+    choose_shift,
+    draw_times,
+)
 from diffusers_fm.training.planning import is_main_process
 from diffusers_fm.training.plans import flow_matching_plan
 from diffusers_fm.training.publishing import model_card

@@ -48,9 +48,13 @@ from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
 from diffusers_fm.training.arguments import TrainingArguments
-from diffusers_fm.training.objective import draw_times
-from diffusers_fm.training.optimizers import TrainableModel
-from diffusers_fm.training.options import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.objective import (
+    TrainableModel,
+    choose_label_dropout,
+    choose_resolution,
+    choose_shift,
+    draw_times,
+)
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report

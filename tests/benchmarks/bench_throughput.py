@@ -30,9 +30,8 @@ from torch import nn
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.paths import make_path
 from diffusers_fm.timesteps import sample_timesteps
-from diffusers_fm.training.metrics import peak_memory
+from diffusers_fm.training.metrics import find_gpu, forward_flops, peak_flops, peak_memory, with_backward
 from diffusers_fm.training.optimizers import make_optimizer
-from diffusers_fm.training.planning import forward_flops, peak_flops, with_backward
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -147,9 +146,8 @@ def measure(name: str, compiled: bool, args: argparse.Namespace, accelerator: Ac
     row["images_per_second"] = round(len(latents) / step_time, 2)
     row["tflops_per_second"] = round(flops / step_time / 1e12, 4)
     row["peak_memory_gib"] = peak_memory(device)
-    peak = None
-    if device.type == "cuda":
-        peak = peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision, args.allow_tf32)
+    gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    peak = None if gpu is None else peak_flops(gpu, accelerator.mixed_precision, args.allow_tf32)
     row["mfu"] = None if peak is None else round(flops / step_time / peak, 4)
     return row
 

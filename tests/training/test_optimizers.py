@@ -22,10 +22,10 @@ from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 from training_runs import assert_same_weights, load, make_dataset, read_log, save_untrained, train, weights
 
 from diffusers_fm.training.distributed import StopSignal
+from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.optimizers import (
     OPTIMIZERS,
     GradientGuard,
-    TrainableModel,
     clip_gradients,
     kept_settings,
     make_optimizer,

@@ -20,8 +20,10 @@ from diffusers_fm.text_to_image.lora import TRANSFORMER_LAYERS, add_lora
 from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.setup import TextToImageModel
 from diffusers_fm.training.activations import activations_per_sample, saved_bytes
-from diffusers_fm.training.optimizers import OPTIMIZERS, TrainableModel
-from diffusers_fm.training.planning import CARDS, GIB, OVERHEAD, PEAK_TFLOPS
+from diffusers_fm.training.metrics import GPUS, find_gpu
+from diffusers_fm.training.objective import TrainableModel
+from diffusers_fm.training.optimizers import OPTIMIZERS
+from diffusers_fm.training.planning import GIB, OVERHEAD
 
 
 SCRIPTS = {
@@ -182,5 +184,32 @@ def test_memory_of_a_plan(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_cards_are_known() -> None:
-    assert all(any(name in card for name in PEAK_TFLOPS) for card in CARDS)
-    assert OVERHEAD * GIB < GIB * min(CARDS.values())
+    assert all(find_gpu(f"NVIDIA {name}") is gpu for name, gpu in GPUS.items())
+    assert OVERHEAD * GIB < GIB * min(gpu.memory for gpu in GPUS.values())
+
+
+@pytest.mark.parametrize(
+    ("device_name", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA A100-SXM4-40GB", "A100"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L40S", "L40S"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("Tesla T4", "T4"),
+        # Names that only begin with, or end in, that of another GPU.
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA T400", None),
+        ("NVIDIA A1000", None),
+    ],
+)
+def test_gpus_are_found_by_whole_words(device_name: str, name: str | None) -> None:
+    assert find_gpu(device_name) is (None if name is None else GPUS[name])

@@ -9,7 +9,8 @@ from diffusers import StableDiffusion3Pipeline
 from ..pipelines.init_pipeline import ENCODERS
 from ..pipelines.meta_pipeline import meta_pipeline
 from ..training.activations import activations_per_sample
-from ..training.planning import Plan, empty, forward_flops, linear_flops, make_plan, planned_precision
+from ..training.metrics import forward_flops
+from ..training.planning import Plan, empty, linear_flops, make_plan, planned_precision
 from ..training.plans import _bytes, _latents_bytes, _with_seed
 from .arguments import TextToImageArguments
 from .lora import adapted_text_encoders, add_adapters

@@ -5,19 +5,23 @@ import json
 import logging
 import math
 import os
+import re
 import secrets
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.streams import StreamPosition
 from ..data.unreadable import UnreadableImages
@@ -25,7 +29,6 @@ from ..files import replace_text, written_for_run
 from ..precision import to_float64
 from .arguments import TrainingArguments
 from .optimizers import GradientGuard
-from .planning import forward_flops, peak_flops, with_backward
 
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,74 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIME_BINS = 10
+
+
+class GPU(NamedTuple):
+    """Memory in GiB, and TFLOP/s of dense matrix products in bfloat16 or float16, TF32 and float32: data sheets."""
+
+    memory: int
+    half: float
+    tf32: float
+    single: float
+
+
+GPUS = {
+    "T4": GPU(16, 65.0, 8.1, 8.1),
+    "RTX 3090": GPU(24, 71.0, 35.6, 35.6),
+    "RTX 4090": GPU(24, 165.2, 82.6, 82.6),
+    "L4": GPU(24, 121.0, 60.0, 30.3),
+    "A10": GPU(24, 125.0, 62.5, 31.2),
+    "A10G": GPU(24, 70.0, 35.0, 35.0),
+    "A100": GPU(40, 312.0, 156.0, 19.5),
+    "L40": GPU(48, 181.0, 90.5, 90.5),
+    "L40S": GPU(48, 362.0, 183.0, 91.6),
+    "A100 80GB": GPU(80, 312.0, 156.0, 19.5),
+    "H100": GPU(80, 989.0, 494.0, 67.0),
+    "H100 PCIe": GPU(80, 756.0, 378.0, 51.0),
+    "H100 NVL": GPU(94, 835.0, 417.0, 60.0),
+    "H200": GPU(141, 989.0, 494.0, 67.0),
+    "H200 NVL": GPU(141, 835.0, 417.0, 60.0),
+    "B200": GPU(180, 2250.0, 1100.0, 75.0),
+}
+
+
+def find_gpu(device_name: str) -> GPU | None:
+    """GPU of `GPUS` by the driver's name of a device: all of its words are in that, and no other has more of them."""
+    words = set(re.findall(r"\w+", device_name.casefold()))
+    found = [name for name in GPUS if words.issuperset(name.casefold().split())]
+    return GPUS[max(found, key=lambda name: len(name.split()))] if found else None
+
+
+def peak_flops(gpu: GPU, mixed_precision: str, allow_tf32: bool) -> float:
+    """Peak of a GPU in FLOP/s."""
+    return 1e12 * (gpu.half if mixed_precision in ("fp16", "bf16") else gpu.tf32 if allow_tf32 else gpu.single)
+
+
+def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> int:
+    """Floating point operations of a forward pass of a bare model, counted on tensors without contents."""
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        # Of one precision, for nothing casts them here.
+        dtype = torch.float32 if value.is_floating_point() else value.dtype
+        return torch.empty_like(value, device="meta", dtype=dtype)
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs or {}))
+    return counter.get_total_flops()
+
+
+def with_backward(model: nn.Module, flops: int) -> int:
+    """
+    Floating point operations of a forward pass and its backward pass, recomputation not counted: the gradients of
+    inputs take as much as the forward pass, those of weights as much for the part of them that is trained (arXiv
+    2204.02311, appendix B).
+    """
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
+    return round(flops * (2 + trained))
 
 
 def rounded(value: float) -> float:
@@ -358,9 +429,8 @@ class RunMetrics:
     ) -> None:
         self._accelerator = accelerator
         device = accelerator.device
-        peak = None
-        if device.type == "cuda":
-            peak = peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision, args.allow_tf32)
+        gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        peak = None if gpu is None else peak_flops(gpu, accelerator.mixed_precision, args.allow_tf32)
         self.losses = LossMeter()
         self.guard = GradientGuard(accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self.throughput = Throughput(device, global_batch_size, args.gradient_accumulation_steps, peak)

@@ -1,36 +1,114 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training times and the pairing of noise with data that a script's arguments ask for."""
+"""Trained model of a pipeline, training times, noise, and the settings that the pipeline decides."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch import nn
 
 from ..couplings import minibatch_ot
 from ..data.randomness import BatchSlice
 from ..paths import ConditionalPath
+from ..pipelines.base import FlowMatchPipelineBase
 from ..timesteps import sample_timesteps, shift_time
 from .arguments import ObjectiveArguments
 
 
-def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:
+class TrainableModel(nn.Module):
     """
-    Times of a part of a batch, stratified over the global batch.
+    All trainable models of a pipeline as one, for `accelerator.prepare`: the network and, where there is one, the
+    class embedder. A call is the pipeline's own `predict`.
 
     Args:
-        args ([`ObjectiveArguments`]):
-            Of the script.
-        path ([`ConditionalPath`]):
-            The path, on which the shift acts in the straight coordinates.
-        part ([`BatchSlice`]):
-            Which samples of which step.
-        shift (`float`):
-            Shift towards the noise, 1 is none (arXiv 2403.03206, equation 23).
+        pipeline ([`FlowMatchPipelineBase`]):
+            Whose models are trained in place.
+    """
 
-    Returns:
-        `torch.Tensor` of shape `(batch_size,)`: in (0, 1), 0 = data, 1 = noise, float64 on the CPU.
+    def __init__(self, pipeline: FlowMatchPipelineBase) -> None:
+        super().__init__()
+        self.denoiser = pipeline.denoiser
+        self.class_embedder = pipeline.class_embedder
+        # In a tuple, which hides it from the module: the pipeline's autoencoder is not trained.
+        self._predict = (pipeline.predict,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainableModel":
+        """A copy of what is trained, in a pipeline of its own that shares the rest."""
+        pipeline = copy.copy(self._predict[0].__self__)
+        for name, component in pipeline.components.items():
+            if component is self.denoiser or component is self.class_embedder:
+                setattr(pipeline, name, copy.deepcopy(component, memo))
+        return TrainableModel(pipeline)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
+        """Network output at x_t, for continuous timesteps `timestep_scale * t` of shape `(batch_size,)`."""
+        return self._predict[0](sample, timestep, *conditions)
+
+
+def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None) -> float:
+    """
+    Shift of the training times: the one given, which the pipeline's scheduler takes over, or the scheduler's own.
+
+    Raises:
+        ValueError: if the scheduler's shift depends on the image, or its time runs from noise to data.
+    """
+    config = pipeline.scheduler.config
+    if config.invert_sigmas:
+        raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
+    if shift is None:
+        if config.use_dynamic_shifting:
+            raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
+        return config.shift
+    pipeline.scheduler = pipeline.scheduler.with_settings(shift=shift, use_dynamic_shifting=False)
+    return shift
+
+
+def choose_label_dropout(pipeline: FlowMatchPipelineBase, label_dropout: float | None) -> float:
+    """
+    Part of the labels to replace by the null class; by default 0.1 if there is one.
+
+    Raises:
+        ValueError: if labels are to be dropped that the model does not have.
+    """
+    if pipeline.num_classes == 0 or pipeline.null_class is None:
+        if label_dropout:
+            what = "no classes" if pipeline.num_classes == 0 else "no null class"
+            raise ValueError(f"--label_dropout {label_dropout} was given, but the model has {what}.")
+        return 0.0
+    return 0.1 if label_dropout is None else label_dropout
+
+
+def choose_resolution(pipeline: FlowMatchPipelineBase, resolution: int | None) -> int:
+    """
+    Side of the images, by default the pipeline's. A UNet takes any that its levels divide, which its config then says.
+
+    Raises:
+        ValueError: if the model does not take such images.
+    """
+    _, height, width = pipeline.sample_shape
+    if height != width:
+        raise ValueError(f"Training is on square images, but the model is configured for {height} x {width}.")
+    factor = pipeline.vae_scale_factor
+    if resolution is None or resolution == height * factor:
+        return height * factor
+    if pipeline.unet is None:
+        raise ValueError(
+            f"--resolution must be {height * factor}, for which the transformer is made, got {resolution}."
+        )
+    multiple = factor * 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    if resolution % multiple:
+        raise ValueError(f"--resolution must be a multiple of {multiple} for this model, got {resolution}.")
+    pipeline.unet.register_to_config(sample_size=resolution // factor)
+    return resolution
+
+
+def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:
+    """
+    Times of a part of a batch, stratified over the global batch: `(batch_size,)` in (0, 1), 0 = data, 1 = noise,
+    float64 on the CPU. The shift (arXiv 2403.03206, equation 23; 1 is none) acts in the straight coordinates.
     """
     t = sample_timesteps(
         args.timestep_density,
@@ -56,22 +134,8 @@ def draw_noise(
     labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Noise for a part of a batch, paired with its data as `--coupling` says. Every process calls it.
-
-    Args:
-        args ([`ObjectiveArguments`]):
-            Of the script.
-        accelerator (`Accelerator`):
-            Of the run.
-        part ([`BatchSlice`]):
-            Which samples of which step.
-        data (`torch.Tensor` of shape `(batch_size, ...)`):
-            The clean samples.
-        labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            What the network is told of them, dropped labels as such: noise is exchanged within a label.
-
-    Returns:
-        `torch.Tensor` of the shape of `data`: standard normal, float32.
+    Noise for a part of a batch, standard normal in float32, paired with its data as `--coupling` says; within a label,
+    if there are `labels` (dropped ones as such). Every process calls it.
     """
     shape = tuple(data.shape[1:])
     # Batches of one step may differ in size, and their noise must not share numbers.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainable model of a pipeline, optimizers, gradient clipping, and the guard against non-finite gradients."""
+"""Optimizers, gradient clipping, and the guard against non-finite gradients."""
 
-import copy
 import importlib.util
 import logging
 import math
@@ -17,7 +16,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..pipelines.base import FlowMatchPipelineBase
 from .ema import local_part
 
 
@@ -36,36 +34,6 @@ OPTIMIZERS = {
 PRODIGY_LEARNING_RATE = 0.1
 # Of a parameter group, what arguments say. The rest is state, such as Prodigy's step size.
 _SETTINGS = ("initial_lr", "betas", "eps", "weight_decay")
-
-
-class TrainableModel(nn.Module):
-    """
-    All trainable models of a pipeline as one, for `accelerator.prepare`: the network and, where there is one, the
-    class embedder. A call is the pipeline's own `predict`.
-
-    Args:
-        pipeline ([`FlowMatchPipelineBase`]):
-            Whose models are trained in place.
-    """
-
-    def __init__(self, pipeline: FlowMatchPipelineBase) -> None:
-        super().__init__()
-        self.denoiser = pipeline.denoiser
-        self.class_embedder = pipeline.class_embedder
-        # In a tuple, which hides it from the module: the pipeline's autoencoder is not trained.
-        self._predict = (pipeline.predict,)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainableModel":
-        """A copy of what is trained, in a pipeline of its own that shares the rest."""
-        pipeline = copy.copy(self._predict[0].__self__)
-        for name, component in pipeline.components.items():
-            if component is self.denoiser or component is self.class_embedder:
-                setattr(pipeline, name, copy.deepcopy(component, memo))
-        return TrainableModel(pipeline)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, *conditions: torch.Tensor | None) -> torch.Tensor:
-        """Network output at x_t, for continuous timesteps `timestep_scale * t` of shape `(batch_size,)`."""
-        return self._predict[0](sample, timestep, *conditions)
 
 
 def check_optimizer(name: str) -> None:

@@ -9,122 +9,19 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from .activations import activations_per_sample
 from .arguments import TrainingArguments
+from .metrics import GPU, GPUS, forward_flops, peak_flops, with_backward
 from .optimizers import state_bytes
 
 
 GIB = 2**30
 
-# GiB of cards whose speed is known (throughput.PEAK_TFLOPS).
-CARDS = {
-    "RTX 3090": 24,
-    "RTX 4090": 24,
-    "L4": 24,
-    "A10G": 24,
-    "A100 40GB": 40,
-    "L40S": 48,
-    "A100 80GB": 80,
-    "H100": 80,
-    "H200": 141,
-    "B200": 180,
-}
-
 # The part of a card's arithmetic that training of transformers usually gets, and what the driver, the libraries and
 # pieces of memory between others take, in GiB.
 USUAL_MFU = 0.4
 OVERHEAD = 1.5
-
-
-# Dense matrix products without sparsity, in TFLOP/s by the vendor's data sheet: bfloat16 or float16, TF32, float32.
-# A name is looked for in that of the device, the first one found counts.
-PEAK_TFLOPS = {
-    "B200": (2250.0, 1100.0, 75.0),
-    "H200": (989.0, 494.0, 67.0),
-    "H100 PCIe": (756.0, 378.0, 51.0),
-    "H100 NVL": (835.0, 417.0, 60.0),
-    "H100": (989.0, 494.0, 67.0),
-    "A100": (312.0, 156.0, 19.5),
-    "L40S": (362.0, 183.0, 91.6),
-    "L4": (121.0, 60.0, 30.3),
-    "A10G": (70.0, 35.0, 35.0),
-    "A10": (125.0, 62.5, 31.2),
-    "RTX 4090": (165.2, 82.6, 82.6),
-    "RTX 3090": (71.0, 35.6, 35.6),
-    "T4": (65.0, 8.1, 8.1),
-}
-
-
-def peak_flops(device_name: str, mixed_precision: str, allow_tf32: bool) -> float | None:
-    """
-    What a device can do.
-
-    Args:
-        device_name (`str`):
-            As the driver says it.
-        mixed_precision (`str`):
-            `"no"`, `"fp16"` or `"bf16"`.
-        allow_tf32 (`bool`):
-            Whether float32 products may be made in TF32.
-
-    Returns:
-        `float`, *optional*: FLOP/s, `None` of a device that is not in `PEAK_TFLOPS`.
-    """
-    for name, (half, tf32, single) in PEAK_TFLOPS.items():
-        if name in device_name:
-            return 1e12 * (half if mixed_precision in ("fp16", "bf16") else tf32 if allow_tf32 else single)
-    return None
-
-
-def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> int:
-    """
-    Floating point operations of a model's forward pass, counted on tensors without contents.
-
-    Args:
-        model (`nn.Module`):
-            The bare model, not sharded.
-        args (`tuple`), kwargs (`dict[str, Any]`, *optional*):
-            Of its call.
-
-    Returns:
-        `int`: the number.
-    """
-
-    def empty(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        # Of one precision, for nothing casts them here.
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        return torch.empty_like(value, device="meta", dtype=dtype)
-
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs or {}))
-    return counter.get_total_flops()
-
-
-def with_backward(model: nn.Module, flops: int) -> int:
-    """
-    Floating point operations of a training step's forward and backward pass of a model, those of a recomputation by
-    gradient checkpointing not counted: the gradients of inputs take as much as the forward pass, those of weights as
-    much for the part of them that is trained (arXiv 2204.02311, appendix B).
-
-    Args:
-        model (`nn.Module`):
-            The model.
-        flops (`int`):
-            Of the forward pass, see [`forward_flops`].
-
-    Returns:
-        `int`: the number.
-    """
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
-    return round(flops * (2 + trained))
 
 
 def is_main_process() -> bool:
@@ -214,20 +111,9 @@ class Plan:
         passing = self.copies + self.activations
         return held + (passing + self.gradients if self.accumulates else max(passing, self.gradients))
 
-    def seconds_per_step(self, card: str) -> float:
-        """
-        Seconds of an optimizer step at the usual part of a card's speed.
-
-        Args:
-            card (`str`):
-                One of `CARDS`.
-
-        Returns:
-            `float`: seconds.
-        """
-        speed = peak_flops(card, self.precision, self.allow_tf32)
-        assert speed is not None
-        return self.flops / (USUAL_MFU * speed)
+    def seconds_per_step(self, gpu: GPU) -> float:
+        """Seconds of an optimizer step at the usual part of a GPU's peak."""
+        return self.flops / (USUAL_MFU * peak_flops(gpu, self.precision, self.allow_tf32))
 
     def __str__(self) -> str:
         rows = {
@@ -261,11 +147,11 @@ class Plan:
             f"Cards (fits: with {OVERHEAD} GiB for the driver and gaps; time: at {USUAL_MFU:.0%} of its peak)",
             f"  {'':<12}{'GiB':>6}{'fits':>7}{'s a step':>12}{'hours in all':>15}",
         ]
-        for card, memory in CARDS.items():
-            fits = self.peak / GIB + OVERHEAD <= memory
-            seconds = self.seconds_per_step(card)
+        for name, gpu in GPUS.items():
+            fits = self.peak / GIB + OVERHEAD <= gpu.memory
+            seconds = self.seconds_per_step(gpu)
             lines.append(
-                f"  {card:<12}{memory:>6}{'yes' if fits else 'no':>7}{seconds:>12.3g}"
+                f"  {name:<12}{gpu.memory:>6}{'yes' if fits else 'no':>7}{seconds:>12.3g}"
                 f"{seconds * self.num_steps / 3600:>15.3g}"
             )
         return "\n".join(lines)

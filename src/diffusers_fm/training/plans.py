@@ -12,9 +12,9 @@ from ..data.loading import load_images
 from ..pipelines import FlowMatchPipeline
 from ..pipelines.meta_pipeline import meta_pipeline
 from .arguments import TrainingArguments
-from .optimizers import TrainableModel
-from .options import choose_resolution
-from .planning import Plan, empty, forward_flops, make_plan
+from .metrics import forward_flops
+from .objective import TrainableModel, choose_resolution
+from .planning import Plan, empty, make_plan
 
 
 A = TypeVar("A", bound=TrainingArguments)
