@@ -3,14 +3,17 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from training_runs import make_dataset, save_untrained, train
 
 from diffusers_fm.files import unlock_folder
 from diffusers_fm.training.checkpoints import (
@@ -238,3 +241,37 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ValueError, match="is a file"):
         find_checkpoint(tmp_path / "file", None)
+
+
+def exchanged_labels(rows: datasets.Dataset) -> datasets.Dataset:
+    return rows.map(lambda row: {"label": 1 - row["label"] if row["label"] < 2 else 2})
+
+
+# The length of a stream is not always known, and its rows are not read beforehand: shards and first row tell it.
+@pytest.mark.parametrize(
+    ("streaming", "change", "differs"),
+    [
+        (False, lambda rows: rows.select(range(19)), "samples (20 then, 19 now)"),
+        (False, lambda rows: rows.select([1, 0, *range(2, 20)]), "images ("),
+        (False, exchanged_labels, "labels ("),
+        (True, lambda rows: rows.select([1, 0, *range(2, 20)]), "first row ("),
+        (True, exchanged_labels, "first row ("),
+    ],
+    ids=["row less", "rows exchanged", "labels exchanged", "stream, rows exchanged", "stream, labels exchanged"],
+)
+def test_a_run_is_resumed_on_its_own_data(
+    streaming: bool, change: Callable[[datasets.Dataset], datasets.Dataset], differs: str, tmp_path: Path
+) -> None:
+    folder = save_untrained(tmp_path / "untrained", "unet-classes")
+    data = make_dataset(tmp_path / "data")
+    options = {"streaming": streaming, "max_train_steps": 2, "checkpointing_steps": 1, "validation_split": "test"}
+    run = train(folder, data, tmp_path / "run", **options)
+    # The same files elsewhere are the same data.
+    moved = data.rename(tmp_path / "moved")
+    options |= {"resume_from_checkpoint": "checkpoint-1"}
+    train(folder, moved, run, **options)
+    file = next(moved.glob("train*.parquet"))
+    change(datasets.Dataset.from_parquet(str(file))).to_parquet(file)
+    with pytest.raises(ValueError, match=rf"not that of .*checkpoint-1: it differs in .*{re.escape(differs)}"):
+        train(folder, moved, run, **options)
+    train(folder, moved, run, allow_changed_data=True, **options)

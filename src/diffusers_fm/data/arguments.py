@@ -38,6 +38,7 @@ class DataArguments(Arguments):
     max_validation_samples: Count = option(2048, "Hold out so many samples at most.")
     streaming: Fixed[bool] = option(False, "Read the data as it comes, without a download beforehand.")
     shuffle_buffer_size: Count = option(1000, "Of a stream: files among which a worker shuffles.")
+    allow_changed_data: Free[bool] = option(False, "Resume although rows or images have changed.")
     cache_dir: Free[str | None] = option(None, "Where downloaded and prepared data is kept.")
     resolution: Count | None = option(None, "Side of the images; by default what the pipeline is configured for.")
     center_crop: bool = option(False, "Crop at the centre, not anywhere.")

@@ -23,6 +23,10 @@ from .unreadable import UnreadableImageError, reading
 T = TypeVar("T")
 
 
+# Samples, evenly spread, whose files and captions are in a data set's fingerprint.
+FINGERPRINT_ROWS = 4096
+
+
 class ImageData(Dataset):
     """
     Images, labels and captions by epoch and row, batch by batch.
@@ -134,6 +138,23 @@ class ImageData(Dataset):
         """Number and whereabouts of the images, for the log."""
         kept = "in memory" if self.in_memory else "decoded on the way"
         return f"{len(self)} images ({'latents cached' if self.read_moments is not None else kept})"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts by which a resumed run knows its data again; files and captions of `FINGERPRINT_ROWS` samples at most."""
+        rows = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_ROWS).astype(np.int64))
+        facts: dict[str, Any] = {"samples": len(self)}
+        if self._labels is not None:
+            facts["labels"] = content_key(self._labels.numpy().tobytes())
+        if self.captions is not None:
+            facts["captions"] = content_key(*map(str, self.captions.values(rows)))
+        keys = []
+        for index in rows.tolist():
+            try:
+                keys.append(self.file_key(index))
+            except (ValueError, OSError):
+                # Unreadable then and now.
+                keys.append("")
+        return {**facts, "images": content_key(*keys)}
 
     @property
     def labels(self) -> np.ndarray | None:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 import datasets
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .buckets import assign_buckets
+from .cache import content_key
 from .captions import caption_path, choose_caption
 from .randomness import derive_seed, epoch_order, make_generator, row_uniforms
 from .sources import (
@@ -121,6 +123,15 @@ class StreamData:
         """Number of images and shards, for the log."""
         count = "" if self.num_samples is None else f"{self.num_samples} "
         return f"{count}images streamed from {self.num_shards} shard{'s' if self.num_shards > 1 else ''}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts by which a resumed run knows its data again: shards, rows where they are known, and the first row."""
+        values = dict(self._first[0])
+        image = values.pop(self._image_column)
+        # The folder may have been moved.
+        file = None if image is None else image["bytes"] or PurePath(image["path"]).name
+        row = content_key(repr(file), *map(repr, values.values()))
+        return {"shards": self.num_shards, "samples": self.num_samples, "first row": row}
 
     @property
     def captions(self) -> "StreamData":

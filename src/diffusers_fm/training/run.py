@@ -174,6 +174,7 @@ class TrainingRun(Generic[A]):
         args, accelerator = self.args, self.accelerator
         self._validate, self._export = validate, export
         self._num_samples = data.num_samples
+        self._fingerprint = data.fingerprint()
         self.max_train_steps = self._length(data.num_samples)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -278,6 +279,14 @@ class TrainingRun(Generic[A]):
             raise ValueError(
                 f"{checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
                 f" {now or 'whole weights'}: launch with the configuration that the run began with."
+            )
+        # Checkpoints of earlier versions do not know their data.
+        then, now = self._manifest.get("data", self._fingerprint), self._fingerprint
+        differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if differing and not self.args.allow_changed_data:
+            changes = ", ".join(f"{name} ({then.get(name)} then, {now.get(name)} now)" for name in differing)
+            raise ValueError(
+                f"The data is not that of {checkpoint}: it differs in {changes}. Give --allow_changed_data to go on."
             )
         for change in resume_changes(self.args, self._manifest["arguments"]):
             logger.warning("%s", change)
@@ -527,6 +536,7 @@ class TrainingRun(Generic[A]):
             "seed": self.seed,
             "samples_seen": self._samples_seen(done),
             "num_processes": self.accelerator.num_processes,
+            "data": self._fingerprint,
             "engine": self.accelerator.distributed_type.value if sharded else None,
             **self._metrics.gather(),
             "validation_is_due": validation_is_due,
