@@ -140,7 +140,7 @@ class ImageData(Dataset):
         return f"{len(self)} images ({'latents cached' if self.read_moments is not None else kept})"
 
     def fingerprint(self) -> dict[str, Any]:
-        """Facts by which a resumed run knows its data again; files and captions of `FINGERPRINT_ROWS` samples at most."""
+        """Facts that identify the data of a resumed run; of files and captions those of `FINGERPRINT_ROWS` samples."""
         rows = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_ROWS).astype(np.int64))
         facts: dict[str, Any] = {"samples": len(self)}
         if self._labels is not None:
