@@ -146,7 +146,7 @@ def lagrangian_velocity(
     """
     if derivative == "jvp":
         with sdpa_kernel(SDPBackend.MATH):
-            value, slope = torch.func.jvp(lambda end: u(x, end, t, *args), (r,), (torch.ones_like(r),))
+            value, slope, *_ = torch.func.jvp(lambda end: u(x, end, t, *args), (r,), (torch.ones_like(r),))
     else:
         rows = (r < t).nonzero()[:, 0]
         below, above = _neighbours(r[rows], step, span)
