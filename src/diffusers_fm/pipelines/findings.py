@@ -18,7 +18,7 @@ def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findin
 
     # 1. How x_t enters
     for entry in ENTRIES[:2]:
-        calls, step = pipe.calls(), None
+        calls, step = pipe.calls(record=True), None
         if entry in pipe.arguments or entry in dir(pipe.pipeline):
             # A fault of the caller's shows in the last way, too.
             with contextlib.suppress(ValueError, RuntimeError, TypeError, IndexError):
@@ -26,7 +26,7 @@ def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findin
         if step is not None and same_state(step.sample, x_t):
             break
     else:
-        calls, entry = pipe.calls(), "step"
+        calls, entry = pipe.calls(record=True), "step"
         step = pipe.run(probes[1], call, calls)
         if step.sample.shape != x_t.shape:
             raise ValueError(

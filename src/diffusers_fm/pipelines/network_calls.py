@@ -61,13 +61,14 @@ class NetworkCalls:
         answers: Sequence[Tree] = (),
         *,
         stop: bool = False,
+        record: bool = False,
         times: Sequence[dict[str, TimeMap]] = (),
         t: torch.Tensor | None = None,
         offered: float = 0.0,
         side_times: dict[str, Sequence[dict[str, TimeMap]]] | None = None,
     ) -> None:
         self.network, self.state, self.dtype, self.answers, self.stop = network, state, dtype, answers, stop
-        self.times, self.t, self.offered = times, t, offered
+        self.times, self.t, self.offered, self.record = times, t, offered, record
         self.gradients = torch.is_grad_enabled()
         self.seen: list[dict[str, Any]] = []
         self.outputs: list[Tree] = []
@@ -96,7 +97,7 @@ class NetworkCalls:
         torch.set_grad_enabled(self.gradients)
         output = self.network(**{**arguments, self.state: map_tensors(self._cast, arguments[self.state])})
         self.differentiable = any(leaf.requires_grad for leaf in leaves(output))
-        if not self.gradients:
+        if self.record:
             self.outputs.append(map_tensors(_zeros, output))
             self.cubes.append(sum(leaf.to(widest_float(leaf)).pow(3).sum() for leaf in leaves(output)))  # type: ignore[arg-type]
         return output

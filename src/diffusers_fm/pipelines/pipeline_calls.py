@@ -110,7 +110,7 @@ class PipelineCalls(nn.Module):
         self.check_names(call)
         with self.quiet(state):
             if state.shape not in self._outputs:
-                calls = self.calls()
+                calls = self.calls(record=True)
                 self.run(self.probes(call)[1], call, calls)
                 self._outputs[state.shape] = _wide(tuple(calls.outputs))
             answers = itertools.cycle(self._outputs[state.shape])

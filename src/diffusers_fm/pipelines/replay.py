@@ -40,13 +40,9 @@ class CapturedCall:
                 Times in [0, 1], 0 = data, 1 = noise.
         """
         state = self.enter(x_t)
-        times = {
-            name: line.at(torch.as_tensor(self.arguments[name]), t, float("nan"), len(x_t))
-            for name, line in self.found.times[0].items()
-        }
-        in_list = isinstance(self.arguments[self.field.state], list)
-        arguments = {**self.arguments, **times, self.field.state: list(state) if in_list else state}
-        return self.leave(_main(self.field.network(**arguments))).to(x_t.dtype)
+        state = list(state) if isinstance(self.arguments[self.field.state], list) else state
+        network = self.field.calls(times=self.found.times, t=t, offered=float("nan"))
+        return self.leave(_main(network({**self.arguments, self.field.state: state}))).to(x_t.dtype)
 
     @staticmethod
     def join(calls: Sequence["CapturedCall"]) -> "CapturedCall":
