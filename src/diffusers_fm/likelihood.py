@@ -22,7 +22,7 @@ from .divergence import MODES, PROBES, choose_mode, draw_probes, exact_trace, hu
 from .paths import ConditionalPath, lift
 from .precision import widest_float
 from .solvers import ButcherTableau, find_method, odeint, quadrature_weights
-from .transport import Flow, check_batch, model_dtype
+from .transport import Flow, check_batch, check_steps, model_dtype
 
 
 DIVERGENCES = ("hutchinson", "exact")
@@ -196,9 +196,10 @@ def log_likelihood(
         ("divergence_every", divergence_every),
         ("batch_size", batch_size),
     ]:
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"`{name}` must be at least 1, not {value!r}.")
     check_batch(data, args)
+    check_steps(method, num_steps, grading=grading, rtol=rtol, atol=atol, start=start, end=end)
     if not start < end:
         raise ValueError(f"`start` must lie before `end`, but they are {start} and {end}.")
     flow = Flow(predict, Coordinates(path, coordinates), prediction_type, model_dtype(data))

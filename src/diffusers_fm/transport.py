@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 
@@ -71,6 +72,7 @@ def transport(
     Raises:
         ValueError: If an argument is not among the accepted ones, or does not go with the others.
     """
+    check_steps(method, num_steps, grading=grading, rtol=rtol, atol=atol, start=start, end=end)
     if num_steps is None and grading is not None:
         raise ValueError("`grading` belongs to fixed steps, but `num_steps` is None.")
     check_batch(x, args)
@@ -84,6 +86,17 @@ def transport(
     return Solution(
         solution.x * flow.scale(end), solution.nfe, solution.evaluations, solution.accepted, solution.rejected
     )
+
+
+def check_steps(method: str | ButcherTableau, num_steps: int | None, **numbers: float | None) -> None:
+    """Raise a `ValueError` for settings of another type, such as numbers given as strings."""
+    if not isinstance(method, (str, ButcherTableau)):
+        raise ValueError(f"`method` must be the name of a method or a ButcherTableau, not {method!r}.")
+    if num_steps is not None and not (isinstance(num_steps, Integral) and int(num_steps) >= 1):
+        raise ValueError(f"`num_steps` must be at least 1, not {num_steps!r}.")
+    for name, number in numbers.items():
+        if number is not None and not isinstance(number, Real):
+            raise ValueError(f"`{name}` must be a number, not {number!r}.")
 
 
 def check_batch(x: torch.Tensor, args: Sequence[torch.Tensor]) -> None:

@@ -26,6 +26,7 @@ from diffusers_fm import (
     StableDiffusion3EditPipeline,
     init_pipeline,
 )
+from diffusers_fm.applications.operators import MaskOperator
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -312,28 +313,32 @@ def test_times_of_training_are_given_to_such_a_network_as_they_are() -> None:
         torch.testing.assert_close(pipeline.predict(x, t), unet(x, t).sample)
 
 
+NETWORK = r"The network, UNet2DModel in torch.float32, gave values that are not finite"
+FIELD = "The field answered with NaN or infinity"
+
+
 @pytest.mark.parametrize(
-    ("make", "use"),
+    ("make", "use", "message"),
     [
-        (lambda: tiny_pipeline("unet"), lambda p: p(num_inference_steps=2)),
-        (lambda: tiny_pipeline("unet"), lambda p: p(num_inference_steps=2, solver="ab2")),
-        (lambda: tiny_pipeline("unet"), lambda p: p.encode(GRAY, num_inference_steps=2)),
-        (lambda: tiny_pipeline("unet"), lambda p: p.decode(torch.zeros(1, 1, 8, 8), num_inference_steps=2)),
-        (lambda: tiny_pipeline("unet"), lambda p: p.log_likelihood(GRAY, num_steps=2)),
-        (lambda: tiny_pipeline("unet"), lambda p: p.bits_per_dim(GRAY.long(), num_steps=2)),
-        (editor, lambda p: p(GRAY, 1, 2, num_inference_steps=3)),
-        (editor, lambda p: p(GRAY, 1, 2, num_inference_steps=3, method="inversion")),
-        (editor, lambda p: p.invert(GRAY, 1, num_inference_steps=2)),
-        (inverse, lambda p: p(image=GRAY, mask_image=GRAY, class_labels=1, num_inference_steps=2)),
-        (upscaler, lambda p: p(GRAY, num_inference_steps=2)),
-        (upscaler, lambda p: p(GRAY, num_inference_steps=2, tile_size=8)),
+        (lambda: tiny_pipeline("unet"), lambda p: p(num_inference_steps=2), NETWORK),
+        (lambda: tiny_pipeline("unet"), lambda p: p(num_inference_steps=2, solver="ab2"), NETWORK),
+        (lambda: tiny_pipeline("unet"), lambda p: p.encode(GRAY, num_inference_steps=2), FIELD),
+        (lambda: tiny_pipeline("unet"), lambda p: p.decode(torch.zeros(1, 1, 8, 8), num_inference_steps=2), FIELD),
+        (lambda: tiny_pipeline("unet"), lambda p: p.log_likelihood(GRAY, num_steps=2), FIELD),
+        (lambda: tiny_pipeline("unet"), lambda p: p.bits_per_dim(GRAY.long(), num_steps=2), FIELD),
+        (editor, lambda p: p(GRAY, 1, 2, num_inference_steps=3), NETWORK),
+        (editor, lambda p: p(GRAY, 1, 2, num_inference_steps=3, method="inversion"), FIELD),
+        (editor, lambda p: p.invert(GRAY, 1, num_inference_steps=2), FIELD),
+        (inverse, lambda p: p(image=GRAY, mask_image=GRAY, class_labels=1, num_inference_steps=2), NETWORK),
+        (upscaler, lambda p: p(GRAY, num_inference_steps=2), NETWORK),
+        (upscaler, lambda p: p(GRAY, num_inference_steps=2, tile_size=8), NETWORK),
     ],
 )
-def test_nan_is_said_to_be_the_networks(make: Callable[[], Any], use: Callable[[Any], Any]) -> None:
+def test_nan_is_said_to_be_the_networks(make: Callable[[], Any], use: Callable[[Any], Any], message: str) -> None:
     pipeline = make()
     with torch.no_grad():
         pipeline.unet.conv_out.bias.fill_(float("nan"))
-    with pytest.raises(ValueError, match=r"The network, UNet2DModel in torch.float32, gave values that are not fin"):
+    with pytest.raises(ValueError, match=message):
         use(pipeline)
 
 
@@ -517,3 +522,41 @@ def test_an_unknown_kind_of_output_is_refused_before_any_work() -> None:
     ):
         with pytest.raises(ValueError, match="`output_type` must be one of pil, np, pt, latent, got 'jpg'"):
             use()
+
+
+@pytest.mark.parametrize("value", ["2", [2], b"x"], ids=repr)
+@pytest.mark.parametrize(
+    ("make", "use", "names"),
+    [
+        (
+            lambda: tiny_pipeline("unet"),
+            lambda p, **given: p(**given),
+            ["generator", "latents", "batch_size", "height"],
+        ),
+        (lambda: tiny_pipeline("unet"), lambda p, **given: p(solver="dopri5", **given), ["rtol", "atol"]),
+        (
+            lambda: tiny_pipeline("unet"),
+            lambda p, **given: p.encode(GRAY, **given),
+            ["num_inference_steps", "solver"],
+        ),
+        (lambda: tiny_pipeline("unet"), lambda p, **given: p.decode(**{"noise": GRAY, **given}), ["noise"]),
+        (
+            lambda: tiny_pipeline("unet"),
+            lambda p, **given: p.log_likelihood(GRAY, **given),
+            ["num_steps", "num_probes", "grading", "start", "end", "method"],
+        ),
+        (lambda: tiny_pipeline("unet"), lambda p, **given: p.bits_per_dim(**{"images": GRAY, **given}), ["images"]),
+        (editor, lambda p, **given: p.invert(GRAY, 1, **given), ["num_inference_steps", "solver"]),
+        (inverse, lambda p, **given: p(image=GRAY, mask_image=GRAY, class_labels=1, **given), ["eta", "sigma_data"]),
+        (
+            inverse,
+            lambda p, **given: p(**{"measurement": GRAY, "operator": MaskOperator(GRAY.round()), **given}),
+            ["measurement", "operator"],
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_refused_in_one_sentence(make: Any, use: Any, names: list, value: Any) -> None:
+    pipeline = make()
+    for name in names:
+        with pytest.raises(ValueError, match="must|given"):
+            use(pipeline, **{name: value})

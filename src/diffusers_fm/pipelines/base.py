@@ -18,7 +18,7 @@ from ..models.autoencoding import decode_latents
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import Solution
 from ..transport import transport
-from .checks import Generators, check_finite, check_noise, check_output, is_whole
+from .checks import Generators, check_finite, check_output, is_whole
 from .components import MARGIN, FlowMatchComponents
 from .sampling import SamplingCall, SamplingOptions, begin_call, call_in_progress
 
@@ -152,12 +152,11 @@ class FlowMatchPipelineBase(FlowMatchComponents):
             raise ValueError(
                 f"`latents` must have the shape {(batch_size, *latent_shape)}, got {tuple(latents.shape)}."
             )
-        if latents is not None:
-            check_noise("latents", latents)
-        unknown = [name for name in options.tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
+        names = options.tensor_inputs
+        unknown = [n for n in names if n not in self._callback_tensor_inputs] if isinstance(names, list) else names
+        if unknown or not isinstance(names, list):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown}."
+                f"`callback_on_step_end_tensor_inputs` must be among {self._callback_tensor_inputs}, got {unknown!r}."
             )
         if not isinstance(self.scheduler, FlowMatchScheduler):
             raise ValueError(

@@ -39,6 +39,9 @@ def check_output(batch_size: int, output_type: str, generator: Generators) -> No
     """Raise a `ValueError` for an unknown kind of output, or another number of generators than of images."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}.")
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator, or a list of one for each image, got {generator!r}.")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"{len(generator)} generators were given for a batch of {batch_size}.")
 
@@ -52,6 +55,8 @@ def check_guidance(**scales: float) -> None:
 
 def check_noise(name: str, noise: torch.Tensor) -> None:
     """Raise a `ValueError` for noise that is not of finite floating-point numbers."""
+    if not isinstance(noise, torch.Tensor):
+        raise ValueError(f"`{name}` must be a tensor, got {noise!r}.")
     if not (noise.is_floating_point() and bool(noise.isfinite().all())):
         raise ValueError(
             f"`{name}` must be finite and floating-point, got {noise.dtype} or values that are not finite."

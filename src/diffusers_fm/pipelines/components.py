@@ -411,6 +411,8 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         Raises:
             ValueError: if labels are missing, superfluous, out of range, or not `batch_size` many.
         """
+        if batch_size is not None and not is_whole(batch_size, 0):
+            raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
         if self.num_classes == 0:
             if class_labels is not None:
                 raise ValueError(f"`class_labels` {class_labels!r} was given, but this pipeline has no classes.")

@@ -266,8 +266,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Raises:
             ValueError: If noise, labels or the output type do not fit the pipeline.
         """
-        self._check_shape("noise", noise, self.data_channels, 1)
         check_noise("noise", noise)
+        self._check_shape("noise", noise, self.data_channels, 1)
         check_output(len(noise), output_type, None)
         labels = self.prepare_class_labels(class_labels, len(noise), noise.device, allow_null=True)
         x_1 = noise.float() * self.scheduler.init_noise_sigma
@@ -391,6 +391,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
             ValueError: If the pipeline is a latent one, or images or labels do not fit.
         """
         self._check_space(False)
+        if not isinstance(images, torch.Tensor):
+            raise ValueError(f"`images` must be a tensor of whole levels, got {type(images).__name__}.")
         self._check_shape("images", images, self.image_channels, 1)
         images = images.to(self._execution_device)
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)

@@ -168,6 +168,9 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             height, width = self._agree(measurement, height, width)
         elif measurement is None or operator is None:
             raise ValueError("`measurement` and `operator` must be given, or `image` and `mask_image`.")
+        elif not isinstance(measurement, torch.Tensor) or not isinstance(operator, LinearOperator):
+            kinds = f"{type(measurement).__name__} and {type(operator).__name__}"
+            raise ValueError(f"`measurement` must be a tensor and `operator` a LinearOperator, got {kinds}.")
         else:
             measurement = measurement.to(device, torch.float32).repeat_interleave(copies, 0)
         batch_size = len(measurement)
@@ -253,6 +256,8 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
+        if eta is not None and not is_number(eta):
+            raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
         if eta is None:
             eta = 1.0 if solver in (None, "euler") else 0.0
         changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}

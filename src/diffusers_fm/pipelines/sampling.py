@@ -13,7 +13,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from .checks import Callback, Generators, check_guidance
+from .checks import Callback, Generators, check_guidance, check_noise
 
 
 ADAPTIVE_SOLVERS = ("dopri5", "bosh3")
@@ -41,6 +41,8 @@ class SamplingOptions:
         if self.sigmas is not None and self.timesteps is not None:
             raise ValueError("Only one of `sigmas` and `timesteps` can be given.")
         check_guidance(guidance_scale=self.guidance_scale)
+        if self.latents is not None:
+            check_noise("latents", self.latents)
         # An adaptive solver has no timesteps to lay out and no steps to call back after.
         names = ("sigmas", "timesteps", "mu", "callback_on_step_end") if self.is_adaptive else ("rtol", "atol")
         given = [name for name in names if getattr(self, name) is not None]
