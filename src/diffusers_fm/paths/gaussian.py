@@ -168,7 +168,7 @@ class VEPath(ConditionalPath):
 class LevelPath(ConditionalPath):
     """Time as the level of noise: `alpha = 1`, `sigma = t` for any `t` of at least 0 (arXiv 2206.00364, table 1)."""
 
-    ratio_max = 1.0
+    ratio_max = 1.0  # type: ignore[assignment]
 
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(t)

@@ -27,7 +27,8 @@ class StageTimes(torch.Tensor):
     """Timesteps that list several calls of the network for a step; a cut within a step is refused."""
 
     order: int
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    # Results are plain tensors.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def of(timesteps: torch.Tensor, order: int) -> "StageTimes":
@@ -68,6 +69,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         self._given_times: tuple[torch.Tensor, torch.Tensor] | None = None
         self._step_start: torch.Tensor | None = None
         self._derivatives: list[torch.Tensor] = []
+        self._spare: list[torch.Tensor] = []
 
     @property
     def order(self) -> int:
@@ -198,7 +200,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         self.num_inference_steps = len(ratios)
         self._step_index = None
         self._begin_index = None
-        self._step_start, self._derivatives = None, []
+        self._step_start, self._derivatives, self._spare = None, [], []
 
     @property
     def _levels(self) -> bool:
@@ -470,6 +472,8 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         else:
             stage = self._stages[index]
             result, noise = self._integrate(stage, x, answer), stage.noise
+            if index + 1 == len(self._stages):
+                self._spare = []
         if self._has_noise if torch.compiler.is_compiling() else noise != 0.0:
             fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
             result = result + noise * fresh
@@ -480,7 +484,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
     def _init_step_index(self, timestep: float | torch.Tensor) -> int:
         super()._init_step_index(timestep)
         index = int(self._step_index)
-        self._step_start, self._derivatives = None, []
+        self._step_start, self._derivatives, self._spare = None, [], []
         if torch.compiler.is_compiling():
             return index
         if self._was_changed(0):
@@ -514,19 +518,20 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
                 f"Sampling with the solver {self.config.solver!r} must begin at a multiple of its {self.order} stages,"
                 f" got index {self._step_index}."
             )
-        # The tensors of the caller are not kept: they may be buffers that the next call fills again.
-        self._step_start = None if stage.last else start.clone() if start is x else start
-        if start is x and len(stage.weights) == 1 and stage.retain == 0:
+        if start is x and len(stage.weights) == 1 and stage.retain == 0 and stage.last:
             keep = stage.keep + stage.weights[0] * stage.on_sample
             return torch.add(x if keep == 1.0 else x * keep, answer, alpha=stage.weights[0] * stage.on_output)
 
+        # What is the caller's own is not kept, but a copy of it: it may be a buffer that the next call fills again.
+        borrowed = answer.dtype == x.dtype and not self.config.invert_sigmas
         answer = answer.to(x.dtype)
         # In place wherever the tensor is a fresh one.
         if stage.on_sample != 0.0:
-            derivative = (x * stage.on_sample).add_(answer, alpha=stage.on_output)
+            derivative, borrowed = (x * stage.on_sample).add_(answer, alpha=stage.on_output), False
+        elif stage.on_output != 1.0:
+            derivative, borrowed = answer * stage.on_output, False
         else:
-            derivative = answer * stage.on_output if stage.retain > 0 or stage.on_output != 1.0 else answer
-        derivatives = [*self._derivatives, derivative]
+            derivative = answer
         if stage.keep == 1.0:
             result = torch.add(start, derivative, alpha=stage.weights[-1])
         else:
@@ -534,8 +539,26 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         for weight, earlier in zip(stage.weights[-2::-1], self._derivatives[::-1]):
             if weight != 0.0:
                 result.add_(earlier, alpha=weight)
-        self._derivatives = derivatives[len(derivatives) - stage.retain :]
+
+        dropped = len(self._derivatives) + 1 - stage.retain
+        if borrowed:
+            self._spare += self._derivatives[:dropped]
+        self._derivatives = self._derivatives[dropped:]
+        if stage.retain > 0:
+            self._derivatives.append(self._copy(derivative) if borrowed else derivative)
+        if stage.first and not stage.last:
+            self._step_start = self._copy(start)
+        elif stage.last and self._step_start is not None:
+            self._spare.append(self._step_start)
+            self._step_start = None
         return result
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, in memory that the loop needs no more: new memory costs more than the copy itself."""
+        spare = self._spare.pop() if self._spare else None
+        if tensor.requires_grad or spare is None or spare.shape != tensor.shape or spare.requires_grad:
+            return tensor.clone()
+        return spare.copy_(tensor)
 
     def _clipped(self, weights: Sequence[Any], x: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
         """Euler by way of the estimates of data and noise, the data clipped, the noise as it was before that."""

@@ -232,9 +232,9 @@ class SamplingPlan:
         table = torch.stack([t, self.path.ratio(t), on_sample, on_output, keep], dim=2).tolist()
         points = list(zip(end_alpha.tolist(), end_sigma.tolist()))
         return [
-            Stage(*numbers, tuple([size * part for part in rows[j]]), j == 0, j == len(rows) - 1, end)
+            Stage(t, s, on_x, on_output, kept, tuple([size * w for w in rows[j]]), j == 0, j == len(rows) - 1, end)
             for stages, sizes, end in zip(table, increments.tolist(), points)
-            for j, (numbers, size) in enumerate(zip(stages, sizes))
+            for j, ((t, s, on_x, on_output, kept), size) in enumerate(zip(stages, sizes))
         ]
 
     def _adams(self, coordinates: Coordinates, ratios: torch.Tensor) -> list[Stage]:
