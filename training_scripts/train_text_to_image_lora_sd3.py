@@ -53,25 +53,23 @@ from diffusers_fm.text_to_image.lora import (
     check_engine,
     parameter_groups,
     save_lora,
-)
-from diffusers_fm.text_to_image.options import (
-    choose_encoder_dropout,
-    choose_resolution,
-    choose_scheduler,
-    choose_sizes,
-    image_tokens,
-    shift_of,
-    tell_of_long_captions,
+    text_encoder_learning_rate,
 )
 from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.prompts import PromptEncoder, TrainedPrompts
 from diffusers_fm.text_to_image.setup import (
     TextToImageModel,
+    choose_encoder_dropout,
+    choose_resolution,
+    choose_scheduler,
+    choose_sizes,
     freeze,
     load_captioned_data,
     prepare_latents,
     prepare_prompts,
     prompt_grid,
+    shift_of,
+    warn_of_long_captions,
 )
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import is_main_process
@@ -96,6 +94,7 @@ def main(args: ScriptArguments) -> None:
     args = run.args
     device = run.accelerator.device
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
+    check_engine(run.accelerator, args)
 
     # 1. Pipeline
     pipeline = init_pipeline(
@@ -119,20 +118,19 @@ def main(args: ScriptArguments) -> None:
     encoder = PromptEncoder(pipeline, args.max_sequence_length, device, args.offload)
     encoder_dropout = torch.tensor(choose_encoder_dropout(encoder, args.text_encoder_dropout))
 
-    # 2. Data, and what the frozen models say of it
+    # 2. Data, and caches of what the frozen models compute
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, sizes)
+        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, resolution, sizes)
     if run.accelerator.is_main_process:
-        tell_of_long_captions(encoder, train_data.captions)
+        warn_of_long_captions(encoder, train_data.captions)
     prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
     prompts = prepare_prompts(
         run.accelerator, args, encoder, (train_data, held_out_data), args.validation_prompts, precomputed_dir
     )
 
-    # 3. Adapters, optimizer, schedule, average, checkpoint
+    # 3. Adapters and model
     add_adapters(pipeline, args)
     text_encoders = adapted_text_encoders(pipeline)
-    check_engine(run.accelerator, text_encoders)
     if text_encoders:
         prompts = TrainedPrompts(pipeline, prompts, args.max_sequence_length, device)
     model = TextToImageModel(pipeline, text_encoders).train()
@@ -144,7 +142,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     @torch.no_grad()
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
-        """Held-out loss and pictures of what would be saved now."""
+        """Held-out loss and pictures of the model as it would be saved."""
         figures: dict[str, Any] = {}
         if held_out_data is not None:
             figures = held_out_loss(
@@ -188,13 +186,13 @@ def main(args: ScriptArguments) -> None:
         f"{' and of both CLIPs' if text_encoders else ''}, {scheduler.config.path} path, {prediction_type};"
         f" {train_data.description} in {len(sizes)} sizes of about {resolution} x {resolution},"
         f" {len(held_out_data or [])} held out.",
-        parameter_groups(model, args.text_encoder_learning_rate),
+        parameter_groups(model, text_encoder_learning_rate(args)),
     )
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
-            # Noise, times and what is dropped are drawn for the whole global batch; a part of it is at hand.
+            # Noise, times and dropout are drawn for the whole global batch, of which `part` is this process's share.
             for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     data = latents_of_batch(pipeline, batch, device, part, args.offload)
@@ -205,7 +203,7 @@ def main(args: ScriptArguments) -> None:
                         embeds = encoder.drop(embeds, torch.stack(numbers, dim=1) < encoder_dropout)
 
                     noise = run.draw_noise(part, data)
-                    t = draw_times(args, path, part, shift_of(scheduler, image_tokens(pipeline, *data.shape[2:])))
+                    t = draw_times(args, path, part, shift_of(scheduler, data, pipeline.transformer.config.patch_size))
                     x_t = path.sample(data, noise, t)
 
                     prediction = model(x_t, (scheduler.timestep_scale * t).float().to(device), *embeds)

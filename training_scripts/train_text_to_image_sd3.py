@@ -50,25 +50,22 @@ from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
-from diffusers_fm.text_to_image.options import (
-    choose_encoder_dropout,
-    choose_resolution,
-    choose_scheduler,
-    choose_sizes,
-    image_tokens,
-    shift_of,
-    tell_of_long_captions,
-)
 from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.prompts import PromptEncoder
 from diffusers_fm.text_to_image.setup import (
     TextToImageModel,
     as_saved,
+    choose_encoder_dropout,
+    choose_resolution,
+    choose_scheduler,
+    choose_sizes,
     freeze,
     load_captioned_data,
     prepare_latents,
     prepare_prompts,
     prompt_grid,
+    shift_of,
+    warn_of_long_captions,
 )
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import is_main_process
@@ -112,11 +109,11 @@ def main(args: ScriptArguments) -> None:
     encoder = PromptEncoder(pipeline, args.max_sequence_length, device, args.offload)
     encoder_dropout = torch.tensor(choose_encoder_dropout(encoder, args.text_encoder_dropout))
 
-    # 2. Data, and what the frozen models say of it
+    # 2. Data, and caches of what the frozen models compute
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, sizes)
+        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, resolution, sizes)
     if run.accelerator.is_main_process:
-        tell_of_long_captions(encoder, train_data.captions)
+        warn_of_long_captions(encoder, train_data.captions)
     prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
     prompts = prepare_prompts(
         run.accelerator, args, encoder, (train_data, held_out_data), args.validation_prompts, precomputed_dir
@@ -130,7 +127,7 @@ def main(args: ScriptArguments) -> None:
 
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
-        """Held-out loss and pictures of what would be saved now."""
+        """Held-out loss and pictures of the model as it would be saved."""
         figures: dict[str, Any] = {}
         if held_out_data is not None:
             figures = held_out_loss(
@@ -180,7 +177,7 @@ def main(args: ScriptArguments) -> None:
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
-            # Noise, times and what is dropped are drawn for the whole global batch; a part of it is at hand.
+            # Noise, times and dropout are drawn for the whole global batch, of which `part` is this process's share.
             for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     data = latents_of_batch(pipeline, batch, device, part, args.offload)
@@ -191,7 +188,7 @@ def main(args: ScriptArguments) -> None:
                         embeds = encoder.drop(embeds, torch.stack(numbers, dim=1) < encoder_dropout)
 
                     noise = run.draw_noise(part, data)
-                    t = draw_times(args, path, part, shift_of(scheduler, image_tokens(pipeline, *data.shape[2:])))
+                    t = draw_times(args, path, part, shift_of(scheduler, data, pipeline.transformer.config.patch_size))
                     x_t = path.sample(data, noise, t)
 
                     prediction = model(x_t, (scheduler.timestep_scale * t).float().to(device), *embeds)

@@ -21,8 +21,7 @@ from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import cache_latents, normalize
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.models import encode_latents, encode_moments, latents_of_moments
-from diffusers_fm.text_to_image.precompute import cache_prompts
-from diffusers_fm.text_to_image.prompts import PromptEncoder
+from diffusers_fm.text_to_image.prompts import PromptEncoder, cache_prompts
 
 
 SIZES = ((16, 16), (24, 16))

@@ -9,8 +9,8 @@ import torch
 from tiny_text_to_image import colours, tiny_stable_diffusion_3
 
 from diffusers_fm.data.captions import CaptionColumn
-from diffusers_fm.text_to_image.options import choose_encoder_dropout, tell_of_long_captions
 from diffusers_fm.text_to_image.prompts import PromptEncoder
+from diffusers_fm.text_to_image.setup import choose_encoder_dropout, warn_of_long_captions
 
 
 CAPTIONS = ["a red square", "", "blue", "", "a very long caption with more letters than fit"]
@@ -37,7 +37,7 @@ def test_embeddings_are_those_of_the_pipeline(t5: bool, length: int, caplog: pyt
     with caplog.at_level(logging.WARNING):
         caplog.clear()
         tokens, pooled = encoder(CAPTIONS)
-    # What is cut off is told once for all captions, elsewhere.
+    # One warning, elsewhere, counts all captions that are cut.
     assert caplog.text == ""
     assert tokens.shape == (5, 16 + length, 24)
     # Batched matrix products round otherwise than single ones.
@@ -77,7 +77,7 @@ def test_captions_that_are_too_long_are_counted_once(caplog: pytest.LogCaptureFi
     assert PromptEncoder(tiny_stable_diffusion_3(t5=False), 1).count_too_long(captions) == (2, 0)
     column = CaptionColumn(colours(6), "text", np.arange(6))
     with caplog.at_level(logging.WARNING):
-        tell_of_long_captions(PromptEncoder(pipeline, 10), column)
+        warn_of_long_captions(PromptEncoder(pipeline, 10), column)
     assert [record.getMessage() for record in caplog.records] == [
         "Of 6 different captions, 0 are longer than the 16 tokens of the CLIPs, and 3 than the 10 of the T5"
         " (--max_sequence_length); what is beyond is not read."

@@ -248,6 +248,8 @@ def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=re.escape('pip install "diffusers-fm[lora]"')):
         add_lora(model, 2, 2.0, ["to_q"])
+    with pytest.raises(ValueError, match=re.escape('pip install "diffusers-fm[lora]"')):
+        parse_arguments(script.ScriptArguments, ["--pretrained_model_name_or_path=x", "--dataset_name=x"])
 
 
 def test_the_recipe_is_for_this_script() -> None:

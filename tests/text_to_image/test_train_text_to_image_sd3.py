@@ -80,6 +80,11 @@ def test_what_comes_out_loads_without_this_package(model: Path, data: Path, tmp_
     assert "pipeline_tag: text-to-image" in (output_dir / "README.md").read_text()
 
 
+def test_the_default_resolution_is_the_transformers(model: Path, data: Path, tmp_path: Path) -> None:
+    runs = [train(model, data, tmp_path / str(side), max_train_steps=1, resolution=side) for side in (16, None)]
+    assert_same_weights(*runs)
+
+
 def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:
     scheduler = FlowMatchScheduler(path="cosine", prediction_type="v_prediction")
     tiny_stable_diffusion_3(t5=False, scheduler=scheduler).save_pretrained(tmp_path / "model")

@@ -5,13 +5,14 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, Positive, Range, option
+from ..arguments import Arguments, Count, Fixed, Fraction, Free, NotNegative, Positive, Range, option
 from ..data.arguments import LatentArguments
+from ..data.buckets import parse_buckets
 from ..training.arguments import TrainingArguments
 
 
-# That of diffusers' own scripts.
-TEXT_ENCODER_LEARNING_RATE = 5e-6
+MAX_SEQUENCE_LENGTH = 512  # of `StableDiffusion3Pipeline`
+MAX_TEXT_ENCODERS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,7 @@ class CaptionArguments(Arguments):
     text_encoder_dropout: list[Fraction] = option(
         [0.0], "Part of the captions for which a text encoder gives zeros: one number, or one for each encoder."
     )
-    max_sequence_length: Annotated[int, Range(0, 512)] = option(
-        256, "Tokens of the T5.", source="StableDiffusion3Pipeline"
-    )
+    max_sequence_length: int = option(256, "Tokens of the T5.", source="StableDiffusion3Pipeline")
     use_aspect_ratio_buckets: bool = option(False, "Keep images near their shape, not square.")
     aspect_ratio_buckets: str | None = option(
         None, 'The sizes themselves, height,width: "1024,1024;832,1216;1216,832".'
@@ -47,6 +46,17 @@ class CaptionArguments(Arguments):
     def check(self) -> None:
         if self.use_aspect_ratio_buckets and self.aspect_ratio_buckets is not None:
             raise ValueError("Of --use_aspect_ratio_buckets and --aspect_ratio_buckets one may be given.")
+        if self.aspect_ratio_buckets is not None:
+            parse_buckets(self.aspect_ratio_buckets)
+        if not 0 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
+            raise ValueError(
+                f"--max_sequence_length must be from 0 to {MAX_SEQUENCE_LENGTH}, got {self.max_sequence_length}."
+            )
+        if not 1 <= len(self.text_encoder_dropout) <= MAX_TEXT_ENCODERS:
+            raise ValueError(
+                f"--text_encoder_dropout must be one number in [0, 1], or one for each of up to {MAX_TEXT_ENCODERS}"
+                f" text encoders, got {self.text_encoder_dropout}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +64,14 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
     """All arguments of a text-to-image script, with the sampling defaults of `StableDiffusion3Pipeline`."""
 
     num_inference_steps: Count = option(28, "Solver steps of the pictures.")
-    guidance_scale: Annotated[float, Range(0)] = option(7.0, "Guidance of the pictures; 1 is off.")
+    guidance_scale: NotNegative = option(7.0, "Guidance of the pictures; 1 is off.")
 
     def check(self) -> None:
+        if self.shift is not None and self.shift_base_resolution is not None:
+            raise ValueError(
+                f"--shift {self.shift} is the same for all sizes and --shift_base_resolution"
+                f" {self.shift_base_resolution} depends on them: give one."
+            )
         if self.coupling != "independent":
             raise ValueError(
                 f"--coupling {self.coupling!r} is not 'independent', the only coupling here: noise may be exchanged"
@@ -68,6 +83,28 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
             )
 
 
+def check_peft() -> None:
+    """Refuse adapters where PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError('PEFT is not installed: adapters need `pip install "diffusers-fm[lora]"`.')
+
+
+def parse_layers(text: str) -> list[str]:
+    """Names of layers from the command line, such as `"to_k,to_q"`."""
+    layers = [name.strip() for name in text.split(",")]
+    if not all(layers):
+        raise ValueError(f'--lora_layers must read like "to_k,to_q", got {text!r}.')
+    return layers
+
+
+def parse_blocks(text: str) -> list[int]:
+    """Numbers of transformer blocks from the command line, such as `"0,1,12"`."""
+    numbers = [number.strip() for number in text.split(",")]
+    if not all(map(str.isdecimal, numbers)):
+        raise ValueError(f'--lora_blocks must read like "0,1,12", got {text!r}.')
+    return [int(number) for number in numbers]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraArguments(Arguments):
     """Adapters, by the names of diffusers' examples."""
@@ -75,7 +112,7 @@ class LoraArguments(Arguments):
     _argument_group_name = "adapters"
 
     rank: Fixed[Count] = option(4, "Rank of the adapters.", source="diffusers' examples")
-    lora_alpha: Fixed[Positive | None] = option(
+    lora_alpha: Fixed[Positive] = option(
         None, "Scale of the adapters, times the rank: W + alpha / rank B A. By default the rank."
     )
     lora_dropout: Annotated[float, Range(0, 1, open_high=True)] = option(
@@ -93,29 +130,23 @@ class LoraArguments(Arguments):
         None, "Learning rate of the CLIPs' adapters; 5e-6, with prodigy that of all."
     )
 
-    @property
-    def alpha(self) -> float:
-        """Scale of the adapters, times the rank."""
-        return self.rank if self.lora_alpha is None else self.lora_alpha
-
-    @property
-    def block_numbers(self) -> list[int] | None:
-        """Numbers of the transformer blocks that are adapted, `None` for all."""
-        if self.lora_blocks is None:
-            return None
-        try:
-            return [int(number) for number in self.lora_blocks.split(",")]
-        except ValueError:
-            raise ValueError(f'--lora_blocks must read like "0,1,12", got {self.lora_blocks!r}.') from None
+    def __post_init__(self) -> None:
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", float(self.rank))
+        super().__post_init__()
 
     def check(self) -> None:
-        if importlib.util.find_spec("peft") is None:
-            raise ValueError('PEFT is not installed: adapters need `pip install "diffusers-fm[lora]"`.')
+        check_peft()
         if self.use_dora and self.train_text_encoder:
             raise ValueError(
                 "--use_dora does not go with --train_text_encoder: diffusers cannot read DoRA of a text encoder back."
             )
-        _ = self.block_numbers
+        if self.lora_layers is not None:
+            parse_layers(self.lora_layers)
+        if self.lora_blocks is not None:
+            parse_blocks(self.lora_blocks)
+        if self.text_encoder_lr is not None and not self.train_text_encoder:
+            raise ValueError(f"--text_encoder_lr {self.text_encoder_lr} needs --train_text_encoder.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,15 +155,8 @@ class LoraTrainingArguments(TextToImageArguments, LoraArguments):
 
     train_batch_size: Count = option(4, "Samples of a process in an accumulation step.", source="diffusers' examples")
 
-    @property
-    def text_encoder_learning_rate(self) -> float:
-        """Learning rate of the CLIPs' adapters."""
-        if self.text_encoder_lr is not None:
-            return self.text_encoder_lr
-        return self.learning_rate if self.optimizer == "prodigy" else TEXT_ENCODER_LEARNING_RATE
-
     def check(self) -> None:
-        if self.optimizer == "prodigy" and self.text_encoder_learning_rate != self.learning_rate:
+        if self.optimizer == "prodigy" and self.text_encoder_lr not in (None, self.learning_rate):
             raise ValueError(
                 "--optimizer prodigy has one learning rate for all: leave out --text_encoder_lr"
                 f" {self.text_encoder_lr}."

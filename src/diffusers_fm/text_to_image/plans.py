@@ -14,8 +14,14 @@ from ..training.planning import Plan, empty, linear_flops, make_plan, planned_pr
 from ..training.plans import _bytes, _latents_bytes, _with_seed
 from .arguments import TextToImageArguments
 from .lora import adapted_text_encoders, add_adapters
-from .options import choose_resolution, choose_scheduler, choose_sizes
-from .setup import TextToImageModel, freeze, load_captioned_data
+from .setup import (
+    TextToImageModel,
+    choose_resolution,
+    choose_scheduler,
+    choose_sizes,
+    freeze,
+    load_captioned_data,
+)
 
 
 def text_to_image_plan(args: TextToImageArguments, lora: bool = False) -> Plan:
@@ -42,10 +48,11 @@ def text_to_image_plan(args: TextToImageArguments, lora: bool = False) -> Plan:
         args.revision,
         args.text_encoders_name_or_path,
     )
-    sizes = choose_sizes(pipeline, args, choose_resolution(pipeline, args.resolution))
+    resolution = choose_resolution(pipeline, args.resolution)
+    sizes = choose_sizes(pipeline, args, resolution)
     choose_scheduler(pipeline, args, sizes)
     freeze(pipeline, planned_precision(args), transformer=lora)
-    data, _ = load_captioned_data(args, pipeline.vae.config.in_channels, sizes)
+    data, _ = load_captioned_data(args, pipeline.vae.config.in_channels, resolution, sizes)
     clips = [pipeline.text_encoder, pipeline.text_encoder_2]
     clip_tokens = min(clip.config.max_position_embeddings for clip in clips)
     encoders = {name: pipeline.components[name] for name in ENCODERS if pipeline.components[name] is not None}

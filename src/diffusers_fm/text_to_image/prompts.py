@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions as Stable Diffusion 3 sees them: two CLIPs and, where there is one, a T5."""
+"""Text embeddings of Stable Diffusion 3: two CLIPs and, where there is one, a T5; computed, cached or trained."""
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from diffusers import StableDiffusion3Pipeline
 from diffusers.training_utils import offload_models
+from tqdm.auto import tqdm
 
-from ..data.cache import TensorCache, content_key
+from ..data.cache import TensorCache, content_key, model_fingerprint
+from ..data.latents import open_cache
 from ..pipelines.init_pipeline import ENCODERS
 
 
@@ -23,28 +28,28 @@ TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 Embeds = tuple[torch.Tensor, torch.Tensor]
 
 # Captions of a batch to embeddings on the device of training.
-ReadPrompts = Callable[[Sequence[str]], Embeds]
+EncodeCaptions = Callable[[Sequence[str]], Embeds]
 
 TOKENIZED_AT_ONCE = 1000
 
 
 class PromptEncoder:
     """
-    The text encoders of a pipeline. What it returns is what [`~diffusers.StableDiffusion3Pipeline.encode_prompt`]
-    does, which it calls: both CLIPs' tokens beside each other, the T5's after them (zeros where there is no T5), and
-    both CLIPs' pooled vectors.
+    Text encoders of a pipeline, called through its own [`~diffusers.StableDiffusion3Pipeline.encode_prompt`]: token
+    embeddings of both CLIPs side by side, after them those of the T5 (zeros without a T5), and the pooled embeddings
+    of both CLIPs.
 
     Args:
         pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            With text encoders and tokenizers.
+            Pipeline with text encoders and tokenizers.
         max_sequence_length (`int`):
             Tokens of the T5, or of the zeros in its place.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where the encoders run.
+            Device on which the encoders run.
         offload (`bool`, *optional*, defaults to `False`):
-            Whether they are on the device only while they run.
+            Keep them on the device only while they run.
         trained (`bool`, *optional*, defaults to `False`):
-            Whether gradients flow back to parameters of the encoders that require them.
+            Let gradients flow back to parameters of the encoders that require them.
 
     Raises:
         ValueError: if the pipeline has no CLIP, or their tokens do not fit the transformer.
@@ -61,8 +66,8 @@ class PromptEncoder:
         missing = [name for name in (*ENCODERS[:2], *TOKENIZERS[:2]) if pipeline.components[name] is None]
         if missing:
             raise ValueError(f"Captions are encoded by two CLIPs, but the pipeline has no {' and no '.join(missing)}.")
-        self._pipeline, self._device, self._offload = pipeline, torch.device(device), offload
-        self._trained = trained
+        self._pipeline, self._device = pipeline, torch.device(device)
+        self._offload, self._trained = offload, trained
         self.max_sequence_length = max_sequence_length
         self.has_t5 = pipeline.text_encoder_3 is not None
         first, second = pipeline.text_encoder.config, pipeline.text_encoder_2.config
@@ -83,16 +88,12 @@ class PromptEncoder:
 
     @property
     def encoders(self) -> list[Any]:
-        """The encoders that there are."""
+        """Text encoders that the pipeline has."""
         return [self._pipeline.components[name] for name in ENCODERS if self._pipeline.components[name] is not None]
 
     def __call__(self, captions: Sequence[str]) -> Embeds:
         """
-        Encode captions; equal ones once.
-
-        Args:
-            captions (`Sequence[str]`):
-                Captions of a batch.
+        Encode the captions of a batch; equal ones once.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: prompt embeddings of shape
@@ -100,10 +101,10 @@ class PromptEncoder:
             `(batch_size, pooled_projection_dim)`, on the device, in the dtype of the encoders.
         """
         distinct = list(dict.fromkeys(captions))
-        # Captions that are too long are counted once, not told at each visit.
-        told = logging.getLogger(StableDiffusion3Pipeline.__module__)
-        level = told.level
-        told.setLevel(logging.ERROR)
+        # One warning of the run counts all captions that are too long; diffusers would warn of each at each visit.
+        stock_logger = logging.getLogger(StableDiffusion3Pipeline.__module__)
+        level = stock_logger.level
+        stock_logger.setLevel(logging.ERROR)
         try:
             with (
                 torch.set_grad_enabled(self._trained and torch.is_grad_enabled()),
@@ -119,96 +120,43 @@ class PromptEncoder:
                     max_sequence_length=self.max_sequence_length,
                 )
         finally:
-            told.setLevel(level)
+            stock_logger.setLevel(level)
         embeds, _, pooled, _ = encoded
         if len(distinct) == len(captions):
             return embeds, pooled
-        places = torch.tensor([distinct.index(caption) for caption in captions], device=embeds.device)
-        return embeds[places], pooled[places]
+        rows = torch.tensor([distinct.index(caption) for caption in captions], device=embeds.device)
+        return embeds[rows], pooled[rows]
 
-    def token_ids(self, captions: Sequence[str], truncation: bool = True) -> list[list[list[int]]]:
-        """
-        What the encoders are given.
-
-        Args:
-            captions (`Sequence[str]`):
-                Some captions.
-            truncation (`bool`, *optional*, defaults to `True`):
-                Whether to cut and pad to the encoders' lengths.
-
-        Returns:
-            `list[list[list[int]]]`: for each encoder and caption the numbers of the tokens.
-        """
-        options = [
-            (self._pipeline.tokenizer, self.num_clip_tokens),
-            (self._pipeline.tokenizer_2, self.num_clip_tokens),
-        ]
+    def _token_ids(self, captions: Sequence[str], **options: Any) -> list[list[list[int]]]:
+        """Numbers of the tokens, by encoder and caption; tokenizers take `max_length` and the options."""
+        lengths = {"tokenizer": self.num_clip_tokens, "tokenizer_2": self.num_clip_tokens}
         if self.has_t5:
-            options.append((self._pipeline.tokenizer_3, self.max_sequence_length))
-        if not truncation:
-            return [tokenizer(list(captions), verbose=False).input_ids for tokenizer, _ in options]
+            lengths["tokenizer_3"] = self.max_sequence_length
         return [
-            tokenizer(list(captions), padding="max_length", max_length=length, truncation=True).input_ids
-            for tokenizer, length in options
+            self._pipeline.components[name](list(captions), max_length=length, verbose=False, **options).input_ids
+            for name, length in lengths.items()
         ]
 
     def count_too_long(self, captions: Iterable[str]) -> tuple[int, int]:
-        """
-        How many captions lose their end.
-
-        Args:
-            captions (`Iterable[str]`):
-                All captions.
-
-        Returns:
-            `tuple[int, int]`: captions longer than the CLIPs take, and longer than the T5 takes.
-        """
-        counts = [0, 0]
-        waiting: list[str] = []
-
-        def count() -> None:
-            lengths = [np.array([len(ids) for ids in each]) for each in self.token_ids(waiting, truncation=False)]
-            counts[0] += int((np.maximum(lengths[0], lengths[1]) > self.num_clip_tokens).sum())
-            counts[1] += int((lengths[2] > self.max_sequence_length).sum()) if self.has_t5 else 0
-            waiting.clear()
-
-        for caption in captions:
-            waiting.append(caption)
-            if len(waiting) == TOKENIZED_AT_ONCE:
-                count()
-        if waiting:
-            count()
-        return counts[0], counts[1]
+        """Count the captions that are longer than the CLIPs read, and than the T5 reads."""
+        too_long = [0, 0]
+        left = iter(captions)
+        while batch := list(itertools.islice(left, TOKENIZED_AT_ONCE)):
+            first, second, *t5 = ([len(ids) for ids in each] for each in self._token_ids(batch, truncation=False))
+            too_long[0] += sum(max(lengths) > self.num_clip_tokens for lengths in zip(first, second))
+            too_long[1] += sum(length > self.max_sequence_length for each in t5 for length in each)
+        return too_long[0], too_long[1]
 
     def keys(self, captions: Sequence[str]) -> list[str]:
-        """
-        Names of captions by what the encoders see of them.
-
-        Args:
-            captions (`Sequence[str]`):
-                Some captions.
-
-        Returns:
-            `list[str]`: equal for captions with equal embeddings.
-        """
-        ids = self.token_ids(captions)
+        """Keys of captions in a cache, equal for captions with equal tokens and thus embeddings."""
+        ids = self._token_ids(captions, padding="max_length", truncation=True)
         return [
-            content_key(self.max_sequence_length, *(np.array(each[i]).tobytes() for each in ids))
-            for i in range(len(captions))
+            content_key(self.max_sequence_length, *(np.array(tokens).tobytes() for tokens in of_caption))
+            for of_caption in zip(*ids)
         ]
 
     def pack(self, embeds: Embeds) -> list[list[torch.Tensor]]:
-        """
-        Embeddings without the zeros that fill them up, to keep them.
-
-        Args:
-            embeds (`tuple[torch.Tensor, torch.Tensor]`):
-                Of a batch.
-
-        Returns:
-            `list[list[torch.Tensor]]`: for each caption the CLIPs' tokens, their pooled vectors, and the T5's tokens
-            if there is one.
-        """
+        """Embeddings of each caption without zeros: the CLIPs' tokens, their pooled vectors, and the T5's tokens."""
         tokens, pooled = embeds
         parts = [tokens[:, : self.num_clip_tokens, : sum(self._widths)], pooled]
         if self.has_t5:
@@ -216,16 +164,7 @@ class PromptEncoder:
         return [[part[i] for part in parts] for i in range(len(tokens))]
 
     def unpack(self, records: Sequence[Sequence[torch.Tensor]]) -> Embeds:
-        """
-        The embeddings of [`pack`].
-
-        Args:
-            records (`Sequence[Sequence[torch.Tensor]]`):
-                What was kept of each caption.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: of a batch, on the device.
-        """
+        """Embeddings of a batch, on the device, from records of [`pack`]."""
         clip, pooled, *t5 = (torch.stack(part).to(self._device) for part in zip(*records))
         width = self._pipeline.transformer.config.joint_attention_dim
         tokens = clip.new_zeros(len(clip), self.num_clip_tokens + self.max_sequence_length, width)
@@ -236,18 +175,18 @@ class PromptEncoder:
 
     def drop(self, embeds: Embeds, dropped: torch.Tensor) -> Embeds:
         """
-        Leave encoders out, each for some captions: what they say becomes zeros, as
-        [`~diffusers.StableDiffusion3Pipeline`] puts in the place of a T5 that is not loaded. A model that has learned
-        this can be sampled without the T5 (arXiv 2403.03206, section 5.3 and appendix B.3).
+        Replace encoders by zeros, each for some captions, as [`~diffusers.StableDiffusion3Pipeline`] does with a T5
+        that is not loaded. A model that has learned this can be sampled without the T5 (arXiv 2403.03206, section 5.3
+        and appendix B.3).
 
         Args:
             embeds (`tuple[torch.Tensor, torch.Tensor]`):
-                Of a batch.
+                Embeddings of a batch.
             dropped (`torch.Tensor` of shape `(batch_size, 3)`):
                 Booleans for both CLIPs and the T5.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: new ones.
+            `tuple[torch.Tensor, torch.Tensor]`: new embeddings of the same shapes.
         """
         tokens, pooled = (part.clone() for part in embeds)
         dropped = dropped.to(tokens.device)
@@ -261,34 +200,14 @@ class PromptEncoder:
 
 
 class CachedPrompts:
-    """
-    Embeddings from a cache in place of the encoders.
-
-    Args:
-        encoder ([`PromptEncoder`]):
-            What the embeddings are of.
-        cache ([`TensorCache`]):
-            With all captions that will be asked for.
-    """
+    """Text embeddings from a cache, in place of the encoders that made it."""
 
     def __init__(self, encoder: PromptEncoder, cache: TensorCache) -> None:
         self._encoder, self._cache = encoder, cache
         self._keys: dict[str, str] = {}
 
     def __call__(self, captions: Sequence[str]) -> Embeds:
-        """
-        Embeddings of captions, as [`PromptEncoder`] gives them.
-
-        Args:
-            captions (`Sequence[str]`):
-                Captions of a batch.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: prompt embeddings and pooled embeddings.
-
-        Raises:
-            ValueError: if one is not in the cache, or the cache is damaged.
-        """
+        """Embeddings as [`PromptEncoder`] gives them; a `ValueError` if the cache lacks a caption or is damaged."""
         new = list(dict.fromkeys(caption for caption in captions if caption not in self._keys))
         if new:
             self._keys.update(zip(new, self._encoder.keys(new)))
@@ -298,25 +217,50 @@ class CachedPrompts:
         return self._encoder.unpack([self._cache.read(self._keys[caption]) for caption in captions])
 
 
-class TrainedPrompts:
+def cache_prompts(
+    accelerator: Accelerator, captions: Iterable[str], encoder: PromptEncoder, folder: Path, batch_size: int
+) -> CachedPrompts:
     """
-    Embeddings by CLIPs that are trained, which answer anew each time, and by a T5 that is not.
+    Encode all captions, and the empty one, once, `batch_size` at a time. A record is found by the caption's tokens,
+    the whole cache by the encoders. Every process calls it and does its share; what is there is not done again.
+    """
+    models = encoder.encoders
+    description = {
+        "what": "text embeddings",
+        "text encoders": model_fingerprint(*models),
+        "dtype": ", ".join(str(model.dtype) for model in models),
+    }
+    cache = open_cache(accelerator, folder, description)
+    distinct = list(dict.fromkeys([*captions, ""]))
+    missing = {
+        key: caption
+        for start in range(0, len(distinct), TOKENIZED_AT_ONCE)
+        for batch in [distinct[start : start + TOKENIZED_AT_ONCE]]
+        for key, caption in zip(encoder.keys(batch), batch)
+        if key not in cache
+    }
+    accelerator.wait_for_everyone()
+    work = sorted(missing.items())[accelerator.process_index :: accelerator.num_processes]
+    if missing:
+        bar = tqdm(total=len(work), desc="Caching text embeddings", disable=not accelerator.is_local_main_process)
+        with bar, cache.writer() as writer, offload_models(*models, device=accelerator.device):
+            for start in range(0, len(work), batch_size):
+                batch = work[start : start + batch_size]
+                writer.add([key for key, _ in batch], encoder.pack(encoder([caption for _, caption in batch])))
+                bar.update(len(batch))
+        accelerator.wait_for_everyone()
+        cache.refresh()
+    logger.info("Embeddings of %d captions are in %s, %d of them new.", len(distinct), folder, len(missing))
+    return CachedPrompts(encoder, cache)
 
-    Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            With the text encoders.
-        prompts (`Callable`):
-            What gives the T5's part, such as a cache; what it says of the CLIPs is not used.
-        max_sequence_length (`int`):
-            Tokens of the T5, or of the zeros in its place.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
-            Where the CLIPs are.
-    """
+
+class TrainedPrompts:
+    """Text embeddings by CLIPs in training, with gradients where they are on, and by the T5 of `prompts`."""
 
     def __init__(
         self,
         pipeline: StableDiffusion3Pipeline,
-        prompts: ReadPrompts,
+        prompts: EncodeCaptions,
         max_sequence_length: int,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -326,16 +270,7 @@ class TrainedPrompts:
         self._clips = PromptEncoder(clips, max_sequence_length, device, trained=True)
 
     def __call__(self, captions: Sequence[str]) -> Embeds:
-        """
-        Embeddings of captions, as [`PromptEncoder`] gives them, with gradients where they are on.
-
-        Args:
-            captions (`Sequence[str]`):
-                Captions of a batch.
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: prompt embeddings and pooled embeddings.
-        """
+        """Embeddings of captions as [`PromptEncoder`] gives them."""
         tokens, pooled = self._clips(captions)
         if self._prompts is not None:
             count = self._clips.num_clip_tokens

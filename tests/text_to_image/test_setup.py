@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Setup of text-to-image runs: the shift of equation 23, sizes, and arguments refused before any work."""
+
+import math
+
+import pytest
+import torch
+from tiny_text_to_image import tiny_stable_diffusion_3
+
+from diffusers_fm.arguments import parse_arguments
+from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, TextToImageArguments
+from diffusers_fm.text_to_image.setup import as_saved, choose_resolution, choose_scheduler, choose_sizes, shift_of
+
+
+REQUIRED = ["--pretrained_model_name_or_path=nowhere", "--dataset_name=nowhere"]
+
+
+@pytest.mark.parametrize("sizes", [[(16, 16)], [(16, 24), (24, 16)], [(16, 24), (8, 8), (24, 24), (16, 16)]], ids=str)
+@pytest.mark.parametrize("base", [8, 16, 40])
+def test_the_shift_is_that_of_equation_23(sizes: list[tuple[int, int]], base: int) -> None:
+    """`sqrt(m / n)` for the smallest and the largest size, in training and in the sampling of what is saved."""
+    pipeline = tiny_stable_diffusion_3(t5=False)
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift_base_resolution", str(base)])
+    scheduler = choose_scheduler(pipeline, args, sizes)
+    saved = as_saved(pipeline)
+    saved.set_progress_bar_config(disable=True)
+    areas = sorted(height * width for height, width in sizes)
+    for height, width in sizes:
+        # Latents have half the side, and 2 x 2 of them are a token.
+        shift = shift_of(scheduler, torch.zeros(1, 4, height // 2, width // 2), 2)
+        exact = math.sqrt(height * width / base**2)
+        if height * width in (areas[0], areas[-1]):
+            assert shift == pytest.approx(exact, rel=1e-12)
+        else:
+            assert math.sqrt(areas[0]) / base < shift < math.sqrt(areas[-1]) / base
+        saved(
+            "red", height=height, width=width, num_inference_steps=4, guidance_scale=1.0, max_sequence_length=4,
+            output_type="latent",
+        )  # fmt: skip
+        # Stock's grid before the shift, and sigmas in float32.
+        u, sigmas = torch.linspace(1, 1e-3, 4, dtype=torch.float64), saved.scheduler.sigmas.double()[:4]
+        torch.testing.assert_close(sigmas, shift * u / (1 + (shift - 1) * u), rtol=1e-6, atol=0)
+
+
+def test_one_area_fixes_the_shift_of_larger_images_too() -> None:
+    pipeline = tiny_stable_diffusion_3(t5=False)
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift_base_resolution", "16"])
+    scheduler = choose_scheduler(pipeline, args, [(8, 16), (16, 8)])
+    assert shift_of(scheduler, torch.zeros(1, 4, 8, 16), 2) == pytest.approx(math.sqrt(16 * 32) / 16, rel=1e-12)
+
+
+def test_a_given_shift_is_that_of_every_size() -> None:
+    pipeline = tiny_stable_diffusion_3(t5=False)
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift", "2.5"])
+    scheduler = choose_scheduler(pipeline, args, [(16, 24), (8, 8)])
+    assert [shift_of(scheduler, torch.zeros(1, 4, side, side), 2) for side in (4, 12)] == [2.5, 2.5]
+
+
+def test_sizes_that_the_model_does_not_take_are_refused() -> None:
+    pipeline = tiny_stable_diffusion_3(t5=False)
+    assert choose_resolution(pipeline, None) == 16
+    with pytest.raises(ValueError, match="--resolution must be a multiple of 4 up to 48 for this model, got 52"):
+        choose_resolution(pipeline, 52)
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--aspect_ratio_buckets", "16,24;18,16;16,52"])
+    with pytest.raises(ValueError, match=r"multiples of 4 up to 48, got \[\(18, 16\), \(16, 52\)\]"):
+        choose_sizes(pipeline, args, 16)
+
+
+@pytest.mark.parametrize("arguments", [TextToImageArguments, LoraTrainingArguments])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--caption_dropout nan", r"--caption_dropout must be in \[0, 1\], got nan"),
+        ("--caption_dropout -0.1", r"--caption_dropout must be in \[0, 1\], got -0.1"),
+        ("--text_encoder_dropout nan", r"--text_encoder_dropout must be in \[0, 1\], got \[nan\]"),
+        ("--text_encoder_dropout 0.1 0.2 1.5", r"--text_encoder_dropout must be in \[0, 1\], got \[0.1, 0.2, 1.5\]"),
+        (
+            "--text_encoder_dropout 0.1 0.2 0.3 0.4",
+            r"one for each of up to 3 text encoders, got \[0.1, 0.2, 0.3, 0.4\]",
+        ),
+        ("--max_sequence_length -1", "--max_sequence_length must be from 0 to 512, got -1"),
+        ("--max_sequence_length 513", "--max_sequence_length must be from 0 to 512, got 513"),
+        ("--aspect_ratio_buckets=", "Buckets must read like .*, got ''"),
+        ("--aspect_ratio_buckets 16x24", "Buckets must read like .*, got '16x24'"),
+        ("--aspect_ratio_buckets 16,24;0,8", "Buckets must read like .*, got '16,24;0,8'"),
+        ("--aspect_ratio_buckets 16,24 --use_aspect_ratio_buckets", "one may be given"),
+        ("--max_aspect_ratio 0.5", "--max_aspect_ratio must be at least 1, got 0.5"),
+        ("--max_aspect_ratio nan", "--max_aspect_ratio must be at least 1, got nan"),
+        ("--shift_base_resolution 0", "--shift_base_resolution must be at least 1, got 0"),
+        ("--shift_base_resolution 16 --shift 3", "--shift 3.0 .* --shift_base_resolution 16 .*: give one"),
+        ("--shift nan", "--shift must be above 0, got nan"),
+        ("--guidance_scale nan", "--guidance_scale must be at least 0, got nan"),
+        ("--guidance_scale -1", "--guidance_scale must be at least 0, got -1.0"),
+        ("--guidance_scale inf", "--guidance_scale must be at least 0, got inf"),
+        ("--num_inference_steps 0", "--num_inference_steps must be at least 1, got 0"),
+        ("--num_validation_images -1", "--num_validation_images must be at least 0, got -1"),
+        ("--cache_text_embeddings --streaming", "--cache_text_embeddings does not go with --streaming"),
+        ("--cache_latents", "--center_crop"),
+    ],
+)
+def test_values_are_checked_before_any_work(arguments: type[TextToImageArguments], words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(arguments, [*REQUIRED, *words.split()])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--rank 0", "--rank must be at least 1, got 0"),
+        ("--lora_alpha nan", "--lora_alpha must be above 0, got nan"),
+        ("--lora_alpha inf", "--lora_alpha must be above 0, got inf"),
+        ("--lora_alpha 0", "--lora_alpha must be above 0, got 0.0"),
+        ("--lora_dropout nan", r"--lora_dropout must be in \[0, 1\), got nan"),
+        ("--lora_dropout -0.1", r"--lora_dropout must be in \[0, 1\), got -0.1"),
+        ("--lora_layers=", "--lora_layers must read like .*, got ''"),
+        ("--lora_layers to_q,,to_k", "--lora_layers must read like .*, got 'to_q,,to_k'"),
+        ("--lora_blocks=", "--lora_blocks must read like .*, got ''"),
+        ("--lora_blocks=-1", "--lora_blocks must read like .*, got '-1'"),
+        ("--lora_blocks 0;1", "--lora_blocks must read like .*, got '0;1'"),
+        ("--lora_blocks 1.5", "--lora_blocks must read like .*, got '1.5'"),
+        ("--text_encoder_lr 1e-4", "--text_encoder_lr 0.0001 needs --train_text_encoder"),
+        ("--train_text_encoder --text_encoder_lr nan", "--text_encoder_lr must be above 0, got nan"),
+        ("--train_text_encoder --text_encoder_lr 0", "--text_encoder_lr must be above 0, got 0.0"),
+        ("--train_text_encoder --text_encoder_lr 1e-3 --optimizer prodigy", "has one learning rate for all"),
+        ("--train_text_encoder --use_dora", "--use_dora does not go with --train_text_encoder"),
+        ("--train_text_encoder --offload", "--offload keeps text encoders on the CPU"),
+        ("--use_ema --ema_profile power", "--ema_profile power"),
+        ("--save_stock", "--save_stock is for the scheduler of a saved pipeline"),
+    ],
+)
+def test_values_of_adapters_are_checked_before_any_work(words: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_arguments(LoraTrainingArguments, [*REQUIRED, *words.split()])
