@@ -219,12 +219,12 @@ def _remove(doomed: Path, name: str) -> None:
     """Remove a renamed checkpoint; a user's files in it stay."""
     listed = {MANIFEST, *read_manifest(doomed)["files"]}
     files = {path.relative_to(doomed).as_posix(): path for path in doomed.rglob("*") if path.is_file()}
-    if files.keys() <= listed:
-        shutil.rmtree(doomed, ignore_errors=True)
-        return
     for file in files.keys() & listed:
         files[file].unlink()
-    set_aside(doomed, name)
+    if files.keys() <= listed:
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        set_aside(doomed, name)
 
 
 def _put_in_place(partial: Path, checkpoint: Path) -> None:

@@ -33,8 +33,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
-from .ema import EMA
-
 
 # Engines whose checkpoints are in a format of their own.
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -128,7 +126,7 @@ def make_accelerator(
 def stop_after_launcher() -> None:
     """Send SIGTERM to this process when its launcher is gone: accelerate passes none on to a single process."""
     while os.getppid() == _LAUNCHER:
-        time.sleep(1)
+        time.sleep(0.2)
     # A second one would end the process at once.
     if not _is_stopping.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -136,8 +134,7 @@ def stop_after_launcher() -> None:
 
 def _let_go_of_process_groups(groups: list[dist.ProcessGroup]) -> None:
     """
-    End the threads of process groups, which must not outlive the interpreter: a thread that gives up the last of its
-    tensors then aborts the process, after all of its work is done.
+    End the threads of process groups: one that outlives the interpreter, with the last of its tensors, aborts it.
 
     The wrapped model keeps its group, in a cycle of references, and FSDP's meshes, which torch caches, keep theirs.
     The list must be the last to do so: a group that goes with the C++ part of a model waits for its threads without
@@ -263,17 +260,11 @@ class EvalWeights:
     Weights that are validated and saved, in the models of the script's pipeline.
 
     With FSDP2 a copy of those models is trained, in shards. The main process keeps the models whole, on the CPU, and
-    gathers the weights into them when they are needed; the other processes keep nothing of them.
-
-    Attributes:
-        ema ([`EMA`], *optional*):
-            The averages; set when there is one.
-        average (`Callable`):
-            A context in which the trained model has its averaged weights; by default none.
+    gathers the weights into them when they are needed; the other processes keep nothing of them. Where weights are
+    averaged, `average` is the context in which the trained model has their average.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
-        self.ema: EMA | None = None
         self.average: Callable[[], AbstractContextManager[None]] = nullcontext
         self._accelerator = accelerator
         self._whole = model

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -48,14 +48,10 @@ def power_exponent(sigma_rel: float) -> float:
 class ConstantDecay:
     """Decay that rises to a constant, as diffusers' `EMAModel` has it with `use_ema_warmup`."""
 
+    name: ClassVar[str] = "constant"
     max_decay: float = 0.9999
     inv_gamma: float = 1.0
     power: float = 0.75
-
-    @property
-    def name(self) -> str:
-        """Name in files."""
-        return "constant"
 
     def decay(self, update: int) -> float:
         """Part of the average that is kept at an update, counted from 1."""
@@ -100,16 +96,9 @@ def local_part(parameter: torch.Tensor) -> torch.Tensor:
 
 class EMA:
     """
-    Moving averages of a model's trainable parameters, by name, in float32. Of a sharded model (FSDP2) each process
-    averages its own shards.
-
-    Args:
-        model (`nn.Module`):
-            The bare model, as the accelerator has prepared it. Averages begin as its weights.
-        profiles (`Sequence[ConstantDecay | PowerFunction]`):
-            One for each average. The first is validated and saved.
-        offload (`bool`, *optional*, defaults to `False`):
-            Keep the averages on the CPU. Each step then copies the weights there.
+    Moving averages of the trainable parameters of a prepared bare model, by name, in float32, one for each profile.
+    The first is validated and saved. Of a sharded model (FSDP2) each process averages its own shards. With `offload`
+    the averages are kept on the CPU, and each step copies the weights there.
     """
 
     def __init__(

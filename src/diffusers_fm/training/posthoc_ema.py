@@ -56,17 +56,12 @@ def posthoc_coefficients(
     times: np.ndarray, exponents: np.ndarray, time: float, exponent: float
 ) -> tuple[np.ndarray, float]:
     """
-    Combination of tracked profiles nearest to a wanted one, among those whose coefficients sum to 1.
-
-    Args:
-        times (`np.ndarray` of shape `(num_snapshots,)`), exponents (`np.ndarray` of shape `(num_snapshots,)`):
-            Updates done at each snapshot, and exponent of its profile.
-        time (`float`), exponent (`float`):
-            Where the wanted profile ends, and its exponent.
+    Combination of tracked profiles, which end at `times` with `exponents`, nearest to the one that ends at `time` with
+    `exponent`, among those whose coefficients sum to 1.
 
     Returns:
-        `tuple[np.ndarray, float]`: the coefficients, and the distance of their profile from the wanted one over the
-        norm of that.
+        `tuple[np.ndarray, float]`: the coefficients, of shape `(num_snapshots,)`, and the distance of their profile
+        from the wanted one over the norm of that.
     """
     times = np.asarray(times, dtype=np.float64) / time
     exponents = np.asarray(exponents, dtype=np.float64)
@@ -112,15 +107,8 @@ def posthoc_ema(
     snapshots: Sequence[Snapshot], sigma_rel: float, update: int | None = None
 ) -> tuple[dict[str, torch.Tensor], float]:
     """
-    Average of a width from snapshots, with one tensor of each in memory at a time.
-
-    Args:
-        snapshots (`Sequence[Snapshot]`):
-            All snapshots of a run; those after `update` are left out.
-        sigma_rel (`float`):
-            The wanted width, in (0, 0.2887).
-        update (`int`, *optional*):
-            Updates after which the average is wanted; defaults to those of the last snapshot.
+    Average of a width in (0, 0.2887) from all snapshots of a run up to `update`, by default the last one's. One tensor
+    of each is in memory at a time.
 
     Returns:
         `tuple[dict[str, torch.Tensor], float]`: the weights by name, float32, and the relative error of the profile.
@@ -179,19 +167,9 @@ def _prefix(names: Iterable[str], keys: set[str]) -> str | None:
 
 def write_variant(run: Path, weights: dict[str, torch.Tensor], variant: str) -> list[Path]:
     """
-    Write weights into a saved pipeline, as `from_pretrained(variant=...)` finds them. What was not trained is copied,
-    the dtype is that of the saved weights.
-
-    Args:
-        run (`Path`):
-            Folder of the pipeline.
-        weights (`dict[str, torch.Tensor]`):
-            By the names of the model that was trained: those of a component, or with `attribute.` before them.
-        variant (`str`):
-            Its name, without a dot.
-
-    Returns:
-        `list[Path]`: the files.
+    Write weights into a saved pipeline, as `from_pretrained(variant=...)` finds them; the files. What was not trained
+    is copied, the dtype is that of the saved weights. Names are those of the model that was trained: a component's, or
+    with `attribute.` before them. The variant has no dot.
 
     Raises:
         ValueError: if there is no pipeline, or weights that belong to none of its components.
