@@ -4,8 +4,10 @@
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ logger = logging.getLogger(__name__)
 # Images are decoded beforehand if all of them together take no more bytes than this.
 MEMORY_BUDGET = 512 * 2**20
 
-READ_AT_ONCE = 1024
+READ_AT_ONCE = 64
 
 
 def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
@@ -37,7 +39,7 @@ def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
     prepared = [f"{file['filename']} {os.stat(file['filename']).st_mtime_ns}" for file in files.cache_files]
     parts: list[bytes | str] = [files._fingerprint, *prepared, rows.tobytes()]
     column = files.column_names[0]
-    batches: Any = files.with_format("arrow").iter(READ_AT_ONCE)
+    batches: Any = files.with_format("arrow").iter(10_000)
     for batch in batches:
         cells = batch[column].combine_chunks()
         for path in pc.filter(cells.field("path"), pc.is_null(cells.field("bytes"))).drop_null().to_pylist():
@@ -124,16 +126,26 @@ def _read_all(
 ) -> Iterator[Any]:
     """What `read(number, cell)` gives for all images, or its [`UnreadableImageError`], in order, by threads."""
 
-    def try_one(number: int, cell: Any) -> Any:
-        try:
-            with reading(int(rows[number]), number):
-                return read(number, cell)
-        except UnreadableImageError as error:
-            return error
+    def try_some(start: int) -> list[Any]:
+        found = []
+        numbers = range(start, min(start + READ_AT_ONCE, len(rows)))
+        for number, cell in zip(numbers, files[rows[numbers.start : numbers.stop].tolist()][column]):
+            try:
+                with reading(int(rows[number]), number):
+                    found.append(read(number, cell))
+            except UnreadableImageError as error:
+                found.append(error)
+        return found
 
     column = files.column_names[0]
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=len(rows), desc=description, delay=2) as bar:
-        for start in range(0, len(rows), READ_AT_ONCE):
-            cells = files[rows[start : start + READ_AT_ONCE].tolist()][column]
-            yield from pool.map(try_one, range(start, start + len(cells)), cells)
-            bar.update(len(cells))
+        waiting: deque[Future[list[Any]]] = deque()
+        starts = iter(range(0, len(rows), READ_AT_ONCE))
+        while True:
+            # Some are read ahead, not all: what does not fit into memory stops them.
+            waiting.extend(pool.submit(try_some, start) for start in islice(starts, 32 - len(waiting)))
+            if not waiting:
+                return
+            found = waiting.popleft().result()
+            yield from found
+            bar.update(len(found))
