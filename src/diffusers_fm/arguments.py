@@ -211,14 +211,16 @@ def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
         raise ValueError(f"The file of arguments {str(file)!r} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError(f"The file of arguments {str(file)!r} must hold one JSON object.")
-    known = {action.dest for action in parser._actions}
-    unknown = sorted(set(values) - known)
+    known = {action.dest: action for action in parser._actions}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"The file {str(file)!r} holds arguments that the script does not have: {unknown}.")
     words = []
     for name, value in values.items():
         if isinstance(value, list):
-            words += [f"--{name}", *map(str, value)] if value else []
+            # Not by the command line, where an element that begins with a dash would be an option.
+            kind: Any = known[name].type
+            parser.set_defaults(**{name: [kind(str(element)) for element in value]})
         elif value is not None:
             words.append(f"--{name}={value}")
     return words

@@ -42,6 +42,7 @@ class Steps(Arguments):
     mean: Number | None = option(None, "A mean.")
     kind: str = option("fast", "Kind.", ["fast", "slow"])
     parts: list[Fraction] = option([0.25], "Parts.")
+    names: list[str] = option([], "Names.")
     output: Free[bool] = option(False, "Whether to write.")
 
     def check(self) -> None:
@@ -63,7 +64,7 @@ class Script(Steps):
         (["--rate=inf"], "--rate must be above 0, got inf."),
         (["--mean=nan"], "--mean must be a number, got nan."),
         (["--kind=medium"], "--kind must be one of fast, slow, got 'medium'."),
-        (["--parts", "0.5", "1.5"], r"--parts must be in \[0, 1\], got 1.5."),
+        (["--parts", "0.5", "1.5"], r"--parts must be in \[0, 1\], got \[0.5, 1.5\]."),
         (["--kind=slow", "--steps=6"], "--kind slow takes at most 5 --steps, got 6."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -93,6 +94,17 @@ def test_a_file_of_arguments_with_a_byte_order_mark(encoding: str, tmp_path: Pat
     file.write_text(json.dumps(args.saved(), ensure_ascii=False), encoding=encoding)
     assert parse_arguments(Script, ["--config", str(file)]) == args
     assert parse_arguments(Script, ["--config", str(file), "--steps=2"]).steps == 2
+
+
+def test_lists_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "arguments.json"
+    file.write_text(json.dumps({"folder": "x", "names": ["-dog", "a cat"], "parts": [1]}))
+    args = parse_arguments(Script, ["--config", str(file)])
+    assert (args.names, args.parts) == (["-dog", "a cat"], [1.0])
+    assert parse_arguments(Script, ["--config", str(file), "--names", "a"]).names == ["a"]
+    file.write_text(json.dumps({"folder": "x", "parts": [2]}))
+    with pytest.raises(ValueError, match=r"--parts must be in \[0, 1\], got \[2.0\]"):
+        parse_arguments(Script, ["--config", str(file)])
 
 
 def test_changes_on_resume() -> None:
