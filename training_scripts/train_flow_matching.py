@@ -144,7 +144,7 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        card = model_card(pipeline, args, run.repo_id, run.global_batch_size, figures, folder)
+        card = model_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
         card.save(folder / "README.md")
 
     model = run.begin(

@@ -181,7 +181,7 @@ def main(args: ScriptArguments) -> None:
         if "psnr" in figures:
             rows["PSNR of a sample, of bicubic"] = f"{figures['psnr']:.2f} dB, {figures['bicubic_psnr']:.2f} dB"
             rows["SSIM of a sample, of bicubic"] = f"{figures['ssim']:.3f}, {figures['bicubic_ssim']:.3f}"
-        card = model_card(pipeline, args, run.repo_id, run.global_batch_size, rows, folder)
+        card = model_card(pipeline, run.args, run.repo_id, run.global_batch_size, rows, folder)
         card.save(folder / "README.md")
 
     model = run.begin(

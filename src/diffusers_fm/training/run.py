@@ -62,7 +62,7 @@ class TrainingRun(Generic[A]):
 
     Attributes:
         args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
-            The same, with a seed.
+            The same, with a seed and, after [`begin`], the number of steps.
         accelerator (`accelerate.Accelerator`), output_dir (`Path`), seed (`int`):
             Of the run.
         checkpoint (`Path`, *optional*):
@@ -171,11 +171,12 @@ class TrainingRun(Generic[A]):
             ValueError: if a step is larger than the data set, the length of the run is not known, or arguments or data
                 do not fit the resumed run.
         """
-        args, accelerator = self.args, self.accelerator
         self._validate, self._export = validate, export
         self._num_samples = data.num_samples
         self._fingerprint = data.fingerprint()
         self.max_train_steps = self._length(data.num_samples)
+        self.args = dataclasses.replace(self.args, max_train_steps=self.max_train_steps)
+        args, accelerator = self.args, self.accelerator
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._weights = EvalWeights(accelerator, model)
