@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Makes diffusers load what this package saves; the only module that touches names diffusers does not publish.
+Registration with diffusers' loader; the only module that touches names diffusers does not publish.
 
 `DiffusionPipeline.from_pretrained` looks a pipeline's class up in the `diffusers` module, and a component's library in
 `LOADABLE_CLASSES`. Without an entry there, diffusers writes a component's full module path into `model_index.json`,

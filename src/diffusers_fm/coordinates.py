@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Coordinates in which a path is integrated: the same flow at another scale, in another time.
+Coordinates of integration: the same flow at another scale and in another time.
 
 In the straight coordinates every Gaussian path is the optimal transport one, in the angle every path is the
 trigonometric one: one grid of times then serves all of them, and no path has a singular start.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which noise goes with which data in training: independent of it, or paired by optimal transport in each batch."""
+"""Couplings of noise and data in training: independent, or by optimal transport in each batch."""
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ def minibatch_ot(data: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor |
         noise (`torch.Tensor` of shape `(batch_size, ...)`):
             As many samples of noise, of the same shape.
         labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
-            What the network is told of each sample. Noise is then exchanged within a label alone: otherwise its
+            Label of each sample that the network is given. Noise is then exchanged within a label alone: otherwise its
             distribution would depend on the label, and a model that starts from standard normal noise for each of them
             would be biased.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace of a network's Jacobian, exact or estimated by probes, in forward or reverse mode."""
+"""Divergence of a velocity: the trace of its Jacobian, exact or estimated by probes."""
 
 from collections.abc import Callable, Iterable
 

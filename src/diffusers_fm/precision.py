@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Double precision where there is some: Apple's devices have none, and a tensor there may not even pass through it."""
+"""Double precision on devices that have it: Apple's have none."""
 
 from collections.abc import Sequence
 from typing import Any

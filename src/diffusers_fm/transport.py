@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flow of a network from data to noise and back, in coordinates in which one grid of times serves every path."""
+"""Transport along a flow from data to noise and back, on one grid of times for every path."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does noise look like noise? A test of what a flow makes of an image, beside the image's likelihood."""
+"""Anomaly scores: a test of the noise that a flow maps an image to, and the image's likelihood."""
 
 import math
 from dataclasses import dataclass

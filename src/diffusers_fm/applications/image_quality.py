@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How near images are to their references: PSNR and SSIM."""
+"""Image quality against references: PSNR and SSIM."""
 
 import torch
 from torch.nn import functional

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-The posterior of data given a measurement, `y = A x + noise`, by correcting what a flow expects the data to be.
+Posterior samples of data given a measurement, `y = A x + noise`, by correcting a flow's estimate of the data.
 
 A flow that is steered towards a measurement has the velocity `v - (sigma D / alpha) grad log p(y | x_t)` with
 `D = alpha sigma' - alpha' sigma`. The same correction of the data estimate is `(sigma^2 / alpha) grad log p(y | x_t)`,
@@ -57,7 +57,7 @@ class LinearMeasurement:
         return self.operator.forward(data if self.decode is None else self.decode(data))
 
     def explain(self, images: torch.Tensor, variance: float) -> torch.Tensor:
-        """What to add to images whose pixels have independent errors of this variance, given the measurement."""
+        """Correction of images whose pixels have independent errors of this variance, given the measurement."""
         residual = self.value - self.operator.forward(images)
         if self.noise_level == 0.0:
             return self.operator.pseudo_inverse(residual)

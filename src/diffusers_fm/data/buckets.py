@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Aspect-ratio buckets: the few sizes to which images of any shape are brought."""
+"""Aspect-ratio buckets: a few sizes for images of any shape."""
 
 from collections.abc import Sequence
 

@@ -124,7 +124,7 @@ def _pack(unreadable: dict[int, str]) -> torch.Tensor:
 def _read_all(
     files: datasets.Dataset, rows: np.ndarray, read: Callable[[int, Any], Any], description: str
 ) -> Iterator[Any]:
-    """What `read(number, cell)` gives for all images, or its [`UnreadableImageError`], in order, by threads."""
+    """Map `read(number, cell)` over all images by threads, in order; errors are [`UnreadableImageError`] results."""
 
     def try_some(start: int) -> list[Any]:
         found = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images that a script's arguments name: those to train on, and those held out."""
+"""Training and held-out images of a script's arguments."""
 
 import logging
 from collections.abc import Callable, Sequence

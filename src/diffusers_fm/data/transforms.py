@@ -206,7 +206,7 @@ class ImageTransform:
         return to_pixels(image, size, self.channels, self.multiple, self.background)
 
     def places(self, seed: int, visits: np.ndarray) -> np.ndarray:
-        """Where images are cropped, `(batch_size, 2)`: how far down and across of what there is, in [0, 1)."""
+        """Crop positions, `(batch_size, 2)`, down and across, as fractions in [0, 1) of the room there is."""
         if self.center_crop:
             return np.full((len(visits), 2), 0.5)
         return np.stack([row_uniforms(seed, purpose, visits) for purpose in ("down", "across")], axis=1)
@@ -220,7 +220,7 @@ class ImageTransform:
         return pixels[:, top : top + size[0], left : left + size[1]]
 
     def mirrored(self, seed: int, visits: np.ndarray) -> np.ndarray:
-        """Which images are mirrored, bool of shape `(batch_size,)`."""
+        """Mirroring of images, bool of shape `(batch_size,)`."""
         if not self.random_flip:
             return np.zeros(len(visits), dtype=bool)
         return row_uniforms(seed, "flip", visits) < 0.5

@@ -23,7 +23,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TimeBlocks:
-    """Where a transformer's blocks are, and how the argument that carries the time into them is made."""
+    """Location of a transformer's blocks, and of the argument that carries the time into them."""
 
     lists: tuple[str, ...]
     argument: str

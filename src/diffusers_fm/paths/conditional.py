@@ -86,7 +86,7 @@ class ConditionalPath:
         return rate
 
     def input_scale(self, t: torch.Tensor) -> torch.Tensor:
-        """What `x_t` is multiplied by before the network sees it, elementwise: 1, save on paths that grow (VE)."""
+        """Factor of `x_t` before the network sees it, elementwise: 1, except on paths that grow (VE)."""
         return torch.ones_like(t)
 
     # The straight coordinates: x / (alpha + sigma) at ratio sigma / (alpha + sigma) lies on the OT path.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sampling with the pipelines: what a call is given, its loop, and the flow in both directions."""
+"""Base of the pipelines: the sampling loop, and the flow in both directions."""
 
 import copy
 from collections.abc import Callable

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Components of the pipelines: whether they fit, how they are loaded and shared, and the call of the network."""
+"""Components of the pipelines: checks, loading, sharing, and the call of the network."""
 
 import json
 import os
@@ -358,7 +358,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
 
     @property
     def size_multiple(self) -> int:
-        """What height and width of an image are multiples of, in pixels."""
+        """Number of pixels that height and width of an image must be multiples of."""
         network = unwrap_module(self.denoiser)
         is_unet = isinstance(network, UNet2DModel)
         patch = 2 ** (len(network.config.block_out_channels) - 1) if is_unet else network.config.patch_size

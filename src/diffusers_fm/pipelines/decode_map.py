@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data to the state of a pipeline's loop and back: the pipeline's way to its decoder, found by asking and inverted."""
+"""Map between data and the state of a pipeline's loop, measured at its decoder and inverted."""
 
 from typing import Any
 

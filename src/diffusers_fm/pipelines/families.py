@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a velocity field cannot find out by asking a pipeline: the one place where families have names."""
+"""Exceptions of model families that a velocity field cannot find out by itself: the one place where families have names."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a stock pipeline's step depends on x_t and t, found by asking it and verified."""
+"""Findings about a stock pipeline's step: its dependence on x_t and t, measured and verified."""
 
 import contextlib
 from typing import Any
@@ -12,7 +12,7 @@ from .pipeline_calls import ENTRIES, PROBES, Findings, PipelineCalls, same_state
 
 
 def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findings:
-    """How a kind of call works, verified."""
+    """Verified findings about a kind of call."""
     name = type(pipe.pipeline).__name__
     probes = pipe.probes(call)
 

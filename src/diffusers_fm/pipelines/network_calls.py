@@ -153,7 +153,7 @@ def find_times(
 def find_all(
     runs: Sequence[NetworkCalls], t: Sequence[float], last: int, sides: bool
 ) -> list[tuple[dict[str, TimeMap], str | None]]:
-    """The same for each of the last calls of a network, or for all of them."""
+    """Per-call or common treatment of the last calls of a network."""
     return [find_times(calls, t, runs[0].state, sides) for calls in zip(*(run.seen[-last:] for run in runs))]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a stock pipeline up to one step: what goes in, and what takes the places of scheduler and network."""
+"""Calls of a stock pipeline up to one step, with stand-ins for scheduler and network."""
 
 import contextlib
 import copy
@@ -182,7 +182,7 @@ class PipelineCalls(nn.Module):
     def _replaced(
         self, scheduler: OneTimeScheduler, visit: Callable[[dict[str, Any]], Tree], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
-        """What takes the places of components and methods of the pipeline in one call."""
+        """Stand-ins for components and methods of the pipeline in one call."""
         network = getattr(self.pipeline, self.name)
         others = {} if dtype is None else {"dtype": dtype}
         return {
@@ -259,7 +259,7 @@ def same_state(sample: torch.Tensor, x_t: torch.Tensor) -> bool:
 
 
 def _with_first(prepared: Tree, x_t: torch.Tensor | None) -> Tree:
-    """What `prepare_latents` returns, with other latents: a tensor, or a tuple that begins with them."""
+    """Return value of `prepare_latents` with other latents: a tensor, or a tuple that begins with them."""
     return (x_t, *prepared[1:]) if isinstance(prepared, tuple) else x_t
 
 

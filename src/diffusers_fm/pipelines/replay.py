@@ -138,7 +138,7 @@ def _main(output: Tree) -> torch.Tensor:
 
 
 def _with_main(output: Tree, tensor: torch.Tensor) -> Tree:
-    """The same output around another such tensor."""
+    """Rebuild an output around another tensor of its shape."""
     if isinstance(output, torch.Tensor):
         return tensor.to(output.dtype)
     first = list(tensor) if isinstance(output[0], list) else tensor.to(output[0].dtype)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bicubic resampling, the same in training, in sampling and for whoever resizes with Pillow."""
+"""Bicubic resampling, identical to Pillow's, in training and sampling."""
 
 import torch
 from torch.nn import functional

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large images in parts: one canvas, on which the network's answers of overlapping tiles are blended at every call."""
+"""Tiling of large images: the network's outputs on overlapping tiles are blended at every call."""
 
 from collections.abc import Callable, Iterator
 
@@ -74,7 +74,7 @@ class TileGrid:
 
 
 def _starts(length: int, side: int, overlap: int) -> list[int]:
-    """Where tiles begin: as few as will do, spread evenly from one end to the other."""
+    """Starts of tiles: as few as cover the length, spread evenly."""
     if side >= length:
         return [0]
     last = -(-(length - side) // (side - overlap))

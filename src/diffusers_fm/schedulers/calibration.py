@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-Fit the steps of a sampling loop to a network: the same calls, placed and weighted by what the network answers.
+Calibration: fit the steps of a sampling loop to a network, by the places and weights of its calls.
 
 A step adds the sample and the latest derivatives, each by its weight. Adams methods take the weights of polynomials;
 here they are fitted by least squares to fine trajectories of the network itself, step by step, each on what the steps

@@ -28,7 +28,7 @@ def spaced_ratios(
     sigma_data: float = 1.0,
     num_train_timesteps: int = 1000,
 ) -> torch.Tensor:
-    """Where steps begin, before any shift."""
+    """Starts of the steps, before any shift."""
     left = 1 - torch.arange(num_steps, dtype=torch.float64) / num_steps
     if spacing == "graded":
         low, high = angle_of_ratio(torch.tensor([path.ratio_min, path.ratio_max], dtype=torch.float64), sigma_data)

@@ -19,7 +19,7 @@ from .sampling_plan import SamplingPlan, Stage, runge_kutta_tableau, stage_table
 from .settings import GRIDS, check_number
 
 
-# Some networks take the logarithm of their time: what they are told stays above 0 by this share of the whole.
+# Some networks take the logarithm of their time: their timestep stays above 0 by this share of the whole.
 LEAST_TIME = 1e-12
 
 
@@ -83,7 +83,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
 
     def timestep(self, t: torch.Tensor) -> torch.Tensor:
         """
-        What the network is told at a time of the path.
+        Timestep of the network at a time of the path.
 
         Where times are continuous it stays above 0, if only just: some networks take its logarithm.
 
@@ -173,7 +173,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         # 2. What each turn of the loop does
         self._lay_out(plan.stages(self._ratios))
 
-        # 3. What the network and the pipeline are told
+        # 3. Timesteps of the network and sigmas of the pipeline
         t, stage_ratios = torch.tensor([stage[:2] for stage in self._stages], dtype=torch.float64).unbind(1)
         self._given_times = None
         if timesteps is not None and (sigmas is not None or stock_grid):

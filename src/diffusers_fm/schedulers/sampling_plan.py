@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """
-A grid of times and a solver, turned into numbers: what each turn of a sampling loop does to the sample.
+Sampling plan: a grid of times and a solver as numbers, one row for each turn of the loop.
 
 All of it is computed once, in float64 on the CPU, before the loop begins; a turn is then a sum of tensors with scalar
 weights, whatever the path, the prediction type and the solver.
@@ -369,7 +369,7 @@ class SamplingPlan:
         ]
 
     def _churned(self, ratios: torch.Tensor) -> torch.Tensor:
-        """Where steps begin once noise has been added: `sigma / alpha` times `1 + gamma`, from the second step on."""
+        """Starts of the steps after noise was added: `sigma / alpha` times `1 + gamma`, from the second step on."""
         starts = ratios[:-1]
         s_churn, s_tmin, s_tmax, _ = self.churn
         if s_churn == 0:

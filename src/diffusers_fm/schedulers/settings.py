@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which settings of a scheduler are values at all, and which of them go together."""
+"""Checks of a scheduler's settings, each alone and together."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -31,7 +31,7 @@ FLOW_KEYS = (
 """The configuration of `FlowMatchEulerDiscreteScheduler`, all of which `FlowMatchScheduler` shares."""
 
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
-"""What a diffusion checkpoint's configuration says of its noise schedule."""
+"""Noise schedule of a diffusion checkpoint's configuration."""
 
 # What Cosmos registers with stock flow schedulers and reads again; on the OT path neither changes the samples.
 CARRIED = ("sigma_data", "final_sigmas_type")
@@ -204,7 +204,7 @@ def _translate_diffusion(class_name: str | None, config: Mapping[str, Any]) -> d
     }
 
 
-# What `FlowMatchEulerDiscreteScheduler` does and cannot be told to do otherwise.
+# Fixed behaviour of `FlowMatchEulerDiscreteScheduler`.
 STOCK_BEHAVIOUR = {
     "prediction_type": "flow_prediction",
     "solver": "euler",

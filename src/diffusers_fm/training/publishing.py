@@ -281,7 +281,7 @@ def _check_license(name: str) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether trying again is no use."""
+    """Whether a retry is useless."""
     if isinstance(error, HfHubHTTPError):
         return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
     return isinstance(error, (_Refusal, HFValidationError, LocalTokenNotFoundError))
