@@ -45,7 +45,7 @@ from typing import Any
 
 import torch
 
-from diffusers_fm import FlowMatchPipeline, init_pipeline
+from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.arguments import LabelArguments, LatentArguments
 from diffusers_fm.data.latents import cache_latents, latents_of_batch
@@ -59,8 +59,7 @@ from diffusers_fm.training.objective import (
     choose_shift,
     draw_times,
 )
-from diffusers_fm.training.planning import is_main_process
-from diffusers_fm.training.plans import flow_matching_plan
+from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
@@ -75,23 +74,12 @@ class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments):
 
 def main(args: ScriptArguments) -> None:
     """Train."""
-    if args.dry_run:
-        if is_main_process():
-            print(flow_matching_plan(args))
-        return
-    run = TrainingRun(args)
+    run = DryRun(args) if args.dry_run else TrainingRun(args)
     args = run.args
     device = run.accelerator.device
 
     # 1. Pipeline
-    pipeline = init_pipeline(
-        args.pretrained_model_name_or_path,
-        seed=run.seed,
-        vae=args.vae_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        pipeline_class=FlowMatchPipeline,
-    )
+    pipeline = run.init_pipeline(FlowMatchPipeline)
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
     resolution = choose_resolution(pipeline, args.resolution)

@@ -39,7 +39,6 @@ from typing import Any
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-from diffusers_fm import init_pipeline
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.data.latents import latents_of_batch
@@ -55,7 +54,6 @@ from diffusers_fm.text_to_image.lora import (
     save_lora,
     text_encoder_learning_rate,
 )
-from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.prompts import PromptEncoder, TrainedPrompts
 from diffusers_fm.text_to_image.setup import (
     TextToImageModel,
@@ -72,7 +70,7 @@ from diffusers_fm.text_to_image.setup import (
     warn_of_long_captions,
 )
 from diffusers_fm.training.objective import draw_times
-from diffusers_fm.training.planning import is_main_process
+from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.validation import held_out_loss
 
@@ -86,26 +84,14 @@ class ScriptArguments(LoraTrainingArguments):
 
 def main(args: ScriptArguments) -> None:
     """Train."""
-    if args.dry_run:
-        if is_main_process():
-            print(text_to_image_plan(args, lora=True))
-        return
-    run = TrainingRun(args)
+    run = DryRun(args) if args.dry_run else TrainingRun(args)
     args = run.args
     device = run.accelerator.device
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
     check_engine(run.accelerator, args)
 
     # 1. Pipeline
-    pipeline = init_pipeline(
-        args.pretrained_model_name_or_path,
-        seed=run.seed,
-        vae=args.vae_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        pipeline_class=StableDiffusion3Pipeline,
-        text_encoders=args.text_encoders_name_or_path,
-    )
+    pipeline = run.init_pipeline(StableDiffusion3Pipeline, args.text_encoders_name_or_path)
     check_adaptable(pipeline, args)
     resolution = choose_resolution(pipeline, args.resolution)
     sizes = choose_sizes(pipeline, args, resolution)

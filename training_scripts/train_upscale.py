@@ -38,7 +38,7 @@ from typing import Any
 
 import torch
 
-from diffusers_fm import FlowMatchUpscalePipeline, init_pipeline
+from diffusers_fm import FlowMatchUpscalePipeline
 from diffusers_fm.arguments import Arguments, Fraction, Free, Size, option, run_script
 from diffusers_fm.data.arguments import LabelArguments
 from diffusers_fm.data.images import ImageData
@@ -55,6 +55,7 @@ from diffusers_fm.training.objective import (
     choose_shift,
     draw_times,
 )
+from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
@@ -107,19 +108,12 @@ def load_data(
 
 def main(args: ScriptArguments) -> None:
     """Train."""
-    run = TrainingRun(args)
+    run = DryRun(args) if args.dry_run else TrainingRun(args)
     args = run.args
     device = run.accelerator.device
 
     # 1. Pipeline
-    pipeline = init_pipeline(
-        args.pretrained_model_name_or_path,
-        seed=run.seed,
-        vae=args.vae_name_or_path,
-        revision=args.revision,
-        variant=args.variant,
-        pipeline_class=FlowMatchUpscalePipeline,
-    )
+    pipeline = run.init_pipeline(FlowMatchUpscalePipeline)
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
     resolution = choose_resolution(pipeline, args.resolution)

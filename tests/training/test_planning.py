@@ -4,6 +4,7 @@
 import itertools
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,13 +18,11 @@ from training_runs import ROOT, load_script, make_dataset, save_untrained, train
 
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.text_to_image.lora import TRANSFORMER_LAYERS, add_lora
-from diffusers_fm.text_to_image.plans import text_to_image_plan
 from diffusers_fm.text_to_image.setup import TextToImageModel
-from diffusers_fm.training.activations import activations_per_sample, saved_bytes
 from diffusers_fm.training.metrics import GPUS, find_gpu
 from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.optimizers import OPTIMIZERS
-from diffusers_fm.training.planning import GIB, OVERHEAD
+from diffusers_fm.training.planning import GIB, OVERHEAD, DryRun, Plan, saved_bytes
 
 
 SCRIPTS = {
@@ -37,6 +36,14 @@ def text_to_image_model(lora: bool = False) -> TextToImageModel:
     if lora:
         add_lora(pipeline.transformer, 2, 2.0, TRANSFORMER_LAYERS)
     return TextToImageModel(pipeline)
+
+
+def plan_of(script: ModuleType, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan that a script would print."""
+    plans = []
+    monkeypatch.setattr(DryRun, "finish", lambda run: plans.append(run.plan()))
+    script.main(parse_arguments(script.ScriptArguments, [*words, "--dry_run"]))
+    return plans[0]
 
 
 def inputs(size: int) -> tuple[torch.Tensor, ...]:
@@ -70,21 +77,21 @@ def test_activations_are_what_the_allocator_gives_out(lora: bool, precision: str
     model(*args).mean().backward()
     given = sum(tensor.nbytes for tensor in args)
     held, _ = held_and_peak(model, args, precision)
-    planned = saved_bytes(model, inputs, 8, precision, rules_of_gpus=False) - given
+    planned = saved_bytes(model, args, mixed_precision=precision, rules_of_gpus=False) - given
     assert planned == pytest.approx(held, rel=tolerance)
     # Linear in the batch, but for weights in 16 bits; and GPUs keep more, for they normalize in float32.
-    per_sample = activations_per_sample(model, inputs, precision)
-    assert 8 * per_sample == pytest.approx(saved_bytes(model, inputs, 8, precision), rel=0.1)
-    assert saved_bytes(model, inputs, 8, precision) >= saved_bytes(model, inputs, 8, precision, rules_of_gpus=False)
+    one, two, eight = (saved_bytes(model, inputs(size), mixed_precision=precision) for size in (1, 2, 8))
+    assert 8 * (two - one) == pytest.approx(eight, rel=0.1)
+    assert eight >= planned + given
 
 
 def test_checkpointing_keeps_inputs_and_one_block() -> None:
     model = text_to_image_model()
     args = inputs(16)
-    plain = saved_bytes(model, inputs, 16)
+    plain = saved_bytes(model, args)
     given = sum(tensor.nbytes for tensor in args)
-    planned = saved_bytes(model, inputs, 16, checkpointed=model.transformer) - given
     model.transformer.enable_gradient_checkpointing()
+    planned = saved_bytes(model, args) - given
     model(*args).mean().backward()
     held, peak = held_and_peak(model, args)
     # On top come gradients, of the weights and within the block that is gone through.
@@ -105,8 +112,10 @@ def test_activations_of_every_network(kind: str) -> None:
     model(*args).mean().backward()
     given = sum(tensor.nbytes for tensor in args if tensor is not None)
     held, _ = held_and_peak(model, args)
-    assert saved_bytes(model, batch, 8) - given == pytest.approx(held, rel=0.02)
-    assert saved_bytes(model, batch, 8, checkpointed=pipeline.denoiser) < saved_bytes(model, batch, 8)
+    plain = saved_bytes(model, args)
+    assert plain - given == pytest.approx(held, rel=0.02)
+    pipeline.denoiser.enable_gradient_checkpointing()
+    assert saved_bytes(model, args) < plain
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +125,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_runs_of_text_to_image_take_what_was_planned(
-    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    name: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_stable_diffusion_3().save_pretrained(tmp_path / "model")
     run = partial(train_text_to_image, SCRIPTS[name], tmp_path / "model", data, tmp_path / "run")
@@ -133,7 +142,7 @@ def test_runs_of_text_to_image_take_what_was_planned(
     words += ["--resolution=16", "--max_sequence_length=16", "--train_batch_size=4", "--lora_alpha=4"]
     words = words[:-1] if name == "sd3" else words
     words += [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
-    plan = text_to_image_plan(parse_arguments(SCRIPTS[name].ScriptArguments, words), lora=name != "sd3")
+    plan = plan_of(SCRIPTS[name], words, monkeypatch)
     run(**options)
     checkpoint = tmp_path / "run" / "checkpoint-2"
     state = load_file(checkpoint / "model.safetensors")
@@ -161,7 +170,7 @@ def test_memory_of_a_plan(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     words = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data)]
 
     def plan(*more: str) -> Any:
-        return text_to_image_plan(parse_arguments(SCRIPTS["sd3"].ScriptArguments, [*words, "--resolution=16", *more]))
+        return plan_of(SCRIPTS["sd3"], [*words, "--resolution=16", *more], monkeypatch)
 
     one = plan()
     assert one.weights - one.gradients < 0.5 * one.weights

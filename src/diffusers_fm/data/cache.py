@@ -7,11 +7,14 @@ import time
 import uuid
 import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -63,6 +66,24 @@ def _checksum(tensors: Sequence[torch.Tensor]) -> int:
     for tensor in tensors:
         checksum = zlib.crc32(_bytes_of(tensor), checksum)
     return checksum
+
+
+@dataclass
+class DryAccelerator:
+    """Accelerator of a dry run: one process on the meta device, which notes the bytes of caches and writes none."""
+
+    mixed_precision: str
+    cached: dict[str, int] = field(default_factory=dict)
+    device = torch.device("meta")
+    distributed_type = DistributedType.NO
+    num_processes = 1
+    is_main_process = True
+
+    def main_process_first(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class TensorCache:

@@ -14,7 +14,7 @@ from diffusers.training_utils import offload_models
 from tqdm.auto import tqdm
 
 from ..models import encode_moments, latents_of_moments
-from .cache import TensorCache, content_key, model_fingerprint
+from .cache import DryAccelerator, TensorCache, content_key, model_fingerprint
 from .images import ImageData
 from .randomness import BatchSlice
 from .unreadable import UnreadableImageError
@@ -74,12 +74,12 @@ def open_cache(accelerator: Accelerator, folder: Path, description: dict[str, st
 
 
 def cache_latents(
-    accelerator: Accelerator,
+    accelerator: Accelerator | DryAccelerator,
     data: ImageData,
     vae: ModelMixin,
     folder: Path,
     batch_size: int,
-) -> TensorCache:
+) -> TensorCache | None:
     """
     Encode all images once, and have the data set read the autoencoder's posteriors in place of images.
 
@@ -100,7 +100,7 @@ def cache_latents(
             Images at once.
 
     Returns:
-        [`TensorCache`]: the cache.
+        [`TensorCache`]: the cache; `None` in a dry run, in which records have no contents and are not kept.
 
     Raises:
         ValueError: if images are cropped anywhere, more images cannot be read than the data admits, or the cache does
@@ -108,6 +108,8 @@ def cache_latents(
     """
     if not data.transform.center_crop:
         raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
+    if isinstance(accelerator, DryAccelerator):
+        return _expect_latents(accelerator, data, vae)
     description = {"what": "latents", "autoencoder": model_fingerprint(vae), "dtype": str(vae.dtype)}
     cache = open_cache(accelerator, folder, description)
     shares = range(accelerator.process_index, len(data), accelerator.num_processes)
@@ -156,6 +158,19 @@ def cache_latents(
     logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
     data.read_moments = CachedMoments(cache, keys)
     return cache
+
+
+def _expect_latents(accelerator: DryAccelerator, data: ImageData, vae: ModelMixin) -> None:
+    """Have the data set read moments without contents, and note the bytes that those of all its images would take."""
+    sizes = [data.size(index) for index in range(len(data))]
+    with torch.no_grad():
+        moments = {
+            size: encode_moments(vae, torch.empty(1, data.transform.channels, *size, device="meta"))[0]
+            for size in set(sizes)
+        }
+    data.read_moments = lambda index, mirrored: moments[data.size(index)]
+    num_bytes = (1 + data.transform.random_flip) * sum(moments[size].nbytes for size in sizes)
+    accelerator.cached["cache of latents"] = accelerator.cached.get("cache of latents", 0) + num_bytes
 
 
 def _share_unreadable(data: ImageData) -> None:

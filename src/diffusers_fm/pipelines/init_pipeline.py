@@ -6,10 +6,11 @@ import inspect
 import json
 import logging
 import os
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +23,7 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -49,6 +51,8 @@ PIPELINES: dict[str | None, type[DiffusionPipeline]] = {
 }
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# Files of a repository with which empty models and tokenizers are made.
+WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model"]
 TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
@@ -61,6 +65,7 @@ def init_pipeline(
     *,
     pipeline_class: type[PipelineT] | None = None,
     text_encoders: str | os.PathLike | None = None,
+    empty: bool = False,
 ) -> PipelineT:
     """
     Build a pipeline for training: what has weights is loaded, the rest starts from its config with random weights.
@@ -87,6 +92,9 @@ def init_pipeline(
         text_encoders (`str` or `os.PathLike`, *optional*):
             Folder or Hub id of a Stable Diffusion 3 pipeline whose text encoders and tokenizers take the place of
             those in `folder`; they are loaded in the dtype of their files.
+        empty (`bool`, *optional*, defaults to `False`):
+            Build the models on the meta device, to count with: they have shapes and no contents, and weights are
+            neither read nor downloaded.
 
     Returns:
         A pipeline of that class, in float32, its models in evaluation mode.
@@ -96,7 +104,7 @@ def init_pipeline(
             `pipeline_class`, `vae` is given for a pipeline that works on pixels, `text_encoders` for one that reads
             no text, or a tokenizer has no files.
     """
-    path = _local_folder(folder, pipeline_class or DiffusionPipeline, revision, variant)
+    path = _local_folder(folder, pipeline_class or DiffusionPipeline, revision, variant, empty)
     index = json.loads((path / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
     found = check_pipeline_class(folder, index, pipeline_class)
     declared = {
@@ -109,12 +117,14 @@ def init_pipeline(
     if vae is not None and "vae" not in declared:
         raise ValueError(f"`vae` was given, but the pipeline {str(folder)!r} works on pixels.")
     components: dict[str, Any] = {}
-    if vae is not None:
-        components["vae"] = AutoModel.from_pretrained(str(vae)) if isinstance(vae, (str, os.PathLike)) else vae
+    if isinstance(vae, (str, os.PathLike)):
+        components["vae"] = _empty_autoencoder(str(vae)) if empty else AutoModel.from_pretrained(str(vae))
+    elif vae is not None:
+        components["vae"] = vae
     if text_encoders is not None:
         if issubclass(found, FlowMatchPipelineBase):
             raise ValueError(f"`text_encoders` was given, but the pipeline {str(folder)!r} reads no text.")
-        components |= _text_parts(text_encoders, variant)
+        components |= _text_parts(text_encoders, variant, empty)
 
     for name in [name for name in declared if name.startswith("tokenizer") and name not in components]:
         if not any((path / name).glob("*")):
@@ -128,14 +138,14 @@ def init_pipeline(
         if name != "scheduler"
         and not name.startswith("tokenizer")
         and name not in components
-        and not has_weights(path / name)
+        and (empty or not has_weights(path / name))
     ]
-    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]):
+    with nullcontext() if seed is None else torch.random.fork_rng(devices=[]), _device(empty):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
         for name in untrained:
             components[name] = untrained_model(path / name, *declared[name])
-    if "vae" in untrained and not _start_as_identity(components["vae"]):
+    if "vae" in untrained and not empty and not _start_as_identity(components["vae"]):
         logger.warning(
             "The autoencoder of %s has random weights, and no model learns anything from its latents: give `vae` a"
             " trained one that fits %s.",
@@ -144,7 +154,7 @@ def init_pipeline(
         )
     # diffusers asks for parts that a folder was saved without, such as the T5 of Stable Diffusion 3, by name.
     absent = {name: None for name in inspect.signature(found).parameters if index.get(name) == [None, None]}
-    built: Any = found.from_pretrained(path, variant=variant, **{**absent, **components})
+    built: Any = found.from_pretrained(path, variant=None if empty else variant, **{**absent, **components})
     if issubclass(found, StableDiffusion3Pipeline):
         check_sd3_components(built)
     built.register_to_config(_name_or_path=str(folder))
@@ -163,23 +173,48 @@ def check_pipeline_class(
     return found
 
 
+def _device(empty: bool) -> AbstractContextManager[Any]:
+    return torch.device("meta") if empty else nullcontext()
+
+
 def _local_folder(
-    folder: str | os.PathLike, pipeline_class: type[DiffusionPipeline], revision: str | None, variant: str | None
+    folder: str | os.PathLike,
+    pipeline_class: type[DiffusionPipeline],
+    revision: str | None,
+    variant: str | None,
+    empty: bool,
 ) -> Path:
     path = Path(folder)
     if not path.is_dir():
         if path.is_absolute() or len(path.parts) > 2:
             raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
-        path = Path(pipeline_class.download(str(folder), revision=revision, variant=variant))
+        if empty:
+            path = Path(snapshot_download(str(folder), revision=revision, allow_patterns=WITHOUT_WEIGHTS))
+        else:
+            path = Path(pipeline_class.download(str(folder), revision=revision, variant=variant))
     if not (path / DiffusionPipeline.config_name).is_file():
         raise ValueError(f"The folder {str(folder)!r} is not a pipeline: it holds no {DiffusionPipeline.config_name}.")
     return path
 
 
-def _text_parts(source: str | os.PathLike, variant: str | None) -> dict[str, Any]:
+def _text_parts(source: str | os.PathLike, variant: str | None, empty: bool) -> dict[str, Any]:
     """Text encoders and tokenizers of a pipeline; what it lacks is `None`."""
-    others = StableDiffusion3Pipeline.from_pretrained(str(source), variant=variant, transformer=None, vae=None)
+    models: dict[str, Any] = {"transformer": None, "vae": None}
+    if empty:
+        source = _local_folder(source, StableDiffusion3Pipeline, None, variant, empty)
+        index = json.loads((source / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
+        with _device(empty):
+            for name in ENCODERS:
+                models[name] = None if index[name][0] is None else untrained_model(source / name, *index[name])
+        variant = None
+    others = StableDiffusion3Pipeline.from_pretrained(str(source), variant=variant, **models)
     return {name: getattr(others, name) for name in TEXT_PARTS}
+
+
+def _empty_autoencoder(source: str) -> ModelMixin:
+    config: Any = AutoModel.load_config(source)
+    with _device(True):
+        return getattr(diffusers, config["_class_name"]).from_config(config)
 
 
 def _start_as_identity(model: ModelMixin) -> bool:

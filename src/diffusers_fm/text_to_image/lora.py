@@ -108,7 +108,9 @@ def check_adaptable(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArgume
     layers, blocks = _targets(args)
     _check_layers(pipeline.transformer, layers)
     _check_blocks(pipeline.transformer, blocks)
-    if not pipeline.transformer.proj_out.weight.any():
+    weight = pipeline.transformer.proj_out.weight
+    # A dry run has no weights to look at.
+    if not weight.is_meta and not weight.any():
         raise ValueError(
             f"The transformer of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
             " adapter in front of it learns anything. Train it first, with train_text_to_image_sd3.py."

@@ -1,105 +1,177 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will take, in memory, on disk and in time, before it starts."""
+"""Dry run: the memory, disk and time of a run, measured on its own objects before they have contents."""
 
+import dataclasses
+import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
-from .activations import activations_per_sample
+from ..data.cache import DryAccelerator
+from ..data.images import ImageData
+from ..data.randomness import BatchSlice
+from ..data.streams import StreamData, StreamedRow
 from .arguments import TrainingArguments
 from .metrics import GPU, GPUS, forward_flops, peak_flops, with_backward
 from .optimizers import state_bytes
+from .run import TrainingRun
 
+
+A = TypeVar("A", bound=TrainingArguments)
+PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
 
 GIB = 2**30
 
-# The part of a card's arithmetic that training of transformers usually gets, and what the driver, the libraries and
-# pieces of memory between others take, in GiB.
+# Part of a GPU's peak that training of transformers usually reaches, and GiB of the driver, the libraries and gaps
+# between allocations.
 USUAL_MFU = 0.4
 OVERHEAD = 1.5
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
-def is_main_process() -> bool:
-    """Whether this process may speak, before there is an accelerator."""
-    return int(os.environ.get("RANK", "0")) == 0
+# Functions that autocast computes in float32 on GPUs, and in 16 bits on the CPU.
+FLOAT32_ON_GPUS = (functional.layer_norm, functional.group_norm)
 
 
-def planned_precision(args: TrainingArguments) -> str:
+class _Saved:
+    """Bytes of the storages of tensors, each storage once, those of `known` tensors left out."""
+
+    def __init__(self, known: tuple[torch.Tensor, ...] = ()) -> None:
+        self._storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in known}
+        self.bytes = 0
+
+    def add(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            # Kept, so that no other one gets the same address.
+            self._storages[storage._cdata] = storage
+            self.bytes += storage.nbytes()
+        return tensor
+
+    def watch(self) -> AbstractContextManager[Any]:
+        return saved_tensors_hooks(self.add, lambda tensor: tensor)
+
+
+class _RulesOfGPUs(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FLOAT32_ON_GPUS:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def checkpointed_modules(model: nn.Module) -> list[Any]:
+    """Modules, of diffusers or transformers, for whose blocks gradient checkpointing is on."""
+    return [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
+
+
+@contextmanager
+def _block_calls(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Within this context `call(block, *args)` stands in for gradient checkpointing."""
+    modules = checkpointed_modules(model)
+    before = [module._gradient_checkpointing_func for module in modules]
+    for module in modules:
+        module._gradient_checkpointing_func = call
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before):
+            module._gradient_checkpointing_func = function
+
+
+def saved_bytes(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+    mixed_precision: str = "no",
+    rules_of_gpus: bool = True,
+) -> int:
     """
-    The mixed precision that a run would have.
+    Bytes that a forward pass leaves for the backward pass, the weights themselves not counted. With gradient
+    checkpointing these are the inputs of the blocks, and what the largest block keeps when it is computed again.
 
-    Args:
-        args ([`TrainingArguments`]):
-            Of the script; what it leaves open, `accelerate launch` has said.
-
-    Returns:
-        `str`: `"no"`, `"fp16"` or `"bf16"`.
+    The pass is made with tensors without contents, by the fused attention that GPUs have too. Model and arguments may
+    be on any device, `meta` too. `rules_of_gpus` chooses between autocast of GPUs and that of the CPU.
     """
-    return args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    inputs, largest = 0, 0
+
+    def empty(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
+
+    def call(block: Callable[..., Any], *args: Any) -> Any:
+        nonlocal inputs, largest
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        given, inside = _Saved(), _Saved((*weights.values(), *tensors))
+        for tensor in tensors:
+            given.add(tensor)
+        with inside.watch():
+            answer = block(*args)
+        inputs, largest = inputs + given.bytes, max(largest, inside.bytes)
+        return answer
+
+    mixed = mixed_precision != "no"
+    autocast = torch.autocast("cpu", DTYPES.get(mixed_precision), enabled=mixed)
+    rules = _RulesOfGPUs() if mixed and rules_of_gpus else nullcontext()
+    with FakeTensorMode(allow_non_fake_inputs=True), _block_calls(model, call):
+        weights = {name: empty(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        args, kwargs = tree_map(empty, args), tree_map(empty, dict(kwargs or {}))
+        saved = _Saved(tuple(weights.values()))
+        with saved.watch(), autocast, rules, torch.enable_grad():
+            functional_call(model, weights, args, kwargs)
+    return saved.bytes + inputs + largest
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """
-    What a run takes. Numbers of bytes are those of one device.
+    """Needs of a run; numbers of bytes are those of one device."""
 
-    Args:
-        what (`str`):
-            The run, in a few words.
-        parameters (`int`), trained_parameters (`int`):
-            Of the model in training.
-        weights (`int`):
-            Bytes of them, in their precisions.
-        frozen (`int`):
-            Bytes of other models that stay on the device.
-        gradients (`int`):
-            Bytes, in float32.
-        buckets (`int`):
-            Bytes in which processes exchange gradients.
-        optimizer (`int`), average (`int`):
-            Bytes of their states.
-        copies (`int`):
-            Bytes of the weights in 16 bits, which a forward pass makes of weights in 32.
-        activations (`int`):
-            Bytes that the forward pass of a batch keeps.
-        accumulates (`bool`):
-            Whether gradients of earlier passes are there while the next is made.
-        flops (`int`):
-            Floating point operations of an optimizer step on one device, recomputation and frozen models included.
-        num_samples (`int`, *optional*), samples_per_step (`int`), num_steps (`int`):
-            Of the run; the first is not known of every stream.
-        precision (`str`):
-            `"no"`, `"fp16"` or `"bf16"`.
-        allow_tf32 (`bool`):
-            Of the run.
-        disk (`Mapping[str, int]`):
-            Bytes of what is written, by its name.
-    """
-
-    what: str
+    description: str
     parameters: int
     trained_parameters: int
+    # Bytes of the model in training, of other models that stay on the device, and of float32 gradients.
     weights: int
     frozen: int
     gradients: int
+    # Bytes of the gradients that processes exchange, and of the states of optimizer and average.
     buckets: int
     optimizer: int
     average: int
+    # Bytes of weights that autocast casts to 16 bits, and of what the forward pass of a batch keeps.
     copies: int
     activations: int
+    # Whether gradients of earlier passes are there while the next is made.
     accumulates: bool
+    # Operations of an optimizer step on one device, recomputation and frozen models included.
     flops: int
+    # Images of an epoch, where that is known.
     num_samples: int | None
     samples_per_step: int
     num_steps: int
     precision: str
     allow_tf32: bool
-    disk: Mapping[str, int] = field(default_factory=dict)
+    # Bytes that are written, by name.
+    disk: Mapping[str, int]
 
     @property
     def peak(self) -> int:
@@ -131,7 +203,7 @@ class Plan:
         if self.num_samples is not None:
             epoch = f"{self.num_samples:,} images, {self.num_samples / self.samples_per_step:,.1f} steps an epoch."
         lines = [
-            self.what,
+            self.description,
             f"{self.parameters / 1e6:,.2f} M parameters, {self.trained_parameters / 1e6:,.2f} M of them trained.",
             epoch,
             f"{self.num_steps:,} steps of {self.samples_per_step} in all, each {self.flops / 1e12:,.3f} TFLOP on a"
@@ -144,7 +216,7 @@ class Plan:
             f"On disk, {unit}",
             *(f"  {name:<26}{value / size:10.2f}" for name, value in self.disk.items()),
             "",
-            f"Cards (fits: with {OVERHEAD} GiB for the driver and gaps; time: at {USUAL_MFU:.0%} of its peak)",
+            f"GPUs (fits: with {OVERHEAD} GiB for the driver and gaps; time: at {USUAL_MFU:.0%} of its peak)",
             f"  {'':<12}{'GiB':>6}{'fits':>7}{'s a step':>12}{'hours in all':>15}",
         ]
         for name, gpu in GPUS.items():
@@ -157,104 +229,154 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(
-    args: TrainingArguments,
-    what: str,
-    model: nn.Module,
-    network: ModelMixin,
-    inputs: Callable[[int], tuple[Any, ...]],
-    num_samples: int | None,
-    frozen: int = 0,
-    extra_flops: int = 0,
-    extra_activations: int = 0,
-    disk: Mapping[str, int] | None = None,
-) -> Plan:
+class _Part(BatchSlice):
+    """Part of a batch on the meta device, in which nothing is dropped."""
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        return torch.ones(self.size)
+
+    def sample_generators(self, purpose: str, device: torch.device | str = "cpu") -> list[torch.Generator]:
+        return super().sample_generators(purpose)
+
+    def normal(self, purpose: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> torch.Tensor:
+        return torch.empty(self.size, *shape, device=device)
+
+
+class DryRun(TrainingRun[A]):
     """
-    The plan of a run.
-
-    Args:
-        args ([`TrainingArguments`]):
-            With the arguments of `add_optimisation_arguments` and `add_average_arguments`.
-        what (`str`):
-            The run, in a few words.
-        model (`nn.Module`):
-            All that is trained, as it would be given to [`TrainingRun.prepare`], on the meta device.
-        network ([`~diffusers.ModelMixin`]):
-            The part of it that gradient checkpointing is for.
-        inputs (`Callable`):
-            The arguments of the model's call for a batch of a given size.
-        num_samples (`int`, *optional*):
-            Images to train on, where that is known.
-        frozen (`int`, *optional*, defaults to 0):
-            Bytes of other models on the device.
-        extra_flops (`int`, *optional*, defaults to 0):
-            Operations besides, for a sample.
-        extra_activations (`int`, *optional*, defaults to 0):
-            Bytes besides, for a sample.
-        disk (`Mapping[str, int]`, *optional*):
-            Bytes of what is written besides checkpoints.
-
-    Returns:
-        [`Plan`]: the plan.
+    Dry run of a script, in the place of its [`TrainingRun`]: goes through its loop with batches of one and two samples
+    and models without contents, and prints the [`Plan`]. Writes nothing.
     """
-    precision = planned_precision(args)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    global_batch_size = args.train_batch_size * processes * args.gradient_accumulation_steps
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trained_bytes = sum(4 * parameter.numel() for parameter in trained)
-    optimizer = sum(state_bytes(args.optimizer, parameter.shape) for parameter in trained)
-    tracks = len(args.ema_sigma_rel) if args.ema_profile == "power" else 1
-    average = tracks * trained_bytes if args.use_ema else 0
-    kept = activations_per_sample(model, inputs, precision, network if args.gradient_checkpointing else None)
-    flops = forward_flops(model, inputs(1))
-    flops = with_backward(model, flops) + (flops if args.gradient_checkpointing else 0)
-    micro_batches = args.gradient_accumulation_steps
-    return Plan(
-        what=what,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        trained_parameters=sum(parameter.numel() for parameter in trained),
-        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
-        frozen=frozen,
-        gradients=trained_bytes,
-        buckets=trained_bytes if processes > 1 else 0,
-        optimizer=optimizer,
-        average=0 if args.offload_ema else average,
-        copies=0 if precision == "no" else _copies(model),
-        activations=args.train_batch_size * (kept + extra_activations),
-        accumulates=micro_batches > 1,
-        flops=(flops + extra_flops) * args.train_batch_size * micro_batches,
-        num_samples=num_samples,
-        samples_per_step=global_batch_size,
-        num_steps=args.max_train_steps or -(-args.num_train_epochs * (num_samples or 0) // global_batch_size),
-        precision=precision,
-        allow_tf32=args.allow_tf32,
-        disk={**(disk or {}), "each checkpoint": trained_bytes + optimizer + average},
-    )
 
+    def __init__(self, args: A) -> None:
+        self.args = dataclasses.replace(args, seed=args.seed or 0)
+        self.seed = self.args.seed or 0
+        self.output_dir = Path(args.output_dir).expanduser()
+        # Processes that were launched, though each makes the plan by itself.
+        self._num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+        self.global_batch_size = args.train_batch_size * self._num_processes * args.gradient_accumulation_steps
+        precision = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        self.accelerator: Any = DryAccelerator(precision)
+        self._measures, self._size, self._saved = False, 1, {1: 0, 2: 0}
+        self._flops = self._frozen = 0
 
-def _copies(model: nn.Module) -> int:
-    """What autocast makes of layers in float32, for the time of a pass."""
-    layers = (module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
-    return sum(2 * p.numel() for layer in layers for p in layer.parameters(recurse=False) if p.dtype == torch.float32)
+    def init_pipeline(self, pipeline_class: type[PipelineT], text_encoders: str | None = None) -> PipelineT:
+        """Pipeline of the arguments, its models on the meta device."""
+        pipeline = super().init_pipeline(pipeline_class, text_encoders)
+        self._models = [model for model in pipeline.components.values() if isinstance(model, nn.Module)]
+        return pipeline
 
+    def begin(
+        self, model: nn.Module, data: ImageData | StreamData, validate: Any, export: Any, description: str, *_: object
+    ) -> Any:
+        """Keep model, data and description; returns a stand-in for the model, which is measured and not called."""
+        self.model, self._data, self._description = model, data, description
+        return self._call
 
-def linear_flops(model: nn.Module, num_tokens: int) -> int:
-    """
-    Operations of a forward pass of a text encoder, those of its attention's products of tokens left out.
+    def __enter__(self) -> "DryRun[A]":
+        return self
 
-    Args:
-        model (`nn.Module`):
-            The encoder.
-        num_tokens (`int`):
-            What it reads.
+    def __exit__(self, *exception: object) -> None:
+        pass
 
-    Returns:
-        `int`: the number.
-    """
-    weights = (module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 2 * num_tokens * sum(weights)
+    def steps(self) -> Iterator[int]:
+        """A pass for the operations of frozen models, and two, of one and two samples, for the models in training."""
+        trained = set(self.model.modules())
+        called: set[nn.Module] = set()
+        for model in self._models:
+            for module in model.modules():
+                module.register_forward_pre_hook(lambda *_, model=model: called.add(model))
+            # Text encoders in training are called before the model.
+            if model in trained and isinstance(model, PreTrainedModel):
+                model.register_forward_pre_hook(self._measure, with_kwargs=True)
+        with _block_calls(self.model, lambda block, *args: block(*args)):
+            with FlopCounterMode(display=False) as counter:
+                yield 0
+            self._flops += counter.get_total_flops()
+            # Text-to-image scripts can fetch frozen models for each call.
+            if not self.args.saved().get("offload"):
+                self._frozen = sum(map(tensor_bytes, called - trained))
+            self._measures = True
+            yield 0
+            self._size = 2
+            yield 0
 
+    def _call(self, sample: torch.Tensor, *args: Any) -> torch.Tensor:
+        self._measure(self.model, (sample, *args), {})
+        return torch.empty_like(sample)
 
-def empty(*shape: int) -> torch.Tensor:
-    """A tensor of which only the shape counts."""
-    return torch.empty(shape)
+    def _measure(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add the activations and, of one sample, the operations of a call of a trained part."""
+        if not self._measures:
+            return
+        # The passes here call the same hooks.
+        self._measures, own = False, part is self.model
+        self._saved[self._size] += saved_bytes(part, args, kwargs, self.accelerator.mixed_precision if own else "no")
+        if self._size == 1:
+            forward = forward_flops(part, args, kwargs)
+            again = forward if checkpointed_modules(part) else 0
+            # The first pass has counted the calls of encoders.
+            self._flops += with_backward(part, forward) + again - (0 if own else forward)
+        self._measures = True
+
+    def parts(self, step: int) -> Iterator[tuple[BatchSlice, dict[str, Any]]]:
+        """A batch of the first image or, in buckets, the first of the largest, of which all of a batch may be."""
+        size, data = self._size, self._data
+        if isinstance(data, StreamData):
+            largest = max(data.transform.buckets or [(data.transform.resolution,) * 2], key=math.prod)
+            row = StreamedRow(0, 0, 0, next(data.read(0))[1], {})
+            batch = data.batch([row] * size, [data.decode(row, largest)] * size, largest)
+        else:
+            index = max(range(len(data)), key=lambda index: math.prod(data.size(index)))
+            batch = data[torch.tensor([[0, index]] * size).numpy()]
+        if "captions" in batch:
+            # Equal captions would be encoded once.
+            batch["captions"] = [f"{number} {caption}" for number, caption in enumerate(batch["captions"])]
+        yield _Part(self.seed, 0, 0, size, size), batch
+
+    def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Noise without contents."""
+        return torch.empty_like(data)
+
+    def backward(self, t: torch.Tensor, losses: torch.Tensor) -> None:
+        """Do nothing: the backward pass follows from the forward pass."""
+
+    def finish(self) -> None:
+        """Print the plan, in the main process."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(self.plan())
+
+    def plan(self) -> Plan:
+        """Plan of the run, after the loop."""
+        args, model, precision = self.args, self.model, self.accelerator.mixed_precision
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained_bytes = sum(4 * parameter.numel() for parameter in trained)
+        optimizer = sum(state_bytes(args.optimizer, parameter.shape) for parameter in trained)
+        tracks = len(args.ema_sigma_rel) if args.ema_profile == "power" else 1
+        average = tracks * trained_bytes if args.use_ema else 0
+        # What autocast makes, for the time of a pass, of layers in float32.
+        layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        weights = [weight for layer in layers for weight in layer.parameters(recurse=False)]
+        copies = sum(2 * weight.numel() for weight in weights if weight.dtype == torch.float32)
+        all_samples = args.num_train_epochs * (self._data.num_samples or 0)
+        return Plan(
+            description=self._description,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trained_parameters=sum(parameter.numel() for parameter in trained),
+            weights=tensor_bytes(model),
+            frozen=self._frozen,
+            gradients=trained_bytes,
+            buckets=trained_bytes if self._num_processes > 1 else 0,
+            optimizer=optimizer,
+            average=0 if args.offload_ema else average,
+            copies=0 if precision == "no" else copies,
+            activations=args.train_batch_size * (self._saved[2] - self._saved[1]),
+            accumulates=args.gradient_accumulation_steps > 1,
+            flops=self._flops * args.train_batch_size * args.gradient_accumulation_steps,
+            num_samples=self._data.num_samples,
+            samples_per_step=self.global_batch_size,
+            num_steps=args.max_train_steps or math.ceil(all_samples / self.global_batch_size),
+            precision=precision,
+            allow_tf32=args.allow_tf32,
+            disk={**self.accelerator.cached, "each checkpoint": trained_bytes + optimizer + average},
+        )

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
@@ -23,6 +24,7 @@ from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
 from ..files import lock_folder, replace_contents, unlock_folder
+from ..pipelines.init_pipeline import init_pipeline
 from .arguments import TrainingArguments, resume_changes
 from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
 from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator
@@ -36,6 +38,7 @@ from .publishing import Publisher, save_arguments
 logger = logging.getLogger(__name__)
 
 A = TypeVar("A", bound=TrainingArguments)
+PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
 
 # Touched in the output folder, it ends the run with a checkpoint.
 STOP_FILE = "STOP"
@@ -133,6 +136,19 @@ class TrainingRun(Generic[A]):
         # Mean loss of the last line of the log, `None` if no loss was finite.
         self._loss: float | None = 0.0
         self._checkpoint_is_due = False
+
+    def init_pipeline(self, pipeline_class: type[PipelineT], text_encoders: str | None = None) -> PipelineT:
+        """Pipeline of the arguments, see [`~diffusers_fm.init_pipeline`]; empty in a dry run."""
+        return init_pipeline(
+            self.args.pretrained_model_name_or_path,
+            seed=self.seed,
+            vae=self.args.vae_name_or_path,
+            revision=self.args.revision,
+            variant=self.args.variant,
+            pipeline_class=pipeline_class,
+            text_encoders=text_encoders,
+            empty=self.args.dry_run,
+        )
 
     def begin(
         self,
