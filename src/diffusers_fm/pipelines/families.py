@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exceptions of model families that a velocity field cannot find out by itself: the one place where families have names."""
+"""Exceptions of model families that a velocity field cannot find out: the one place where families have names."""
 
 from typing import Any
 
