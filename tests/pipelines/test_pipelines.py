@@ -137,8 +137,8 @@ def test_nfe_is_the_number_of_calls(kind: str, solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", ["heun", "rk4"])
-def test_last_step_of_a_single_stage(solver: str) -> None:
-    # The velocity of VP has no limit at t = 0, where the last stage of these solvers would lie.
+def test_the_last_step_of_vp_has_all_stages(solver: str) -> None:
+    # The velocity of VP has no limit at t = 0: the last stages lie above it, and none is left out.
     pipeline = tiny_pipeline("unet", path="vp", sampling_path="native", solver=solver)
     recorder = Recorder(pipeline.unet)
     steps = []
@@ -149,9 +149,9 @@ def test_last_step_of_a_single_stage(solver: str) -> None:
 
     output = pipeline(num_inference_steps=4, callback_on_step_end=callback, output_type="latent")
     stages = SOLVER_STAGES[solver]
-    assert output.nfe == len(recorder.timesteps) == 3 * stages + 1
+    assert output.nfe == len(recorder.timesteps) == 4 * stages
     assert [(step, calls) for step, _, calls in steps] == [
-        (0, stages), (1, 2 * stages), (2, 3 * stages), (3, 3 * stages + 1),
+        (0, stages), (1, 2 * stages), (2, 3 * stages), (3, 4 * stages),
     ]  # fmt: skip
     begins = [recorder.timesteps[step * stages][0].item() for step in range(4)]
     assert [timestep for _, timestep, _ in steps] == begins

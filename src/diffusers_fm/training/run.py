@@ -297,6 +297,7 @@ class TrainingRun(Generic[A]):
                 f"{checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
                 f" {now or 'whole weights'}: launch with the configuration that the run began with."
             )
+        changed = resume_changes(self.args, self._manifest["arguments"])
         # Checkpoints of earlier versions do not know their data.
         then, now = self._manifest.get("data", self._fingerprint), self._fingerprint
         differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]
@@ -305,7 +306,7 @@ class TrainingRun(Generic[A]):
             raise ValueError(
                 f"The data is not that of {checkpoint}: it differs in {changes}. Give --allow_changed_data to go on."
             )
-        for change in resume_changes(self.args, self._manifest["arguments"]):
+        for change in changed:
             logger.warning("%s", change)
         with kept_settings(self._optimizer, self._lr_scheduler):
             load_checkpoint(self.accelerator, checkpoint)
