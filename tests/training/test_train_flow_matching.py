@@ -36,7 +36,7 @@ from training_runs import (
     weights,
 )
 
-from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
 from diffusers_fm.arguments import make_parser, parse_arguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import BatchSlice
@@ -647,7 +647,7 @@ def test_labels_are_dropped_as_often_as_asked(folder: Path, data: Path, tmp_path
         name = "unet.class_embedding.weight"
         output_dir = tmp_path / str(label_dropout)
         train(folder, data, output_dir, max_train_steps=6, label_dropout=label_dropout, adam_weight_decay=0.0)
-        start = script.init_pipeline(folder, seed=0).unet.class_embedding.weight
+        start = init_pipeline(folder, seed=0).unet.class_embedding.weight
         return (weights(output_dir)[name] != start).any(1)
 
     assert trained_rows(0.0).tolist() == [True] * NUM_CLASSES + [False]
