@@ -7,7 +7,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -66,22 +65,16 @@ class TrainingRun(Generic[A]):
     Attributes:
         args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
             The same, with a seed and, after [`begin`], the number of steps.
-        accelerator (`accelerate.Accelerator`), output_dir (`Path`), seed (`int`):
+        accelerator (`accelerate.Accelerator`), output_dir (`Path`), seed (`int`), log ([`RunLog`], after [`begin`]):
             Of the run.
-        checkpoint (`Path`, *optional*):
-            Checkpoint that is resumed.
-        first_step (`int`), first_sample (`int`):
-            Optimizer steps done and samples seen before.
-        max_train_steps (`int`):
-            Optimizer steps of the whole run, known after [`begin`].
-        global_batch_size (`int`):
-            Samples in an optimizer step, over processes and accumulation steps.
-        model (`nn.Module`):
-            The trained model as the accelerator wraps it, after [`begin`].
-        log ([`RunLog`]):
-            Log file and trackers, after [`begin`].
+        checkpoint (`Path`, *optional*), first_step (`int`), first_sample (`int`):
+            Checkpoint that is resumed, and optimizer steps done and samples seen before.
+        max_train_steps (`int`, after [`begin`]), global_batch_size (`int`):
+            Optimizer steps of the whole run, and samples in each, over processes and accumulation steps.
+        model (`nn.Module`, after [`begin`]):
+            Trained model as the accelerator wraps it.
         repo_id (`str`):
-            What a card loads: the repository on the Hub, or the output folder.
+            Repository on the Hub that a card loads, or the output folder.
 
     Raises:
         ValueError: if the output folder holds another run, there is nothing to resume from, or the launch was amiss.
@@ -443,10 +436,6 @@ class TrainingRun(Generic[A]):
             if self._metrics.guard.before_step(self._optimizer, norm):
                 self._optimizer.step()
             self._optimizer.zero_grad()
-
-    def averaged_weights(self) -> AbstractContextManager[None]:
-        """Within this context the model has the weights that would be saved now."""
-        return self._weights.applied()
 
     def finish(self) -> None:
         """Last validation, export and upload. A signal no longer interrupts."""
