@@ -45,6 +45,17 @@ class Range:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
 
 
+@dataclass(frozen=True)
+class Needs:
+    """Another argument of the group, and the value without which the annotated one has no effect."""
+
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        return self.name if self.value is True else f"{self.name} {self.value}"
+
+
 Count = Annotated[int, Range(1)]
 Size = Annotated[int, Range(0)]
 Number = Annotated[float, Range()]
@@ -108,6 +119,17 @@ class Arguments:
 
     def check(self) -> None:
         """Refuse values that do not go together. Every group's own `check` is called once."""
+
+    def without_effect(self) -> list[str]:
+        """Arguments that are not at their default and have no effect, a sentence each."""
+        sentences = []
+        for field, annotations in annotated_fields(type(self)):
+            value = getattr(self, field.name)
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            for needs in annotations:
+                if isinstance(needs, Needs) and value != default and getattr(self, needs.name) != needs.value:
+                    sentences.append(f"--{field.name} {value} has no effect without --{needs}.")
+        return sentences
 
     def saved(self) -> dict[str, Any]:
         """The arguments by name, sorted, for files: without the Hub's token and the file that they came from."""
@@ -239,12 +261,16 @@ def run_script(main: Callable[[A], None], arguments: type[A], description: str |
         description (`str`, *optional*):
             Its docstring, for `--help`.
     """
+    rank = os.environ.get("RANK", "0")
     try:
-        main(parse_arguments(arguments, description=description))
+        parsed = parse_arguments(arguments, description=description)
+        if rank == "0":
+            for sentence in parsed.without_effect():
+                print(f"{Path(sys.argv[0]).name}: {sentence}", file=sys.stderr)
+        main(parsed)
     except ValueError as error:
         frames = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
         if frames[-1].split(".")[0] not in ("__main__", "diffusers_fm"):
             raise
-        rank = os.environ.get("RANK", "0")
         print(f"{Path(sys.argv[0]).name}{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -641,3 +641,39 @@ def test_what_a_stream_cannot_do_is_refused(options: dict, message: str, tmp_pat
     with pytest.raises(ValueError, match=message):
         train(model, data, tmp_path / "run", **{**OPTIONS, **options})
     assert not list((tmp_path / "run").glob("checkpoint-*")) and os.path.isdir(model)
+
+
+@pytest.mark.parametrize(
+    ("ending", "good", "broken", "column"),
+    [
+        ("json", b'{"caption": "a"}', b'{"caption": "a', "json.caption"),
+        ("txt", b"a", b"\xff\xfe\xfa", "txt"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_file_in_a_tar_ends_no_run(
+    tmp_path: Path, streaming: bool, ending: str, good: bytes, broken: bytes, column: str
+) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for row in range(12):
+            for name, contents in (
+                ("png", png(PIL.Image.new("L", (8, 8), row))),
+                (ending, broken if row == 7 else good),
+            ):
+                member = tarfile.TarInfo(f"{row:02}.{name}")
+                member.size = len(contents)
+                tar.addfile(member, io.BytesIO(contents))
+    arguments = {"image_column": "png", "caption_column": column, "max_unreadable": 1}
+    if streaming:
+        rows = stream_splits(str(tmp_path))["train"]
+        batches, _ = read(StreamData(rows, GREY, buffer_size=4, **arguments), 6, 4)
+        captions = [caption for batch in batches for caption in batch["captions"]]
+        assert {name for batch in batches for name in batch.get("unreadable", ())} == {"7 of shard 0"}
+        assert captions == ["a"] * 24
+        with pytest.raises(ValueError, match=r"row 7 of shard 0.*has no caption|caption.*row 7 of shard 0"):
+            read(StreamData(rows, GREY, buffer_size=4, **arguments | {"max_unreadable": 0}), 6, 4)
+    else:
+        rows = load_splits(str(tmp_path), cache_dir=str(tmp_path / "cache"))["train"]
+        batch = ImageData(rows, GREY, **arguments)[np.array([[0, row] for row in range(12)])]
+        assert list(batch["unreadable"]) == [7]
+        assert batch["captions"] == ["a"] * 12

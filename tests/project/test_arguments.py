@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 from training_runs import ROOT, environment, load_script
@@ -18,6 +19,7 @@ from diffusers_fm.arguments import (
     Fixed,
     Fraction,
     Free,
+    Needs,
     Number,
     Positive,
     Range,
@@ -44,6 +46,8 @@ class Steps(Arguments):
     parts: list[Fraction] = option([0.25], "Parts.")
     names: list[str] = option([], "Names.")
     output: Free[bool] = option(False, "Whether to write.")
+    width: Annotated[Positive, Needs("kind", "slow")] = option(2.0, "Width of slow.")
+    files: Annotated[list[str], Needs("output", True)] = option([], "Files to write.")
 
     def check(self) -> None:
         if self.kind == "slow" and self.steps > 5:
@@ -72,6 +76,17 @@ class Script(Steps):
 def test_values_are_refused_before_any_work(words: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         parse_arguments(Script, ["--folder=x", *words])
+
+
+def test_arguments_without_effect_are_said() -> None:
+    def said(*words: str) -> list[str]:
+        return parse_arguments(Script, ["--folder=x", *words]).without_effect()
+
+    assert said("--width=2") == said("--width=3", "--kind=slow", "--output", "--files", "a") == []
+    assert said("--width=3", "--files", "a") == [
+        "--width 3.0 has no effect without --kind slow.",
+        "--files ['a'] has no effect without --output.",
+    ]
 
 
 def test_ranges() -> None:

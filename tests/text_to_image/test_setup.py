@@ -85,6 +85,10 @@ def test_sizes_that_the_model_does_not_take_are_refused() -> None:
         ("--aspect_ratio_buckets 16,24;0,8", "Buckets must read like .*, got '16,24;0,8'"),
         ("--aspect_ratio_buckets 16,24 --use_aspect_ratio_buckets", "one may be given"),
         ("--max_aspect_ratio 0.5", "--max_aspect_ratio must be at least 1, got 0.5"),
+        (
+            "--validation_prompts x --num_validation_images 0",
+            "--validation_prompts has no effect with --num_validation_images 0",
+        ),
         ("--max_aspect_ratio nan", "--max_aspect_ratio must be at least 1, got nan"),
         ("--shift_base_resolution 0", "--shift_base_resolution must be at least 1, got 0"),
         ("--shift_base_resolution 16 --shift 3", "--shift 3.0 .* --shift_base_resolution 16 .*: give one"),

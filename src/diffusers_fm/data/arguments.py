@@ -2,10 +2,11 @@
 """Arguments of the data: where the images are, and how they are prepared."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import PIL.ImageColor
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, Size, option
+from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, Size, option
 
 
 def rgb(background: str) -> tuple[int, int, int]:
@@ -37,7 +38,9 @@ class DataArguments(Arguments):
     max_unreadable_images: Size = option(100, "Go on if so many images cannot be read, at most.")
     max_validation_samples: Count = option(2048, "Hold out so many samples at most.")
     streaming: Fixed[bool] = option(False, "Read the data as it comes, without a download beforehand.")
-    shuffle_buffer_size: Count = option(1000, "Of a stream: files among which a worker shuffles.")
+    shuffle_buffer_size: Annotated[Count, Needs("streaming", True)] = option(
+        1000, "Of a stream: files among which a worker shuffles."
+    )
     allow_changed_data: Free[bool] = option(False, "Resume although rows or images have changed.")
     cache_dir: Free[str | None] = option(None, "Where downloaded and prepared data is kept.")
     resolution: Count | None = option(None, "Side of the images; by default what the pipeline is configured for.")

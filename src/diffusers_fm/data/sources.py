@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import huggingface_hub.constants
 import numpy as np
 import pyarrow.compute as pc
 from datasets.data_files import FILES_TO_IGNORE
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from .cache import content_key
 from .folders import METADATA_FILES, image_suffixes, is_data_folder, read_image_folder, split_of_name
@@ -126,7 +127,7 @@ def _open(
             return datasets.DatasetDict({"train": datasets.Dataset.load_from_disk(folder)})
         if dataset_config_name is not None or not folder.is_dir() or (folder / "README.md").is_file():
             options["cache_dir"] = _cache_of(dataset_name, cache_dir)
-            return datasets.load_dataset(dataset_name, dataset_config_name, **options)
+            return _load(dataset_name, dataset_config_name, **options)
     counts, files = _find_files(folder, cache_dir)
     images = sum(counts[suffix] for suffix in image_suffixes())
     if images > len(files) or not files or (train_data_dir is not None and images):
@@ -135,7 +136,34 @@ def _open(
     module = Counter(_MODULES[os.path.splitext(file)[1].lower()] for file in files).most_common(1)[0][0]
     module = "imagefolder" if train_data_dir is not None else module
     data_files = _splits_of_files(folder, [f for f in files if _MODULES[os.path.splitext(f)[1].lower()] == module])
-    return datasets.load_dataset(module, data_files=data_files, **options)
+    return _load(module, data_files=data_files, **options)
+
+
+def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode_or_none(contents: bytes) -> Any:
+        try:
+            return decode(contents)
+        except Exception:
+            return None
+
+    return decode_or_none
+
+
+class _TolerantWebDataset(WebDataset):
+    """Reader of tar files for which a field that cannot be decoded, such as broken JSON, is missing."""
+
+    DECODERS = {suffix: _or_none(decode) for suffix, decode in WebDataset.DECODERS.items()}
+
+
+def _load(path: str, name: str | None = None, streaming: bool = False, **options: Any) -> Any:
+    """`datasets.load_dataset`, with tar files of which a broken field ends no run."""
+    builder = datasets.load_dataset_builder(path, name, **options)
+    if isinstance(builder, WebDataset):
+        builder._get_pipeline_from_tar = _TolerantWebDataset._get_pipeline_from_tar
+    if streaming:
+        return builder.as_streaming_dataset()
+    builder.download_and_prepare()
+    return builder.as_dataset()
 
 
 def _find_files(folder: Path, cache_dir: str | None) -> tuple[Counter[str], list[str]]:

@@ -5,7 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Annotated
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, NotNegative, Positive, Range, option
+from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, NotNegative, Positive, Range, option
 from ..data.arguments import LatentArguments
 from ..data.buckets import parse_buckets
 from ..training.arguments import TrainingArguments
@@ -34,7 +34,9 @@ class CaptionArguments(Arguments):
     aspect_ratio_buckets: str | None = option(
         None, 'The sizes themselves, height,width: "1024,1024;832,1216;1216,832".'
     )
-    max_aspect_ratio: Annotated[float, Range(1)] = option(2.0, "Longer to shorter side of a bucket at most.")
+    max_aspect_ratio: Annotated[Annotated[float, Range(1)], Needs("use_aspect_ratio_buckets", True)] = option(
+        2.0, "Longer to shorter side of a bucket at most."
+    )
     shift_base_resolution: Count | None = option(
         None, "Shift times by sqrt(pixels of an image / pixels of this square)."
     )
@@ -67,6 +69,8 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
     guidance_scale: NotNegative = option(7.0, "Guidance of the pictures; 1 is off.")
 
     def check(self) -> None:
+        if self.validation_prompts and not self.num_validation_images:
+            raise ValueError("--validation_prompts has no effect with --num_validation_images 0.")
         if self.shift is not None and self.shift_base_resolution is not None:
             raise ValueError(
                 f"--shift {self.shift} is the same for all sizes and --shift_base_resolution"

@@ -13,6 +13,7 @@ from ..arguments import (
     Fixed,
     Fraction,
     Free,
+    Needs,
     NotNegative,
     Number,
     Positive,
@@ -66,18 +67,30 @@ class ObjectiveArguments(Arguments):
     _argument_group_name = "objective"
 
     timestep_density: str = option("logit_normal", "Density of the training times.", list(DENSITIES), SD3_PAPER)
-    logit_mean: Number = option(0.0, "Of logit_normal; above 0 is towards the noise.", source=SD3_PAPER)
-    logit_std: Positive = option(1.0, "Of logit_normal.", source=SD3_PAPER)
-    mode_scale: Number = option(1.29, "Of mode.", source=SD3_PAPER)
-    density_alpha: Positive = option(1.0, "First parameter of beta, which weighs the noise.")
-    density_beta: Positive = option(1.0, "Second parameter of beta, which weighs the data.")
+    logit_mean: Annotated[Number, Needs("timestep_density", "logit_normal")] = option(
+        0.0, "Of logit_normal; above 0 is towards the noise.", source=SD3_PAPER
+    )
+    logit_std: Annotated[Positive, Needs("timestep_density", "logit_normal")] = option(
+        1.0, "Of logit_normal.", source=SD3_PAPER
+    )
+    mode_scale: Annotated[Number, Needs("timestep_density", "mode")] = option(1.29, "Of mode.", source=SD3_PAPER)
+    density_alpha: Annotated[Positive, Needs("timestep_density", "beta")] = option(
+        1.0, "First parameter of beta, which weighs the noise."
+    )
+    density_beta: Annotated[Positive, Needs("timestep_density", "beta")] = option(
+        1.0, "Second parameter of beta, which weighs the data."
+    )
     shift: Positive | None = option(
         None, "Shift of the times; saved in the scheduler. By default the scheduler's own."
     )
     weighting_scheme: str = option("none", f"Weight of the loss: {', '.join(WEIGHTINGS)}.")
-    snr_gamma: Positive = option(5.0, "Of the weighting min_snr.", source="arXiv 2303.09556")
+    snr_gamma: Annotated[Positive, Needs("weighting_scheme", "min_snr")] = option(
+        5.0, "Of the weighting min_snr.", source="arXiv 2303.09556"
+    )
     coupling: str = option("independent", "Pairing of data and noise.", list(COUPLINGS))
-    coupling_scope: str = option("global", "Of minibatch_ot: what is paired.", ["global", "process"])
+    coupling_scope: Annotated[str, Needs("coupling", "minibatch_ot")] = option(
+        "global", "Of minibatch_ot: what is paired.", ["global", "process"]
+    )
 
     def check(self) -> None:
         name = self.weighting_scheme
@@ -105,8 +118,10 @@ class OptimizationArguments(Arguments):
     scale_lr: bool = option(False, "Multiply the learning rate by the samples in an optimizer step.")
     lr_scheduler: str = option("constant", "Schedule of the learning rate.", LR_SCHEDULERS, EXAMPLES)
     lr_warmup_steps: Size | None = option(None, "Optimizer steps; 500 by default, for schedules that warm up.")
-    lr_num_cycles: Count = option(1, "Restarts of cosine_with_restarts.")
-    lr_power: Positive = option(1.0, "Power of polynomial.")
+    lr_num_cycles: Annotated[Count, Needs("lr_scheduler", "cosine_with_restarts")] = option(
+        1, "Restarts of cosine_with_restarts."
+    )
+    lr_power: Annotated[Positive, Needs("lr_scheduler", "polynomial")] = option(1.0, "Power of polynomial.")
     optimizer: Fixed[str] = option(
         "adamw",
         "adamw8bit, prodigy (learning rate 1) and schedule_free need the extras 8bit, prodigy and schedule_free.",
@@ -118,7 +133,9 @@ class OptimizationArguments(Arguments):
     adam_epsilon: Positive = option(1e-8, "Added to the denominator.", source=EXAMPLES)
     max_grad_norm: float = option(1.0, "Clip gradients to this norm; inf for no clipping.", source=EXAMPLES)
     nan_policy: str = option("skip", "Answer to a gradient that is not finite.", ["skip", "stop"])
-    max_skipped_steps: Free[Count] = option(10, "Skip so many steps in a row at most, then stop.")
+    max_skipped_steps: Annotated[Free[Count], Needs("nan_policy", "skip")] = option(
+        10, "Skip so many steps in a row at most, then stop."
+    )
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
     mixed_precision: str | None = option(None, "By default what accelerate is configured for.", ["no", "fp16", "bf16"])
     allow_tf32: bool = option(False, "Faster float32 matrix products on Ampere GPUs and later.")
@@ -150,18 +167,18 @@ class EMAArguments(Arguments):
 
     use_ema: Fixed[bool] = option(False, "Validate and save an exponential moving average of the weights.")
     ema_profile: Fixed[str] = option("constant", "Constant decay, or power functions.", ["constant", "power"])
-    ema_inv_gamma: Positive = option(
+    ema_inv_gamma: Annotated[Positive, Needs("use_ema", True)] = option(
         1.0, "Of constant: decay at step n 1 - (1 + n / inv_gamma)^-power.", source=EXAMPLES
     )
-    ema_power: Positive = option(0.75, "Of constant.", source=EXAMPLES)
-    ema_max_decay: Fraction = option(0.9999, "Of constant.", source=EXAMPLES)
-    ema_sigma_rel: Fixed[list[float]] = option(
+    ema_power: Annotated[Positive, Needs("use_ema", True)] = option(0.75, "Of constant.", source=EXAMPLES)
+    ema_max_decay: Annotated[Fraction, Needs("use_ema", True)] = option(0.9999, "Of constant.", source=EXAMPLES)
+    ema_sigma_rel: Annotated[Fixed[list[float]], Needs("use_ema", True)] = option(
         [0.05, 0.1], "Of power: relative widths to track.", source="arXiv 2312.02696"
     )
-    ema_snapshot_steps: Free[Count | None] = option(
+    ema_snapshot_steps: Annotated[Free[Count | None], Needs("use_ema", True)] = option(
         None, "Of power: steps between snapshots; by default 32 in the whole run."
     )
-    offload_ema: Free[bool] = option(False, "Keep the average on the CPU.")
+    offload_ema: Annotated[Free[bool], Needs("use_ema", True)] = option(False, "Keep the average on the CPU.")
 
     def check(self) -> None:
         for sigma_rel in self.ema_sigma_rel:
