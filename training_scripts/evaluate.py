@@ -127,6 +127,9 @@ class ReferenceArguments(Arguments):
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     train_data_dir: str | None = option(None, "Folder of images instead, classes in subfolders.")
+    image_folders: list[str] = option(
+        [], "Other folders in which rows of a local --dataset_name may name image files."
+    )
     train_split: str = option("train", "Split that the model was trained on: the reference of the samples.")
     validation_split: str | None = option(
         None, "Split held out; by default `validation`, else `test`, where there is one."
@@ -224,7 +227,7 @@ def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[Image
         pipeline.image_channels,
         center_crop=True,
         background=rgb(args.background),
-        folders=data_folders(args.dataset_name, args.train_data_dir, args.cache_dir),
+        folders=data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
     )
     columns = {
         "image_column": args.image_column,

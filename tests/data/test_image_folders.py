@@ -248,6 +248,21 @@ def test_rows_of_files_name_no_files_elsewhere(form: str, tmp_path: Path) -> Non
             streamed.transform.decode(values[0], (8, 8))
 
 
+def test_rows_of_a_local_data_set_name_files_of_other_folders_that_are_given(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("pictures/one.png", "elsewhere/two.png"):
+        write(tmp_path, name)
+    cells = [{"bytes": None, "path": str(tmp_path / name)} for name in ("pictures/one.png", "elsewhere/two.png")]
+    folders = data_folders(str(tmp_path / "data"), None, None, [str(tmp_path / "pictures")])
+    assert image_file(cells[0], folders) == cells[0]["path"]
+    with pytest.raises(ValueError, match="which is not in the folder of the data or of --image_folders"):
+        image_file(cells[1], folders)
+    with pytest.raises(ValueError, match="--image_folders .* is for a local --dataset_name"):
+        data_folders("owner/name", None, None, [str(tmp_path / "pictures")])
+    with pytest.raises(ValueError, match=r"--image_folders: there is no folder '.*none'"):
+        data_folders(str(tmp_path / "data"), None, None, [str(tmp_path / "none")])
+
+
 def test_rows_name_what_datasets_has_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As of a folder of images on the Hub; other places are no places of images.
     write(tmp_path, "downloads/extracted/0.png", "token")

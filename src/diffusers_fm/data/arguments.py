@@ -29,6 +29,9 @@ class DataArguments(Arguments):
     )
     dataset_config_name: str | None = option(None, "Configuration of the data set.")
     train_data_dir: str | None = option(None, "Folder of images instead, classes in subfolders.")
+    image_folders: Free[list[str]] = option(
+        [], "Other folders in which rows of a local --dataset_name may name image files."
+    )
     train_split: str = option("train", "Split to train on.")
     validation_split: str | None = option(
         None, "Split held out; by default `validation`, else `test`, where there is one."

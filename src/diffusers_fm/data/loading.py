@@ -43,7 +43,7 @@ def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | Non
     name = args.validation_split or held_out_split_name(streams, args.train_split)
     if name is None:
         return train_split, None
-    folders = data_folders(args.dataset_name, args.train_data_dir, args.cache_dir)
+    folders = data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders)
     rows = first_rows(choose_split(streams, name), args.image_column, args.max_validation_samples, folders)
     return train_split, rows
 
@@ -92,7 +92,7 @@ def make_datasets(
         "buckets": tuple(buckets),
         "multiple": multiple,
         "background": rgb(args.background),
-        "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir),
+        "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
     }
     transform = ImageTransform(resolution, channels, args.center_crop, args.random_flip, **common)
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -220,16 +220,26 @@ def _cache_of(dataset_name: str | None, cache_dir: str | None) -> str | None:
 
 
 def data_folders(
-    dataset_name: str | None, train_data_dir: str | None, cache_dir: str | None
+    dataset_name: str | None, train_data_dir: str | None, cache_dir: str | None, image_folders: Sequence[str] = ()
 ) -> tuple[Path, ...] | None:
     """
-    Folders in which rows of a data set may name image files, for [`ImageTransform`]: the data set's own and the caches
-    of downloads; `None`, any, for a folder of images, which names what was found in it.
+    Folders in which rows of a data set may name image files, for [`ImageTransform`]: the data set's own, the caches
+    of downloads, and for a local data set `image_folders`; `None`, any, for a folder of images, which names what was
+    found in it.
     """
+    for name in image_folders:
+        if not Path(name).expanduser().is_dir():
+            raise ValueError(f"--image_folders: there is no folder {name!r}.")
+    if image_folders and not (dataset_name is not None and Path(dataset_name).expanduser().is_dir()):
+        raise ValueError(
+            f"--image_folders {' '.join(image_folders)} is for a local --dataset_name: rows of other data sets name"
+            " no files of this machine."
+        )
     if train_data_dir is not None:
         return None
     caches = (cache_dir, datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    return tuple(Path(str(folder)) for folder in (dataset_name, *caches) if folder is not None)
+    folders = (dataset_name, *image_folders, *caches)
+    return tuple(Path(str(folder)).expanduser() for folder in folders if folder is not None)
 
 
 def choose_split(splits: Mapping[Any, DatasetT], name: str) -> DatasetT:

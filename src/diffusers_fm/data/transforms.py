@@ -66,7 +66,7 @@ def image_file(value: dict[str, Any] | None, folders: Sequence[Path] | None = No
         place = os.path.realpath(os.path.join(folders[0], rest))
         inside = any(Path(place).is_relative_to(os.path.realpath(folder)) for folder in folders)
         if not (local and inside and all(hop.partition("://")[0] in _ARCHIVES for hop in archives)):
-            raise ValueError(f"it names {path!r}, which is not in the folder of the data")
+            raise ValueError(f"it names {path!r}, which is not in the folder of the data or of --image_folders")
         path = "::".join([*archives, place])
     if local and not archives:
         return path
