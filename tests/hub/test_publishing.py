@@ -16,6 +16,7 @@ from training_runs import command_line, make_dataset, save_untrained, script, tr
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import parse_arguments
+from diffusers_fm.hub.portable import portable_files
 from diffusers_fm.push_to_hub import main as push
 from diffusers_fm.training.publishing import Publisher
 
@@ -212,6 +213,11 @@ def test_what_else_lies_in_the_folder_stays(hub: FakeHub, tmp_path: Path) -> Non
         "unet/model.ckpt",
         "unet/modeling.py",
         "unet/.hidden.json",
+        "unet/passwords.json",
+        "unet/other.safetensors",
+        "scheduler/notes.json",
+        "private.safetensors",
+        "model_notes.safetensors",
         "scheduler/state.pt",
         "data/train-00000-of-00001.parquet",
         "cache/latents.safetensors",
@@ -232,6 +238,22 @@ def test_what_else_lies_in_the_folder_stays(hub: FakeHub, tmp_path: Path) -> Non
         "unet/diffusion_pytorch_model.safetensors",
     }
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model-00001-of-00012.safetensors"),
+        *("unet/diffusion_pytorch_model.safetensors.index.json", "unet/diffusion_pytorch_model.ema-0_100.safetensors"),
+        *("unet/diffusion_pytorch_model.safetensors.index.fp16.json", "unet/model.fp16-00001-of-00002.safetensors"),
+        *("scheduler/tokenizer_config.json", "scheduler/preprocessor_config.json", "scheduler/spiece.model"),
+        *("pytorch_lora_weights.safetensors", "pytorch_lora_weights-00001-of-00002.safetensors"),
+    ],
+)
+def test_files_of_diffusers_and_transformers_go_out(tmp_path: Path, name: str) -> None:
+    tiny_pipeline("unet").save_pretrained(tmp_path)
+    (tmp_path / name).write_text("{}")
+    assert name in portable_files(tmp_path)
 
 
 def test_a_pipeline_with_other_shards_replaces_the_shards(hub: FakeHub, tmp_path: Path) -> None:

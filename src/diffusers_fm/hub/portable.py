@@ -9,16 +9,28 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
+# Weights by the names that diffusers, transformers and PEFT give them: whole or in shards, with a variant or without.
+WEIGHTS = tuple(
+    f"{name}{part}.safetensors{index}"
+    for name in ("diffusion_pytorch_model", "model", "pytorch_lora_weights", "adapter_model")
+    for part in ("", ".*", "-?????-of-?????")
+    for index in ("", ".index.json", ".index.*.json")
+)
 # The files of a pipeline, and those that a run or an evaluation adds. All others stay: optimizer states, data,
-# pickles, code.
+# pickles, code, and what a user has put there.
 ROOT_FILES = (
     *("README.md", "model_index.json", "scheduler_config.json", "config.json", "training_args.json", "metrics.json"),
-    *("*.safetensors", "*.safetensors.index*.json", "log.jsonl", "grid.png", "image_*.png"),
+    *("log.jsonl", "grid.png", "image_*.png"),
+    *WEIGHTS,
 )
 # Figures and their plots; not pictures of the data.
 EVALUATION_FILES = ("metrics.json", "*.csv", "*_by_calls.png", "loss_by_time.png", "trajectories.png")
 # Configurations and weights of a component; of tokenizers and image processors their tables too.
-COMPONENT_FILES = ("*.json", "*.safetensors", "merges.txt", "vocab.txt", "*.model", "*.jinja")
+COMPONENT_FILES = (
+    *("config.json", "*_config.json", "tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json"),
+    *("merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "*.tiktoken", "chat_template.*"),
+    *WEIGHTS,
+)
 # Files of settings, in which a string may be a path.
 SETTINGS = ("model_index.json", "*config.json", "training_args.json", "metrics.json")
 
