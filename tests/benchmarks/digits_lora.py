@@ -3,9 +3,9 @@
 
     python tests/benchmarks/digits_lora.py runs/sd3-tiny --picture runs/lora.png
 
-Trains an adapter with `pipelines/sd3-tiny/lora.json` on restyled digits, if the output folder has none yet, and loads
-it into diffusers' own `StableDiffusion3Pipeline` in this process, which does not import this package. Half of the
-prompts are in wordings that were held out of all training. Figures of each strength of the adapter:
+Trains an adapter with `--recipe` on restyled digits, if the output folder has none yet, and loads it into the stock
+pipeline in this process, which does not import this package. Half of the prompts are in wordings that were held out
+of all training. Figures of each strength of the adapter:
 
 * `restyled`: how many images have the new style (inverted: a bright ground; slanted: a moment that leans),
 * `read`: how many a classifier of real digits reads as the digit of the prompt, the style undone where it is there.
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from digits_judge import load_split, train_classifier
 from digits_prompts import captions_by_digit, draw
 
@@ -31,13 +31,13 @@ SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 TILE = 40
 
 
-def train(pipeline: Path, style: str, output_dir: Path) -> None:
+def train(pipeline: Path, recipe: Path, style: str, output_dir: Path) -> None:
     """An adapter for a style, by the commands that a user would type."""
     data = output_dir.parent / f"{style}-digits"
     make = [str(ROOT / "data" / "digits" / "make_digits.py"), "--style", style, "--output_dir", str(data)]
     subprocess.run([sys.executable, *make], check=True)
-    script = ROOT / "training_scripts" / "train_text_to_image_lora_sd3.py"
-    line = ["--config", str(ROOT / "pipelines" / "sd3-tiny" / "lora.json"), "--dataset_name", str(data)]
+    script = ROOT / "training_scripts" / "train_text_to_image_lora.py"
+    line = ["--config", str(recipe), "--dataset_name", str(data)]
     line += ["--pretrained_model_name_or_path", str(pipeline), "--output_dir", str(output_dir)]
     subprocess.run([sys.executable, "-m", "accelerate.commands.launch", str(script), *line], check=True)
 
@@ -72,7 +72,7 @@ def main(args: argparse.Namespace) -> None:
     """Prints the table and draws the picture."""
     output_dir = args.output_dir or args.folder.with_name(f"{args.folder.name}-{args.style}")
     if not (output_dir / "pytorch_lora_weights.safetensors").exists():
-        train(args.folder, args.style, output_dir)
+        train(args.folder, args.recipe, args.style, output_dir)
     judge = train_classifier(*load_split("train"))
     wanted = np.arange(args.num_images) % 10
     generator = np.random.default_rng(args.seed)
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = [str(generator.choice(captions[i // 10 % 2][digit])) for i, digit in enumerate(wanted)]
     options = (args.num_inference_steps, args.guidance_scale, args.max_sequence_length, args.seed)
 
-    pipeline = StableDiffusion3Pipeline.from_pretrained(args.folder)
+    pipeline = DiffusionPipeline.from_pretrained(args.folder)
     pipeline.set_progress_bar_config(disable=True)
     base = draw(pipeline, prompts, *options)
     pipeline.load_lora_weights(output_dir)
@@ -108,7 +108,8 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="A trained sd3-tiny.")
+    parser.add_argument("folder", type=Path, help="A trained sd3-tiny or flux-tiny.")
+    parser.add_argument("--recipe", type=Path, default=ROOT / "pipelines" / "sd3-tiny" / "lora.json")
     parser.add_argument("--style", choices=["inverted", "slanted"], default="inverted")
     parser.add_argument("--output_dir", type=Path, help="Of the adapter; by default beside the pipeline.")
     parser.add_argument("--num_images", type=int, default=200)

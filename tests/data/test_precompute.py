@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is computed once is found again by content, survives being killed, and is checked when it is read."""
 
-import json
 import pickle
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import cache_latents, normalize
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.models import encode_latents, encode_moments, latents_of_moments
-from diffusers_fm.text_to_image.prompts import PromptEncoder, cache_prompts
 
 
 SIZES = ((16, 16), (24, 16))
@@ -244,27 +242,6 @@ def test_an_interrupted_cache_goes_on(tmp_path: Path, accelerator: Accelerator) 
     assert len(cache_latents(accelerator, image_data(), vae, tmp_path, batch_size=2)) == 7
     # Four images in two batches before, the other three in two.
     assert calls == 3 + 2
-
-
-# Text
-
-
-def test_cached_embeddings_are_those_of_the_encoders(tmp_path: Path, accelerator: Accelerator) -> None:
-    encoder = PromptEncoder(tiny_stable_diffusion_3(), 6)
-    captions = ["red", "a red square", "blue", "red"]
-    prompts = cache_prompts(accelerator, captions, encoder, tmp_path, batch_size=2)
-    # Three different ones, and the empty one.
-    assert len(TensorCache(tmp_path, json.loads((tmp_path / "cache.json").read_text()))) == 4
-    for batch in (["blue", "", "red", "red"], ["a red square"]):
-        for one, other in zip(prompts(batch), encoder(batch)):
-            torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
-    with pytest.raises(ValueError, match="has no embeddings of 'purple'"):
-        prompts(["purple"])
-    other = tiny_stable_diffusion_3()
-    with torch.no_grad():
-        next(other.text_encoder_2.parameters()).view(-1)[0] += 1
-    with pytest.raises(ValueError, match="does not match this run: it was made with text encoders"):
-        cache_prompts(accelerator, captions, PromptEncoder(other, 6), tmp_path, batch_size=2)
 
 
 # In training

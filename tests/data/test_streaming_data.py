@@ -599,7 +599,7 @@ def test_two_processes_stream_and_resume(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["parquet", "webdataset", "captions"])
 def test_text_to_image_on_every_kind_of_data(kind: str, sources: dict, tmp_path: Path) -> None:
-    script = load_script(Path(__file__).parents[2] / "training_scripts" / "train_text_to_image_sd3.py")
+    script = load_script(Path(__file__).parents[2] / "training_scripts" / "train_text_to_image.py")
     tiny_stable_diffusion_3(t5=False).save_pretrained(tmp_path / "model")
     source = {name: value for name, value in sources[kind].items() if name != "columns"}
     names = {name: value for name, value in sources[kind]["columns"].items() if name != "label_column"}

@@ -8,8 +8,9 @@ import torch
 from tiny_text_to_image import tiny_stable_diffusion_3
 
 from diffusers_fm.arguments import parse_arguments
-from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, TextToImageArguments
-from diffusers_fm.text_to_image.setup import as_saved, choose_resolution, choose_scheduler, choose_sizes, shift_of
+from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, TextToImageArguments, parse_call
+from diffusers_fm.text_to_image.field import TrainedField
+from diffusers_fm.text_to_image.setup import as_saved, choose_scheduler, choose_sizes
 
 
 REQUIRED = ["--pretrained_model_name_or_path=nowhere", "--dataset_name=nowhere"]
@@ -21,13 +22,14 @@ def test_the_shift_is_that_of_equation_23(sizes: list[tuple[int, int]], base: in
     """`sqrt(m / n)` for the smallest and the largest size, in training and in the sampling of what is saved."""
     pipeline = tiny_stable_diffusion_3(t5=False)
     args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift_base_resolution", str(base)])
-    scheduler = choose_scheduler(pipeline, args, sizes)
+    field = TrainedField(pipeline, "transformer", {})
+    choose_scheduler(field, args, sizes)
     saved = as_saved(pipeline)
     saved.set_progress_bar_config(disable=True)
     areas = sorted(height * width for height, width in sizes)
     for height, width in sizes:
         # Latents have half the side, and 2 x 2 of them are a token.
-        shift = shift_of(scheduler, torch.zeros(1, 4, height // 2, width // 2), 2)
+        shift = field.shift((height, width))
         exact = math.sqrt(height * width / base**2)
         if height * width in (areas[0], areas[-1]):
             assert shift == pytest.approx(exact, rel=1e-12)
@@ -45,25 +47,42 @@ def test_the_shift_is_that_of_equation_23(sizes: list[tuple[int, int]], base: in
 def test_one_area_fixes_the_shift_of_larger_images_too() -> None:
     pipeline = tiny_stable_diffusion_3(t5=False)
     args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift_base_resolution", "16"])
-    scheduler = choose_scheduler(pipeline, args, [(8, 16), (16, 8)])
-    assert shift_of(scheduler, torch.zeros(1, 4, 8, 16), 2) == pytest.approx(math.sqrt(16 * 32) / 16, rel=1e-12)
+    field = TrainedField(pipeline, "transformer", {})
+    choose_scheduler(field, args, [(8, 16), (16, 8)])
+    assert field.shift((16, 32)) == pytest.approx(math.sqrt(16 * 32) / 16, rel=1e-12)
 
 
 def test_a_given_shift_is_that_of_every_size() -> None:
     pipeline = tiny_stable_diffusion_3(t5=False)
     args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift", "2.5"])
-    scheduler = choose_scheduler(pipeline, args, [(16, 24), (8, 8)])
-    assert [shift_of(scheduler, torch.zeros(1, 4, side, side), 2) for side in (4, 12)] == [2.5, 2.5]
+    field = TrainedField(pipeline, "transformer", {})
+    choose_scheduler(field, args, [(16, 24), (8, 8)])
+    assert [field.shift((side, side)) for side in (8, 24)] == [2.5, 2.5]
 
 
 def test_sizes_that_the_model_does_not_take_are_refused() -> None:
-    pipeline = tiny_stable_diffusion_3(t5=False)
-    assert choose_resolution(pipeline, None) == 16
-    with pytest.raises(ValueError, match="--resolution must be a multiple of 4 up to 48 for this model, got 52"):
-        choose_resolution(pipeline, 52)
-    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--aspect_ratio_buckets", "16,24;18,16;16,52"])
-    with pytest.raises(ValueError, match=r"multiples of 4 up to 48, got \[\(18, 16\), \(16, 52\)\]"):
-        choose_sizes(pipeline, args, 16)
+    field = TrainedField(tiny_stable_diffusion_3(t5=False), "transformer", {"max_sequence_length": 4})
+
+    def sizes(*words: str) -> list[tuple[int, int]]:
+        return choose_sizes(field, parse_arguments(TextToImageArguments, [*REQUIRED, *words]))
+
+    assert (field.factor, field.multiple, sizes()) == (2, 4, [(16, 16)])
+    assert sizes("--aspect_ratio_buckets", "16,24;48,16") == [(16, 24), (48, 16)]
+    with pytest.raises(ValueError, match="takes no images of 52 x 52 pixels: .*`pos_embed_max_size`: 12"):
+        sizes("--resolution", "52")
+    with pytest.raises(ValueError, match="takes no images of 18 x 18 pixels: .*divisible by 4 but are 18 and 18"):
+        sizes("--resolution", "18")
+    with pytest.raises(ValueError, match=r"multiples of 4 for this model, got \[\(18, 16\)\]"):
+        sizes("--aspect_ratio_buckets", "16,24;18,16")
+    with pytest.raises(ValueError, match="takes no images of 16 x 52 pixels"):
+        sizes("--aspect_ratio_buckets", "16,24;16,52")
+
+
+@pytest.mark.parametrize("words", ["num_frames", "=1", "a b=1", "num_frames=one"])
+def test_arguments_of_the_call_are_checked(words: str) -> None:
+    with pytest.raises(ValueError, match="--call must read like num_frames=1"):
+        parse_arguments(TextToImageArguments, [*REQUIRED, "--call", words])
+    assert parse_call(["num_frames=1", 'negative_prompt="no"']) == {"num_frames": 1, "negative_prompt": "no"}
 
 
 @pytest.mark.parametrize("arguments", [TextToImageArguments, LoraTrainingArguments])
@@ -75,8 +94,8 @@ def test_sizes_that_the_model_does_not_take_are_refused() -> None:
         ("--text_encoder_dropout nan", r"--text_encoder_dropout must be in \[0, 1\], got \[nan\]"),
         ("--text_encoder_dropout 0.1 0.2 1.5", r"--text_encoder_dropout must be in \[0, 1\], got \[0.1, 0.2, 1.5\]"),
         (
-            "--text_encoder_dropout 0.1 0.2 0.3 0.4",
-            r"one for each of up to 3 text encoders, got \[0.1, 0.2, 0.3, 0.4\]",
+            "--text_encoder_dropout 0.1 0.2 0.3 0.4 0.5",
+            r"one for each of up to 4 text encoders, got \[0.1, 0.2, 0.3, 0.4, 0.5\]",
         ),
         ("--max_sequence_length -1", "--max_sequence_length must be from 0 to 512, got -1"),
         ("--max_sequence_length 513", "--max_sequence_length must be from 0 to 512, got 513"),

@@ -62,8 +62,8 @@ RUNS = {
     "latents": ("train_flow_matching", {}, "model_index.json"),
     "stream": ("train_flow_matching", STREAM, "model_index.json"),
     "upscaler": ("train_upscale", {"num_measured_images": 4}, "model_index.json"),
-    "text": ("train_text_to_image_sd3", TEXT_TO_IMAGE, "model_index.json"),
-    "adapters": ("train_text_to_image_lora_sd3", {**TEXT_TO_IMAGE, "rank": 2}, "pytorch_lora_weights.safetensors"),
+    "text": ("train_text_to_image", TEXT_TO_IMAGE, "model_index.json"),
+    "adapters": ("train_text_to_image_lora", {**TEXT_TO_IMAGE, "rank": 2}, "pytorch_lora_weights.safetensors"),
 }
 
 

@@ -28,7 +28,7 @@ from training_runs import (
 )
 
 
-SD3_SCRIPT = ROOT / "training_scripts" / "train_text_to_image_sd3.py"
+SD3_SCRIPT = ROOT / "training_scripts" / "train_text_to_image.py"
 
 # Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding.
 SMOOTH = {"adam_epsilon": 1e-2}

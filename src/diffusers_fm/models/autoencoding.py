@@ -75,7 +75,7 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
             The autoencoder; it runs in its own dtype, or in float32 where that is float16 and its config says
             `force_upcast`.
         images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-            Images with values in [-1, 1].
+            Images with values in [-1, 1]; an autoencoder of videos takes each as a video of one frame.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 2 * latent_channels, height / factor, width / factor)`: means and log
@@ -88,6 +88,8 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
     """
     if not images.is_floating_point():
         raise ValueError(f"`images` must be floating-point with values in [-1, 1], got {images.dtype}.")
+    if images.ndim == 4 and any(isinstance(layer, nn.Conv3d) for layer in vae.modules()):
+        images = images.unsqueeze(2)
     encoded = _run(vae, "encode", images)
     if isinstance(encoded, AutoencoderKLOutput):
         return encoded.latent_dist.parameters

@@ -27,7 +27,7 @@ REFUSED = {
 GUIDANCE_OFF = {"ZImage": 0.0, "Krea2": 0.0}
 
 # Ends of the names of layers that LoRA adapts.
-LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")
+LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LORA_LAYERS_OF = {
     "Flux2": (*LORA_LAYERS, "to_qkv_mlp_proj", "to_out"),
     "Kandinsky5": ("to_query", "to_key", "to_value", "out_layer"),

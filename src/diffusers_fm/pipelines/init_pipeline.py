@@ -18,11 +18,15 @@ from diffusers import (
     DiffusionPipeline,
     DiTTransformer2DModel,
     ModelMixin,
-    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
-from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, SD35AdaLayerNormZeroX
+from diffusers.models.normalization import (
+    AdaLayerNormContinuous,
+    AdaLayerNormZero,
+    AdaLayerNormZeroSingle,
+    SD35AdaLayerNormZeroX,
+)
 from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
@@ -41,19 +45,17 @@ PipelineT = TypeVar("PipelineT", bound=DiffusionPipeline)
 # model_index.json may come from anywhere, and importing a module runs it.
 LIBRARIES = ("diffusers", "diffusers_fm", "transformers")
 
-# As what a pipeline is built, by the class that model_index.json names. The three of Stable Diffusion 3 have the same
-# components; anything else is read as a FlowMatchPipeline.
-PIPELINES: dict[str | None, type[DiffusionPipeline]] = {
-    "FlowMatchUpscalePipeline": FlowMatchUpscalePipeline,
-    "StableDiffusion3Pipeline": StableDiffusion3Pipeline,
-    "StableDiffusion3Img2ImgPipeline": StableDiffusion3Pipeline,
-    "StableDiffusion3InpaintPipeline": StableDiffusion3Pipeline,
+# Classes with the components of another one, which is built in their place.
+SAME_COMPONENTS = {
+    "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
 }
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# Names of the components that read captions begin so.
+TEXT_PARTS = ("text_encoder", "tokenizer")
 # Files of a repository with which empty models and tokenizers are made.
 WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model"]
-TEXT_PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
 
 def init_pipeline(
@@ -87,11 +89,11 @@ def init_pipeline(
         variant (`str`, *optional*):
             Variant of the weights, such as `"fp16"`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*):
-            [`FlowMatchPipeline`], [`FlowMatchUpscalePipeline`] or [`~diffusers.StableDiffusion3Pipeline`], where only
+            [`FlowMatchPipeline`], [`FlowMatchUpscalePipeline`] or a text-to-image pipeline of diffusers, where only
             that one will do. By default the one that `model_index.json` names.
         text_encoders (`str` or `os.PathLike`, *optional*):
-            Folder or Hub id of a Stable Diffusion 3 pipeline whose text encoders and tokenizers take the place of
-            those in `folder`; they are loaded in the dtype of their files.
+            Folder or Hub id of a pipeline whose text encoders and tokenizers take the place of those in `folder`; they
+            are loaded in the dtype of their files.
         empty (`bool`, *optional*, defaults to `False`):
             Build the models on the meta device, to count with: they have shapes and no contents, and weights are
             neither read nor downloaded.
@@ -124,13 +126,13 @@ def init_pipeline(
     if text_encoders is not None:
         if issubclass(found, FlowMatchPipelineBase):
             raise ValueError(f"`text_encoders` was given, but the pipeline {str(folder)!r} reads no text.")
-        components |= _text_parts(text_encoders, variant, empty)
+        components |= _text_parts(text_encoders, found, variant, empty)
 
     for name in [name for name in declared if name.startswith("tokenizer") and name not in components]:
         if not any((path / name).glob("*")):
             raise ValueError(
-                f"The folder {str(path / name)!r} holds no tokenizer: give `text_encoders`, a Stable Diffusion 3"
-                " pipeline with trained text encoders and their tokenizers."
+                f"The folder {str(path / name)!r} holds no tokenizer: give `text_encoders`, a pipeline"
+                " with trained text encoders and their tokenizers."
             )
     untrained = [
         name
@@ -164,12 +166,20 @@ def init_pipeline(
 def check_pipeline_class(
     folder: str | os.PathLike, index: dict[str, Any], pipeline_class: type[DiffusionPipeline] | None
 ) -> type[DiffusionPipeline]:
-    """Class as which a pipeline is built, by its model_index.json; a `ValueError` if that is not the wanted one."""
-    found = PIPELINES.get(index.get("_class_name"), FlowMatchPipeline)
-    if pipeline_class not in (None, found):
-        raise ValueError(
-            f"{str(folder)!r} holds a {index.get('_class_name')}, where a {pipeline_class.__name__} is needed."
-        )
+    """
+    Class as which a pipeline is built, by its model_index.json: one of diffusers where it reads captions, else ours.
+    A `ValueError` if that is not the wanted one.
+    """
+    name = index.get("_class_name")
+    found: Any = FlowMatchPipeline
+    if name == FlowMatchUpscalePipeline.__name__:
+        found = FlowMatchUpscalePipeline
+    elif isinstance(name, str) and name.endswith("Pipeline"):
+        stock = getattr(diffusers, SAME_COMPONENTS.get(name, name), None)
+        if stock is not None and any(part.startswith(TEXT_PARTS) for part in inspect.signature(stock).parameters):
+            found = stock
+    if pipeline_class is not None and not issubclass(found, pipeline_class):
+        raise ValueError(f"{str(folder)!r} holds a {name}, where a {pipeline_class.__name__} is needed.")
     return found
 
 
@@ -197,18 +207,23 @@ def _local_folder(
     return path
 
 
-def _text_parts(source: str | os.PathLike, variant: str | None, empty: bool) -> dict[str, Any]:
+def _text_parts(
+    source: str | os.PathLike, pipeline_class: type[DiffusionPipeline], variant: str | None, empty: bool
+) -> dict[str, Any]:
     """Text encoders and tokenizers of a pipeline; what it lacks is `None`."""
-    models: dict[str, Any] = {"transformer": None, "vae": None}
+    names = list(inspect.signature(pipeline_class).parameters)
+    parts = [name for name in names if name.startswith(TEXT_PARTS)]
+    models: dict[str, Any] = {name: None for name in names if name not in (*parts, "scheduler")}
     if empty:
-        source = _local_folder(source, StableDiffusion3Pipeline, None, variant, empty)
+        source = _local_folder(source, pipeline_class, None, variant, empty)
         index = json.loads((source / DiffusionPipeline.config_name).read_text(encoding="utf-8"))
         with _device(empty):
-            for name in ENCODERS:
-                models[name] = None if index[name][0] is None else untrained_model(source / name, *index[name])
+            for name in parts:
+                if not name.startswith("tokenizer"):
+                    models[name] = None if index[name][0] is None else untrained_model(source / name, *index[name])
         variant = None
-    others = StableDiffusion3Pipeline.from_pretrained(str(source), variant=variant, **models)
-    return {name: getattr(others, name) for name in TEXT_PARTS}
+    others = pipeline_class.from_pretrained(str(source), variant=variant, **models)
+    return {name: getattr(others, name) for name in parts}
 
 
 def _empty_autoencoder(source: str) -> ModelMixin:
@@ -244,14 +259,15 @@ def _zero_output_layers(model: ModelMixin) -> None:
     zeroed: list[nn.Module] = [
         module.linear
         for module in model.modules()
-        if isinstance(module, (AdaLayerNormZero, AdaLayerNormContinuous, SD35AdaLayerNormZeroX))
+        if isinstance(
+            module, (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous, SD35AdaLayerNormZeroX)
+        )
     ]
     if isinstance(model, DiTTransformer2DModel):
         zeroed += [model.proj_out_1, model.proj_out_2]
-    elif isinstance(model, SD3Transformer2DModel):
-        zeroed += [model.proj_out]
     elif isinstance(model, UNet2DModel):
         zeroed += [model.conv_out]
+    zeroed += [layer for name, layer in model.named_children() if name == "proj_out"]
     for module in zeroed:
         for parameter in module.parameters():
             nn.init.zeros_(parameter)

@@ -12,6 +12,9 @@ from ..precision import to_float64, widest_float
 from .one_step import Tree, leaves, map_tensors
 
 
+HALF = (torch.float16, torch.bfloat16)
+
+
 class NetworkReached(Exception):
     """End of the pipeline's call at the network."""
 
@@ -95,7 +98,8 @@ class NetworkCalls:
             arguments = {**arguments, **replaced}
         # From here to the step there are gradients; the pipeline's caller restores the mode.
         torch.set_grad_enabled(self.gradients)
-        output = self.network(**{**arguments, self.state: map_tensors(self._cast, arguments[self.state])})
+        arguments = {**arguments, self.state: map_tensors(self._cast, arguments[self.state])}
+        output = self.network(**map_tensors(self._widen, arguments))
         self.differentiable = any(leaf.requires_grad for leaf in leaves(output))
         if self.record:
             self.outputs.append(map_tensors(_zeros, output))
@@ -118,9 +122,17 @@ class NetworkCalls:
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         """States in float32 as networks in 16 bits take them."""
-        if tensor.dtype != torch.float32 or torch.is_autocast_enabled(tensor.device.type):
-            return tensor
-        return tensor.to(self.dtype) if self.dtype in (torch.float16, torch.bfloat16) else tensor
+        half = self.dtype in HALF and tensor.dtype == torch.float32 and not _autocast(tensor)
+        return tensor.to(self.dtype) if half else tensor
+
+    def _widen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What encoders in 16 bits say as networks in float32 take it."""
+        wide = self.dtype == torch.float32 and tensor.dtype in HALF and not _autocast(tensor)
+        return tensor.float() if wide else tensor
+
+
+def _autocast(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 def find_times(

@@ -6,7 +6,7 @@ import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,18 @@ class Findings:
     sides: dict[str, tuple[dict[str, TimeMap], ...]]  # the same times for other networks
     sign: str
     mu: float | None
+
+    def for_batch(self, size: int) -> "Findings":
+        """The same answers for a batch of another size, where they were those of a batch."""
+        own = self.shape[0]
+        if size == own:
+            return self
+
+        def grow(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor[:1].expand(len(tensor) * size // own, *tensor.shape[1:])
+
+        rows = tuple(count * size // own for count in self.rows)
+        return replace(self, shape=(size, *self.shape[1:]), rows=rows, outputs=map_tensors(grow, self.outputs))
 
     @property
     def skipped(self) -> tuple[Tree, ...]:

@@ -6,10 +6,11 @@ import math
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 
 from .findings import find, tolerance
 from .network_calls import NetworkReached
+from .one_step import one_time_scheduler
 from .pipeline_calls import Findings, PipelineCalls
 from .prompt_memo import PromptMemo
 
@@ -94,7 +95,9 @@ class VelocityField(PipelineCalls):
     @torch.no_grad()
     def ask(self, x_t: torch.Tensor, **call: Any) -> Findings:
         """
-        Find and verify how a kind of call works; kept for each shape.
+        Find and verify how a kind of call works; kept for each shape of a sample.
+
+        A batch is asked about by its first two samples: the answers hold for every size of it.
 
         Args:
             x_t (`torch.Tensor` of shape `(batch_size, ...)`):
@@ -109,11 +112,26 @@ class VelocityField(PipelineCalls):
             ValueError: If the pipeline cannot be verified to be a velocity field, in one sentence.
         """
         self.check_names(call)
-        key = (x_t.shape, x_t.dtype, *((name, _kind(value)) for name, value in sorted(call.items())))
+        size = len(x_t)
+        few = {name: value[:2] if _is_batch(value, size) else value for name, value in call.items()}
+        kinds = ((name, _kind(value)) for name, value in sorted(few.items()))
+        key = (min(size, 2), x_t.shape[1:], x_t.dtype, *kinds)
         if key not in self._found:
             with self.quiet(x_t):
-                self._found[key] = find(self, x_t, call)
-        return self._found[key]
+                self._found[key] = find(self, x_t[:2], few)
+        return self._found[key].for_batch(size)
+
+    def set_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """
+        Ask with another scheduler from now on.
+
+        Args:
+            scheduler ([`~diffusers.SchedulerMixin`]):
+                Flow matching scheduler, whose configuration decides the shift.
+        """
+        vars(self.pipeline)["scheduler"] = scheduler
+        self._scheduler = one_time_scheduler(scheduler)
+        self._found.clear()
 
     @torch.no_grad()
     def state_shape(self, **call: Any) -> tuple[int, ...]:
@@ -233,6 +251,11 @@ class VelocityField(PipelineCalls):
             }
             for found in self._found.values()
         ]
+
+
+def _is_batch(value: Any, size: int) -> bool:
+    """Whether an argument of a call has an entry for each sample."""
+    return size > 2 and isinstance(value, (list, torch.Tensor)) and len(value) == size
 
 
 def _kind(value: Any) -> Any:

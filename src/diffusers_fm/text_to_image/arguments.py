@@ -2,8 +2,10 @@
 """Arguments of the text-to-image scripts: captions, sizes, prompts and adapters."""
 
 import importlib.util
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, NotNegative, Positive, Range, option
 from ..data.arguments import LatentArguments
@@ -11,8 +13,22 @@ from ..data.buckets import parse_buckets
 from ..training.arguments import TrainingArguments
 
 
-MAX_SEQUENCE_LENGTH = 512  # of `StableDiffusion3Pipeline`
-MAX_TEXT_ENCODERS = 3
+MAX_SEQUENCE_LENGTH = 512
+MAX_TEXT_ENCODERS = 4
+
+
+def parse_call(words: Sequence[str]) -> dict[str, Any]:
+    """Arguments of a pipeline's call from the command line, such as `num_frames=1`."""
+    call = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            call[name] = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--call must read like num_frames=1 or guidance_scale=3.5, got {word!r}.") from error
+        if not (equals and name.isidentifier()):
+            raise ValueError(f"--call must read like num_frames=1 or guidance_scale=3.5, got {word!r}.")
+    return call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +45,11 @@ class CaptionArguments(Arguments):
     text_encoder_dropout: list[Fraction] = option(
         [0.0], "Part of the captions for which a text encoder gives zeros: one number, or one for each encoder."
     )
-    max_sequence_length: int = option(256, "Tokens of the T5.", source="StableDiffusion3Pipeline")
+    max_sequence_length: int | None = option(None, "Tokens of a caption; by default the pipeline's own number.")
+    network: Fixed[str] = option("transformer", "Component of the pipeline that is trained.")
+    call: Fixed[list[str]] = option(
+        [], "Further arguments of the pipeline's call in training and in the pictures, name=value, the value as JSON."
+    )
     use_aspect_ratio_buckets: bool = option(False, "Keep images near their shape, not square.")
     aspect_ratio_buckets: str | None = option(
         None, 'The sizes themselves, height,width: "1024,1024;832,1216;1216,832".'
@@ -50,7 +70,8 @@ class CaptionArguments(Arguments):
             raise ValueError("Of --use_aspect_ratio_buckets and --aspect_ratio_buckets one may be given.")
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
-        if not 0 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
+        parse_call(self.call)
+        if self.max_sequence_length is not None and not 0 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(
                 f"--max_sequence_length must be from 0 to {MAX_SEQUENCE_LENGTH}, got {self.max_sequence_length}."
             )

@@ -29,7 +29,7 @@ def text_to_image_card(
     global_batch_size: int,
     figures: Mapping[str, Any],
     folder: Path | None = None,
-    tags: Sequence[str] = ("stable-diffusion-3",),
+    tags: Sequence[str] = (),
 ) -> ModelCard:
     """Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]."""
     name, scheduler = type(pipeline).__name__, pipeline.scheduler

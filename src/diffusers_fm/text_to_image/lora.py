@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of a Stable Diffusion 3 pipeline, through PEFT."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of the network of a pipeline and of its CLIPs, through PEFT."""
 
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from diffusers import ModelMixin, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
 from ..data.randomness import derive_seed
+from ..pipelines.families import lora_layers
 from .arguments import LoraTrainingArguments, check_peft, parse_blocks, parse_layers
 
 
 # The name that diffusers expects of an adapter in training.
 ADAPTER = "default"
 
-# Every attention projection: of the image, of the text, and of the second attention (`attn2`) of Stable Diffusion 3.5.
-TRANSFORMER_LAYERS = "to_q to_k to_v to_out.0 add_q_proj add_k_proj add_v_proj to_add_out".split()
 # diffusers reads adapters of a CLIP back if they are on these, or on `fc1` and `fc2`.
+CLIPS = (CLIPTextModel, CLIPTextModelWithProjection)
 TEXT_ENCODER_LAYERS = "q_proj k_proj v_proj out_proj".split()
-
-# The parts of a pipeline that `save_lora_weights` can write.
-ADAPTED = ("transformer", "text_encoder", "text_encoder_2")
 
 # Default of diffusers' own scripts.
 TEXT_ENCODER_LEARNING_RATE = 5e-6
@@ -76,10 +74,11 @@ def add_lora(
     from peft import LoraConfig
 
     _check_layers(model, layers)
-    _check_blocks(model, blocks)
     targets = list(layers)
     if blocks is not None:
-        inside = tuple(f"transformer_blocks.{block}." for block in blocks)
+        names = _block_names(model)
+        _check_blocks(model, blocks)
+        inside = tuple(f"{names[block]}." for block in blocks)
         targets = [name for name in _layer_names(model) if name.startswith(inside) and _is_one_of(name, layers)]
     config = LoraConfig(
         r=rank,
@@ -103,17 +102,23 @@ def add_lora(
             parameter.data = parameter.data.float()
 
 
-def check_adaptable(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArguments) -> None:
-    """Refuse a transformer that is untrained, or lacks the layers or blocks of the adapters."""
-    layers, blocks = _targets(args)
-    _check_layers(pipeline.transformer, layers)
-    _check_blocks(pipeline.transformer, blocks)
-    weight = pipeline.transformer.proj_out.weight
-    # A dry run has no weights to look at.
-    if not weight.is_meta and not weight.any():
+def check_adaptable(pipeline: DiffusionPipeline, network: nn.Module, args: LoraTrainingArguments) -> None:
+    """Refuse a network that is untrained, or lacks the layers or blocks of the adapters, and CLIPs without loader."""
+    layers, blocks = _targets(pipeline, network, args)
+    _check_layers(network, layers)
+    _check_blocks(network, blocks)
+    if args.train_text_encoder and not adapted_encoders(pipeline):
         raise ValueError(
-            f"The transformer of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
-            " adapter in front of it learns anything. Train it first, with train_text_to_image_sd3.py."
+            f"{type(pipeline).__name__} reads no adapters of text encoders: leave out --train_text_encoder."
+        )
+    outputs: list[Any] = [
+        layer.weight for name, layer in network.named_children() if name == "proj_out" and _is_layer(layer)
+    ]
+    # A dry run has no weights to look at.
+    if any(not weight.is_meta and not weight.any() for weight in outputs):
+        raise ValueError(
+            f"The {args.network} of {pipeline.config._name_or_path!r} is untrained: its output layer is zero, and no"
+            " adapter in front of it learns anything. Train it first, with train_text_to_image.py."
         )
 
 
@@ -127,10 +132,12 @@ def check_engine(accelerator: Accelerator, args: LoraTrainingArguments) -> None:
         raise ValueError(f"--train_text_encoder does not work with {kind.value}: use DDP, or leave it out.")
 
 
-def add_adapters(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArguments) -> None:
-    """Give adapters to the transformer of a pipeline and, with `--train_text_encoder`, to both CLIPs."""
-    parts = {name: (TEXT_ENCODER_LAYERS, None) for name in ADAPTED[1:] if args.train_text_encoder}
-    for name, (layers, blocks) in {**parts, "transformer": _targets(args)}.items():
+def add_adapters(pipeline: DiffusionPipeline, args: LoraTrainingArguments) -> list[Any]:
+    """Give adapters to the network and, with `--train_text_encoder`, to the CLIPs, which are returned."""
+    encoders = adapted_encoders(pipeline) if args.train_text_encoder else []
+    targets = _targets(pipeline, pipeline.components[args.network], args)
+    parts: dict[str, Any] = {**dict.fromkeys(encoders, (TEXT_ENCODER_LAYERS, None)), args.network: targets}
+    for name, (layers, blocks) in parts.items():
         add_lora(
             pipeline.components[name],
             args.rank,
@@ -141,11 +148,19 @@ def add_adapters(pipeline: StableDiffusion3Pipeline, args: LoraTrainingArguments
             args.use_dora,
             derive_seed(args.seed, "lora", name),
         )
+    return [pipeline.components[name] for name in encoders]
 
 
-def adapted_text_encoders(pipeline: StableDiffusion3Pipeline) -> list[Any]:
-    """CLIPs that have adapters: both or none."""
-    return [pipeline.components[name] for name in ADAPTED[1:] if _has_adapters(pipeline.components[name])]
+def adapted_encoders(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the CLIPs whose adapters the pipeline's `save_lora_weights` writes."""
+    written = [name.removesuffix("_lora_layers") for name in _save_arguments(pipeline)]
+    return [name for name in written if isinstance(pipeline.components.get(name), CLIPS)]
+
+
+def _save_arguments(pipeline: DiffusionPipeline) -> list[str]:
+    if "save_lora_weights" not in dir(pipeline):
+        return []
+    return list(inspect.signature(type(pipeline).save_lora_weights).parameters)  # pyright: ignore
 
 
 def text_encoder_learning_rate(args: LoraTrainingArguments) -> float:
@@ -156,37 +171,48 @@ def text_encoder_learning_rate(args: LoraTrainingArguments) -> float:
 
 
 def parameter_groups(model: nn.Module, text_encoder_lr: float) -> list[dict[str, Any]]:
-    """Trained parameters of a [`TextToImageModel`] for the optimizer, with an own rate for text encoders."""
+    """Trained parameters of a [`TrainedField`] for the optimizer, with a rate of their own for text encoders."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     own = [parameter for name, parameter in trained if not name.startswith("text_encoders.")]
     others = [parameter for name, parameter in trained if name.startswith("text_encoders.")]
     return [{"params": own}, *([{"params": others, "lr": text_encoder_lr}] if others else [])]
 
 
-def save_lora(pipeline: StableDiffusion3Pipeline, folder: Path) -> None:
+def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
     """
-    Write adapters as `pytorch_lora_weights.safetensors`, for
-    [`~diffusers.StableDiffusion3Pipeline.load_lora_weights`]. Their configuration is in the file's metadata: without
-    it a reader would take the rank for alpha.
+    Write adapters as `pytorch_lora_weights.safetensors`: in the format of the pipeline's own `load_lora_weights`, or,
+    where it has none, in that of the network's `load_lora_adapter`. Their configuration is in the file's metadata:
+    without it a reader would take the rank for alpha.
     """
     from peft import get_peft_model_state_dict
 
+    taken = _save_arguments(pipeline)
     parts: dict[str, Any] = {}
-    for name in ADAPTED:
-        model = pipeline.components[name]
-        if _has_adapters(model):
-            state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-            parts[f"{name}_lora_layers"] = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-            parts[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()
-    type(pipeline).save_lora_weights(folder, **parts)
+    for name, model in pipeline.components.items():
+        if not isinstance(model, nn.Module) or not _has_adapters(model):
+            continue
+        if f"{name}_lora_layers" not in taken:
+            network: Any = model
+            network.save_lora_adapter(folder, adapter_name=ADAPTER)
+            continue
+        state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
+        parts[f"{name}_lora_layers"] = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        if f"{name}_lora_adapter_metadata" in taken:
+            parts[f"{name}_lora_adapter_metadata"] = model.peft_config[ADAPTER].to_dict()  # pyright: ignore
+    if parts:
+        type(pipeline).save_lora_weights(folder, **parts)  # pyright: ignore
 
 
 def _has_adapters(model: nn.Module | None) -> bool:
     return model is not None and any(".lora_A." in name for name, _ in model.named_parameters())
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, nn.Conv2d))
+
+
 def _layer_names(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    return [name for name, module in model.named_modules() if _is_layer(module)]
 
 
 def _is_one_of(name: str, layers: Sequence[str]) -> bool:
@@ -204,15 +230,21 @@ def _check_layers(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def _check_blocks(model: nn.Module, blocks: Sequence[int] | None) -> None:
-    if blocks is None:
-        return
-    count = len(model.get_submodule("transformer_blocks"))  # pyright: ignore[reportArgumentType]
-    unknown = [block for block in blocks if not 0 <= block < count]
+    count = len(_block_names(model))
+    unknown = [block for block in blocks or () if not 0 <= block < count]
     if unknown:
         raise ValueError(f"{model.__class__.__name__} has no blocks {unknown}; its blocks are 0 to {count - 1}.")
 
 
-def _targets(args: LoraTrainingArguments) -> tuple[list[str], list[int] | None]:
-    """Layers and blocks of the transformer to adapt."""
-    layers = TRANSFORMER_LAYERS if args.lora_layers is None else parse_layers(args.lora_layers)
-    return list(layers), None if args.lora_blocks is None else parse_blocks(args.lora_blocks)
+def _block_names(model: nn.Module) -> list[str]:
+    """Names of the blocks, through all lists of blocks in their order."""
+    lists = [(name, child) for name, child in model.named_children() if isinstance(child, nn.ModuleList)]
+    return [f"{name}.{i}" for name, child in lists if "block" in name for i in range(len(child))]
+
+
+def _targets(
+    pipeline: DiffusionPipeline, network: nn.Module, args: LoraTrainingArguments
+) -> tuple[list[str], list[int] | None]:
+    """Layers and blocks of the network to adapt."""
+    layers = lora_layers(pipeline, network) if args.lora_layers is None else parse_layers(args.lora_layers)
+    return layers, None if args.lora_blocks is None else parse_blocks(args.lora_blocks)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Setup of a text-to-image run: sizes, scheduler, frozen models, captioned data, caches and picture grids."""
 
+import copy
+import inspect
 import itertools
 import logging
 import math
@@ -8,27 +10,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.training_utils import offload_models
 from torch import nn
+from transformers import T5EncoderModel
 
 from ..data.buckets import make_buckets, parse_buckets
-from ..data.captions import CaptionColumn
+from ..data.cache import DryAccelerator
 from ..data.images import ImageData
 from ..data.latents import cache_latents
 from ..data.loading import make_datasets
 from ..data.randomness import make_generator
 from ..data.streams import StreamData
-from ..pipelines.init_pipeline import ENCODERS, TEXT_PARTS
-from ..pipelines.sampling import default_mu
 from ..pipelines.stock import with_stock_scheduler
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..training.distributed import SHARDING
+from ..training.run import TrainingRun
 from ..training.validation import EVALUATION_SEED, make_grid
-from .arguments import TextToImageArguments
-from .prompts import Embeds, EncodeCaptions, PromptEncoder, cache_prompts
+from .arguments import TextToImageArguments, parse_call
+from .field import Size, TrainedField
+from .text import TextEncoders, cache_captions, warn_of_long_captions
 
 
 logger = logging.getLogger(__name__)
@@ -37,93 +42,75 @@ logger = logging.getLogger(__name__)
 BUCKET_STEPS = 16
 
 
-class TextToImageModel(nn.Module):
-    """
-    Transformer of a pipeline, with x_t and timestep first, as [`~diffusers_fm.training.validation.held_out_loss`]
-    calls it.
-
-    Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
-            Its transformer is trained in place.
-        text_encoders (`Sequence[nn.Module]`, *optional*):
-            Text encoders that are trained too. They run before a call, which takes their embeddings.
-    """
-
-    def __init__(self, pipeline: StableDiffusion3Pipeline, text_encoders: Sequence[nn.Module] = ()) -> None:
-        super().__init__()
-        self.transformer = pipeline.transformer
-        self.text_encoders = nn.ModuleList(text_encoders)
-
-    def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, prompt_embeds: torch.Tensor, pooled: torch.Tensor
-    ) -> torch.Tensor:
-        """
-        Prediction of the transformer, of the scheduler's `prediction_type`.
-
-        Args:
-            sample (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                x_t, float32.
-            timestep (`torch.Tensor` of shape `(batch_size,)`):
-                `timestep_scale * t`, continuous; t = 0 is data, 1 is noise.
-            prompt_embeds (`torch.Tensor` of shape `(batch_size, num_tokens, joint_attention_dim)`):
-                Token embeddings of the captions.
-            pooled (`torch.Tensor` of shape `(batch_size, pooled_projection_dim)`):
-                Pooled embeddings of the captions.
-
-        Returns:
-            `torch.Tensor` of the shape of `sample`.
-        """
-        return self.transformer(
-            hidden_states=sample,
-            timestep=timestep,
-            encoder_hidden_states=prompt_embeds.to(sample.dtype),
-            pooled_projections=pooled.to(sample.dtype),
-            return_dict=False,
-        )[0]
-
-
-def choose_resolution(pipeline: StableDiffusion3Pipeline, resolution: int | None) -> int:
-    """Side of the square images, by default the transformer's; a `ValueError` if the model does not take it."""
-    multiple, largest = _sides(pipeline)
-    if resolution is None:
-        return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor
-    if resolution % multiple or resolution > largest:
+def open_pipeline(run: TrainingRun[Any], args: TextToImageArguments) -> DiffusionPipeline:
+    """Pipeline of a run, refused where no text is read."""
+    pipeline = run.init_pipeline(DiffusionPipeline, args.text_encoders_name_or_path)
+    if not any(name.startswith("text_encoder") for name in pipeline.components):
         raise ValueError(
-            f"--resolution must be a multiple of {multiple} up to {largest} for this model, got {resolution}."
+            f"{args.pretrained_model_name_or_path!r} holds a {type(pipeline).__name__}, which reads no text: train it"
+            " with train_flow_matching.py."
         )
-    return resolution
+    return pipeline
 
 
-def choose_sizes(
-    pipeline: StableDiffusion3Pipeline, args: TextToImageArguments, resolution: int
-) -> list[tuple[int, int]]:
-    """Heights and widths of the images, a square or buckets; a `ValueError` if the model does not take them."""
-    multiple, largest = _sides(pipeline)
-    sizes = [(resolution, resolution)]
+def choose_network(pipeline: DiffusionPipeline, network: str) -> Any:
+    """Component that is trained; a `ValueError` names the components that can be."""
+    found = pipeline.components.get(network)
+    if not isinstance(found, nn.Module):
+        names = [name for name, component in pipeline.components.items() if isinstance(component, nn.Module)]
+        raise ValueError(f"--network must be one of {', '.join(names)}, got {network!r}.")
+    return found
+
+
+def call_arguments(pipeline: DiffusionPipeline, args: TextToImageArguments) -> dict[str, Any]:
+    """Arguments of the pipeline in training and in sampling: those of `--call`, and the number of tokens."""
+    names = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    given = parse_call(args.call)
+    if args.max_sequence_length is not None:
+        if "max_sequence_length" not in names:
+            raise ValueError(f"{type(pipeline).__name__} takes no --max_sequence_length.")
+        given["max_sequence_length"] = args.max_sequence_length
+    return given
+
+
+def choose_sizes(field: TrainedField, args: TextToImageArguments) -> list[Size]:
+    """
+    Heights and widths of the images: a square, by default the pipeline's, or buckets.
+
+    Raises:
+        ValueError: if the pipeline does not take them.
+    """
+    square = field.default_size if args.resolution is None else (args.resolution, args.resolution)
+    field.check_size(square)
+    field.square = square
+    multiple = field.multiple
+    sizes = [square]
     if args.aspect_ratio_buckets is not None:
         sizes = parse_buckets(args.aspect_ratio_buckets)
     elif args.use_aspect_ratio_buckets:
-        step = max(1, round(resolution / BUCKET_STEPS / multiple)) * multiple
-        while resolution % step:
+        step = max(1, round(square[0] / BUCKET_STEPS / multiple)) * multiple
+        while square[0] % step:
             step -= multiple
-        sizes = make_buckets(resolution, step, args.max_aspect_ratio)
-    refused = [size for size in sizes if any(side % multiple or side > largest for side in size)]
+        sizes = make_buckets(square[0], step, args.max_aspect_ratio)
+    refused = [size for size in sizes if any(side % multiple for side in size)]
     if refused:
-        raise ValueError(f"The sides of buckets must be multiples of {multiple} up to {largest}, got {refused}.")
+        raise ValueError(f"The sides of buckets must be multiples of {multiple} for this model, got {refused}.")
+    for size in {max(sizes), max(sizes, key=lambda size: size[::-1])}:
+        field.check_size(size)
     return sizes
 
 
-def _sides(pipeline: StableDiffusion3Pipeline) -> tuple[int, int]:
-    """Divisor and maximum of the sides of images."""
-    multiple = pipeline.vae_scale_factor * pipeline.transformer.config.patch_size
-    return multiple, pipeline.transformer.config.pos_embed_max_size * multiple
+def ask_all(accelerator: Accelerator | DryAccelerator, field: TrainedField, sizes: Sequence[Size]) -> None:
+    """With a sharded network, ask for all sizes beforehand: later processes would have to ask together."""
+    if accelerator.distributed_type in SHARDING:
+        for size in sizes:
+            field.check_size(size)
+            field.shift(size)
 
 
-def choose_scheduler(
-    pipeline: StableDiffusion3Pipeline, args: TextToImageArguments, sizes: Sequence[tuple[int, int]]
-) -> FlowMatchScheduler:
+def choose_scheduler(field: TrainedField, args: TextToImageArguments, sizes: Sequence[Size]) -> FlowMatchScheduler:
     """
-    Scheduler of training and of sampling after it; it replaces the pipeline's.
+    Scheduler of training and of sampling after it; it replaces the pipeline's, and the field is trained for it.
 
     With `--shift`, times are shifted by it whatever the size. With `--shift_base_resolution`, they are shifted by
     `sqrt(m / n)` (arXiv 2403.03206, equation 23), where `m` are the pixels of an image and `n` those of the base. The
@@ -133,7 +120,7 @@ def choose_scheduler(
     diffusers' own.
 
     Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+        field ([`TrainedField`]):
             The pipeline to train.
         args ([`TextToImageArguments`]):
             The script's arguments.
@@ -146,6 +133,7 @@ def choose_scheduler(
     Raises:
         ValueError: if the scheduler cannot be trained, or diffusers has none like it for `--save_stock`.
     """
+    pipeline = field.pipeline
     changes: dict[str, Any] = {}
     if args.shift is not None:
         changes = {"shift": args.shift, "use_dynamic_shifting": False}
@@ -154,7 +142,7 @@ def choose_scheduler(
         # If all areas are equal, the line goes on to the doubled side.
         ends = (areas[0], areas[-1] if areas[-1] > areas[0] else 4 * areas[0])
         base, largest = (0.5 * math.log(area / args.shift_base_resolution**2) for area in ends)
-        area_of_token = _sides(pipeline)[0] ** 2
+        area_of_token = field.multiple**2
         changes = {
             "use_dynamic_shifting": True,
             "time_shift_type": "exponential",
@@ -165,116 +153,121 @@ def choose_scheduler(
         }
     if args.save_stock:
         changes["timestep_spacing"] = "linspace"
-    scheduler: Any = FlowMatchScheduler.from_config(pipeline.scheduler.config, **changes)
+    config = pipeline.scheduler.config
+    if config.get("invert_sigmas") and not isinstance(pipeline.scheduler, FlowMatchScheduler):
+        # The pipeline keeps its scheduler, whose time runs the other way; the field is that of noise - data.
+        if changes:
+            raise ValueError(f"The shift of {type(pipeline.scheduler).__name__} with `invert_sigmas` is its own.")
+        return FlowMatchScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.shift)
+    scheduler: Any = FlowMatchScheduler.from_config(config, **changes)
     if args.save_stock:
         # Refuses, before any work, what diffusers' own scheduler cannot do.
         scheduler.to_stock()
     if scheduler.config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
     pipeline.scheduler = scheduler
+    field.set_scheduler(scheduler)
     return scheduler
 
 
-def shift_of(scheduler: FlowMatchScheduler, latents: torch.Tensor, patch_size: int) -> float:
-    """Shift of the times of latents `(batch_size, channels, height, width)`, the one that sampling uses for them."""
-    config = scheduler.config
-    if not config.use_dynamic_shifting:
-        return config.shift
-    mu = default_mu(scheduler, tuple(latents.shape[1:]), patch_size)
-    return mu if config.time_shift_type == "linear" else math.exp(mu)
-
-
-def choose_encoder_dropout(encoder: PromptEncoder, rates: Sequence[float]) -> list[float]:
-    """Dropout of both CLIPs and the T5, from one rate for all or one for each; a `ValueError` if the count differs."""
-    count = 2 + encoder.has_t5
+def choose_encoder_dropout(text: TextEncoders, rates: Sequence[float]) -> list[float]:
+    """Dropout of each text encoder, from one rate for all or one for each; a `ValueError` if the count differs."""
+    count = len(text.names)
     if len(rates) not in (1, count):
         raise ValueError(
             f"--text_encoder_dropout must be one number in [0, 1], or one for each of the {count} text encoders, got"
             f" {list(rates)}."
         )
-    each = list(rates) * count if len(rates) == 1 else list(rates)
-    return each if encoder.has_t5 else [*each, 0.0]
+    return list(rates) * count if len(rates) == 1 else list(rates)
 
 
-def freeze(pipeline: StableDiffusion3Pipeline, mixed_precision: str, transformer: bool = False) -> None:
+def freeze(
+    accelerator: Accelerator | DryAccelerator, pipeline: DiffusionPipeline, network: str, adapters: bool = False
+) -> None:
     """
-    Freeze text encoders and autoencoder, and for adapters the transformer. The autoencoder stays in float32, and so do
-    a T5's output layers, which overflow in float16; the others run in the precision of training.
+    Freeze all models but the network, and for adapters the network too. The autoencoder stays in float32, and so do
+    a T5's output layers, which overflow in float16; the others run in the precision of training. A network that is not
+    to be sharded is on the device from now on, where it is asked.
     """
-    encoders = [pipeline.components[name] for name in ENCODERS if pipeline.components[name] is not None]
-    for model in (pipeline.vae, *encoders):
-        model.requires_grad_(False).eval()
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision, torch.float32)
-    for model in encoders:
-        model.to(dtype)
-    if transformer:
-        # Not by diffusers' own `to`, which warns of layers to be kept in float32 where there are none.
-        nn.Module.to(pipeline.transformer.requires_grad_(False), dtype)
-    if dtype == torch.float16 and pipeline.text_encoder_3 is not None:
-        for name, module in pipeline.text_encoder_3.named_modules():
-            if name.endswith(".wo"):
-                module.float()
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    if accelerator.distributed_type not in SHARDING:
+        pipeline.components[network].to(accelerator.device)
+    for name, model in pipeline.components.items():
+        if not isinstance(model, nn.Module) or (name == network and not adapters):
+            continue
+        model.requires_grad_(False)
+        if name != network:
+            model.eval()
+        if name != "vae":
+            # Not by diffusers' own `to`, which warns of layers to be kept in float32 where there are none.
+            nn.Module.to(model, dtype)
+        if dtype == torch.float16 and isinstance(model, T5EncoderModel):
+            for layer, module in model.named_modules():
+                if layer.endswith(".wo"):
+                    module.float()
 
 
 def load_captioned_data(
-    args: TextToImageArguments, channels: int, resolution: int, sizes: Sequence[tuple[int, int]]
+    args: TextToImageArguments, pipeline: DiffusionPipeline, sizes: Sequence[Size]
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """Captioned images to train on, and those held out, in the sizes of [`choose_sizes`]."""
-    buckets = () if list(sizes) == [(resolution, resolution)] else tuple(sizes)
-    return make_datasets(args, channels, resolution, buckets=buckets, caption_column=args.caption_column)
+    square = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
+    vae: Any = pipeline.components["vae"]
+    return make_datasets(
+        args,
+        vae.config.get("in_channels", 3),
+        args.resolution or sizes[0][0],
+        buckets=() if square else tuple(sizes),
+        caption_column=args.caption_column,
+    )
 
 
-def warn_of_long_captions(encoder: PromptEncoder, captions: CaptionColumn | StreamData) -> None:
-    """Warn once of captions that are longer than the encoders read; of a stream, of those at its beginning."""
-    distinct = list(captions.distinct())
-    clip, t5 = encoder.count_too_long(distinct)
-    if clip or t5:
-        of_t5 = f", and {t5} than the {encoder.max_sequence_length} of the T5 (--max_sequence_length)"
-        logger.warning(
-            "Of %d different captions, %d are longer than the %d tokens of the CLIPs%s; what is beyond is not read.",
-            len(distinct),
-            clip,
-            encoder.num_clip_tokens,
-            of_t5 if encoder.has_t5 else "",
-        )
-
-
-def prepare_prompts(
+def prepare_text(
     accelerator: Accelerator,
     args: TextToImageArguments,
-    encoder: PromptEncoder,
+    field: TrainedField,
     data: Sequence[ImageData | StreamData | None],
-    prompts: Sequence[str],
     folder: Path,
-) -> EncodeCaptions:
+) -> None:
     """Text encoders on the device, or with `--cache_text_embeddings` a cache of all captions and prompts."""
+    text = field.text
+    text.offload = args.offload
+    # Without contents nothing can be told apart, and nothing is dropped.
+    kept = args.cache_text_embeddings and len(text.trained) > 0
+    text.separable = (any(args.text_encoder_dropout) or kept) and not field.is_empty
+    if accelerator.is_main_process and isinstance(data[0], (ImageData, StreamData)):
+        captions = data[0] if isinstance(data[0], StreamData) else data[0].captions
+        if captions is not None:
+            warn_of_long_captions(field.pipeline, captions, args.max_sequence_length)
     if args.cache_text_embeddings:
         columns = [each.captions.distinct() for each in data if each is not None and each.captions is not None]
-        captions = itertools.chain(prompts, *columns)
-        return cache_prompts(accelerator, captions, encoder, folder / "text_embeddings", args.train_batch_size)
-    if not args.offload:
-        for model in encoder.encoders:
+        captions = itertools.chain(args.validation_prompts, *columns)
+        cache_captions(
+            accelerator, captions, text, field.encode_captions, field.compare_captions, folder / "text_embeddings"
+        )
+    elif not args.offload:
+        for model in text.encoders:
             model.to(accelerator.device)
-    return encoder
 
 
 def prepare_latents(
     accelerator: Accelerator,
     args: TextToImageArguments,
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: DiffusionPipeline,
     data: Sequence[ImageData | StreamData | None],
     folder: Path,
 ) -> None:
     """Put the autoencoder on the device, or with `--cache_latents` have the data read a cache of latents."""
+    vae: Any = pipeline.components["vae"]
     if args.cache_latents:
         for each in data:
             if isinstance(each, ImageData):
-                cache_latents(accelerator, each, pipeline.vae, folder / "latents", args.train_batch_size)
+                cache_latents(accelerator, each, vae, folder / "latents", args.train_batch_size)
     elif not args.offload:
-        pipeline.vae.to(accelerator.device)
+        vae.to(accelerator.device)
 
 
-def as_saved(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
+def as_saved(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """Pipeline to save: with diffusers' own scheduler where that gives the same images, else with ours."""
     try:
         return with_stock_scheduler(pipeline)
@@ -283,69 +276,70 @@ def as_saved(pipeline: StableDiffusion3Pipeline) -> StableDiffusion3Pipeline:
         return pipeline
 
 
+def guided_call(pipeline: DiffusionPipeline, network: nn.Module, scale: float) -> dict[str, Any]:
+    """Arguments of sampling with guidance, whichever name the pipeline has for its scale."""
+    names = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    embedded = bool(network.config.get("guidance_embeds", False))  # pyright: ignore[reportCallIssue]
+    name = "true_cfg_scale" if "true_cfg_scale" in names and not embedded else "guidance_scale"
+    if name not in names:
+        return {}
+    negative = {"negative_prompt": ""} if "negative_prompt" in names and scale > 1 else {}
+    return {name: scale, **negative}
+
+
 @torch.no_grad()
 def prompt_grid(
-    pipeline: StableDiffusion3Pipeline,
-    prompts: Sequence[Embeds],
-    negative: Embeds,
-    size: tuple[int, int],
-    num_images: int,
-    num_inference_steps: int,
-    guidance_scale: float,
+    pipeline: DiffusionPipeline,
+    field: TrainedField,
+    args: TextToImageArguments,
+    size: Size,
     device: torch.device,
 ) -> PIL.Image.Image:
     """
-    Sample pictures of prompts from fixed noise, a row for each prompt.
+    Sample pictures of the validation prompts from fixed noise, a row for each prompt.
 
     Args:
-        pipeline ([`~diffusers.StableDiffusion3Pipeline`]):
+        pipeline ([`~diffusers.DiffusionPipeline`]):
             The pipeline to sample from, as it would be saved; it is left as it is.
-        prompts (`Sequence[tuple[torch.Tensor, torch.Tensor]]`):
-            Token and pooled embeddings of each prompt, batches of one.
-        negative (`tuple[torch.Tensor, torch.Tensor]`):
-            Embeddings of the empty prompt.
+        field ([`TrainedField`]):
+            Its network in training.
+        args ([`TextToImageArguments`]):
+            With prompts, number of pictures, steps and guidance.
         size (`tuple[int, int]`):
             Height and width in pixels.
-        num_images (`int`):
-            Pictures in a row.
-        num_inference_steps (`int`):
-            Steps of the solver.
-        guidance_scale (`float`):
-            Scale of classifier-free guidance, 1 is off.
         device (`torch.device`):
-            Device of the transformer.
+            Device of the network.
 
     Returns:
         `PIL.Image.Image`: the grid.
     """
+    network = pipeline.components[field.field.name]
+    sampler: Any = copy.copy(pipeline)
     scheduler = pipeline.scheduler
-    sampler = StableDiffusion3Pipeline(
-        transformer=pipeline.transformer,
-        vae=pipeline.vae,
-        scheduler=type(scheduler).from_config(scheduler.config),
-        **dict.fromkeys(TEXT_PARTS),
-    )
+    vars(sampler)["scheduler"] = type(scheduler).from_config(scheduler.config)
     sampler.set_progress_bar_config(disable=True)
-    was_training = pipeline.transformer.training
-    pipeline.transformer.eval()
-    dtype = pipeline.transformer.dtype
+    was_training = network.training
+    network.eval()
+    models = [pipeline.components["vae"], *field.text.encoders]
+    options = {**call_arguments(pipeline, args), **guided_call(pipeline, network, args.guidance_scale)}
+    options |= {"height": size[0], "width": size[1], "num_inference_steps": args.num_inference_steps}
     rows = []
-    for row, embeds in enumerate(prompts):
-        tokens, pooled, no_tokens, no_pooled = (
-            part.to(device, dtype).expand(num_images, *part.shape[1:]) for part in (*embeds, *negative)
-        )
-        with offload_models(pipeline.vae, device=device):
-            images = sampler(
-                prompt_embeds=tokens,
-                pooled_prompt_embeds=pooled,
-                negative_prompt_embeds=no_tokens,
-                negative_pooled_prompt_embeds=no_pooled,
-                height=size[0],
-                width=size[1],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                generator=[make_generator(EVALUATION_SEED, "grid", row, number) for number in range(num_images)],
-            ).images
-        rows.append(list(images))
-    pipeline.transformer.train(was_training)
+    with offload_models(*models, device=device, offload=args.offload or args.cache_text_embeddings):
+        for row, prompt in enumerate(args.validation_prompts):
+            count = args.num_validation_images
+            generators = [make_generator(EVALUATION_SEED, "grid", row, number) for number in range(count)]
+            repeated = {name: [value] * count for name, value in options.items() if name == "negative_prompt"}
+            images = sampler(prompt=[prompt] * count, generator=generators, **{**options, **repeated})[0]
+            rows.append([first_frame(image) for image in images])
+    network.train(was_training)
     return make_grid(rows)
+
+
+def first_frame(image: Any) -> PIL.Image.Image:
+    """Picture of an image or of a video, frames of a video being PIL images or arrays with values in [0, 1]."""
+    if isinstance(image, (list, tuple)):
+        image = image[0]
+    if isinstance(image, np.ndarray):
+        frame = image[0] if image.ndim == 4 else image
+        return PIL.Image.fromarray(np.round(frame * 255).astype(np.uint8))
+    return image

@@ -27,7 +27,7 @@ from ..data.images import ImageData
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData, StreamedRow
 from .arguments import TrainingArguments
-from .metrics import GPU, GPUS, forward_flops, peak_flops, with_backward
+from .metrics import GPU, GPUS, OneNetwork, forward_flops, peak_flops, with_backward
 from .optimizers import state_bytes
 from .run import TrainingRun
 
@@ -311,6 +311,9 @@ class DryRun(TrainingRun[A]):
             return
         # The passes here call the same hooks.
         self._measures, own = False, part is self.model
+        if isinstance(part, OneNetwork):
+            part, kwargs = part.measured_call(*args, **kwargs)
+            args = ()
         self._saved[self._size] += saved_bytes(part, args, kwargs, self.accelerator.mixed_precision if own else "no")
         if self._size == 1:
             forward = forward_flops(part, args, kwargs)

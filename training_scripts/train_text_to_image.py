@@ -3,19 +3,20 @@
 # requires-python = ">=3.10"
 # dependencies = ["diffusers-fm[train]"]
 # ///
-r"""Train a text-to-image generator in the style of Stable Diffusion 3 (arXiv 2403.03206) by flow matching.
+r"""Train a text-to-image pipeline of diffusers by flow matching, whatever its family.
 
-A pipeline folder goes in, untrained (configs alone) or trained, and a trained `StableDiffusion3Pipeline` comes out,
-which diffusers reads without this package. The transformer is trained; text encoders and autoencoder are not.
+A pipeline folder goes in, untrained (configurations alone) or trained, and a trained pipeline of the same class comes
+out, which diffusers reads without this package. The network is trained; text encoders and autoencoder are not. A
+training step runs the pipeline's own call up to its first step, so that training cannot disagree with sampling.
 
 Captioned handwritten digits, a few minutes on two CPU cores:
 
-    accelerate launch training_scripts/train_text_to_image_sd3.py \
-      --config pipelines/sd3-tiny/training.json --output_dir runs/sd3-tiny
+    accelerate launch training_scripts/train_text_to_image.py \
+      --config pipelines/flux-tiny/training.json --output_dir runs/flux-tiny
 
 Fine-tune Stable Diffusion 3.5 on a folder of images whose captions are in its metadata.jsonl:
 
-    accelerate launch --mixed_precision bf16 training_scripts/train_text_to_image_sd3.py \
+    accelerate launch --mixed_precision bf16 training_scripts/train_text_to_image.py \
       --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --train_data_dir /data/paintings \
       --output_dir runs/paintings --resolution 1024 --use_aspect_ratio_buckets --center_crop \
       --cache_latents --cache_text_embeddings --train_batch_size 4 --gradient_checkpointing --use_ema \
@@ -24,14 +25,14 @@ Fine-tune Stable Diffusion 3.5 on a folder of images whose captions are in its m
 From scratch, on the sizes of Stable Diffusion 3, with the text encoders and the autoencoder of a trained one:
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \
-      training_scripts/train_text_to_image_sd3.py --pretrained_model_name_or_path pipelines/sd3-medium \
+      training_scripts/train_text_to_image.py --pretrained_model_name_or_path pipelines/sd3-medium \
       --text_encoders_name_or_path stabilityai/stable-diffusion-3.5-medium --vae_name_or_path /models/sd3-vae \
       --dataset_name /data/webdataset --image_column jpg --caption_column txt --output_dir runs/sd3-medium \
       --resolution 256 --text_encoder_dropout 0.46 --shift_base_resolution 256
 
 Go on after an interruption:
 
-    accelerate launch training_scripts/train_text_to_image_sd3.py --config runs/sd3-tiny/training_args.json \
+    accelerate launch training_scripts/train_text_to_image.py --config runs/flux-tiny/training_args.json \
       --resume_from_checkpoint latest
 """
 
@@ -40,30 +41,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusion3Pipeline
 
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
-from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
-from diffusers_fm.text_to_image.prompts import PromptEncoder
+from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.setup import (
-    TextToImageModel,
     as_saved,
+    ask_all,
+    call_arguments,
     choose_encoder_dropout,
-    choose_resolution,
+    choose_network,
     choose_scheduler,
     choose_sizes,
     freeze,
     load_captioned_data,
+    open_pipeline,
     prepare_latents,
-    prepare_prompts,
+    prepare_text,
     prompt_grid,
-    shift_of,
-    warn_of_long_captions,
 )
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import DryRun
@@ -75,7 +74,7 @@ from diffusers_fm.training.validation import held_out_loss
 class ScriptArguments(TextToImageArguments):
     """Arguments of this script."""
 
-    tracker_project_name: Free[str] = option("train_text_to_image_sd3", "Name of the run in the trackers.")
+    tracker_project_name: Free[str] = option("train_text_to_image", "Name of the run in the trackers.")
 
 
 def main(args: ScriptArguments) -> None:
@@ -86,30 +85,26 @@ def main(args: ScriptArguments) -> None:
     precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
 
     # 1. Pipeline
-    pipeline = run.init_pipeline(StableDiffusion3Pipeline, args.text_encoders_name_or_path)
-    resolution = choose_resolution(pipeline, args.resolution)
-    sizes = choose_sizes(pipeline, args, resolution)
-    scheduler = choose_scheduler(pipeline, args, sizes)
+    pipeline = open_pipeline(run, args)
+    network = choose_network(pipeline, args.network)
+    freeze(run.accelerator, pipeline, args.network)
+    model = TrainedField(pipeline, args.network, call_arguments(pipeline, args))
+    sizes = choose_sizes(model, args)
+    scheduler = choose_scheduler(model, args, sizes)
+    ask_all(run.accelerator, model, sizes)
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
-    freeze(pipeline, run.accelerator.mixed_precision)
-    encoder = PromptEncoder(pipeline, args.max_sequence_length, device, args.offload)
-    encoder_dropout = torch.tensor(choose_encoder_dropout(encoder, args.text_encoder_dropout))
+    encoder_dropout = torch.tensor(choose_encoder_dropout(model.text, args.text_encoder_dropout))
 
     # 2. Data, and caches of what the frozen models compute
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_captioned_data(args, pipeline.vae.config.in_channels, resolution, sizes)
-    if run.accelerator.is_main_process:
-        warn_of_long_captions(encoder, train_data.captions)
+        train_data, held_out_data = load_captioned_data(args, pipeline, sizes)
     prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
-    prompts = prepare_prompts(
-        run.accelerator, args, encoder, (train_data, held_out_data), args.validation_prompts, precomputed_dir
-    )
+    prepare_text(run.accelerator, args, model, (train_data, held_out_data), precomputed_dir)
 
     # 3. Model
-    model = TextToImageModel(pipeline)
-    model.requires_grad_(True).train()
+    network.requires_grad_(True).train()
     if args.gradient_checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
 
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
@@ -122,23 +117,11 @@ def main(args: ScriptArguments) -> None:
                 scheduler,
                 held_out_data,
                 args.eval_batch_size,
-                lambda batch: (
-                    latents_of_batch(pipeline, batch, device, offload=args.offload),
-                    prompts(batch["captions"]),
-                ),
+                lambda batch: (model.encode(batch, device), (batch["captions"], model.size_of(batch))),
             )
         if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
             with run.accelerator.autocast():
-                grid = prompt_grid(
-                    as_saved(pipeline),
-                    [prompts([prompt]) for prompt in args.validation_prompts],
-                    prompts([""]),
-                    (resolution, resolution),
-                    args.num_validation_images,
-                    args.num_inference_steps,
-                    args.guidance_scale,
-                    device,
-                )
+                grid = prompt_grid(as_saved(pipeline), model, args, sizes[0], device)
             run.log.write_grid(step, grid, grid_name)
         return figures
 
@@ -150,13 +133,13 @@ def main(args: ScriptArguments) -> None:
         card.save(folder / "README.md")
         clean_settings(folder)
 
-    model = run.begin(
+    wrapped = run.begin(
         model,
         train_data,
         validate,
         export,
-        f"{type(pipeline.transformer).__name__}, {scheduler.config.path} path, {prediction_type};"
-        f" {train_data.description} in {len(sizes)} sizes of about {resolution} x {resolution},"
+        f"{type(pipeline).__name__}, {type(network).__name__}, {scheduler.config.path} path, {prediction_type};"
+        f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
         f" {len(held_out_data or [])} held out.",
     )
 
@@ -165,19 +148,21 @@ def main(args: ScriptArguments) -> None:
         for step in run.steps():
             # Noise, times and dropout are drawn for the whole global batch, of which `part` is this process's share.
             for part, batch in run.parts(step):
-                with run.accelerator.accumulate(model):
-                    data = latents_of_batch(pipeline, batch, device, part, args.offload)
+                with run.accelerator.accumulate(wrapped):
+                    size = model.size_of(batch)
+                    data = model.encode(batch, device, part)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
-                    embeds = prompts(captions)
+                    dropped = None
                     if encoder_dropout.any():
-                        numbers = [part.uniform(f"text_encoder_dropout {number}") for number in range(3)]
-                        embeds = encoder.drop(embeds, torch.stack(numbers, dim=1) < encoder_dropout)
+                        numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(encoder_dropout))]
+                        dropped = torch.stack(numbers, dim=1) < encoder_dropout
 
                     noise = run.draw_noise(part, data)
-                    t = draw_times(args, path, part, shift_of(scheduler, data, pipeline.transformer.config.patch_size))
+                    t = draw_times(args, path, part, model.shift(size))
                     x_t = path.sample(data, noise, t)
 
-                    prediction = model(x_t, (scheduler.timestep_scale * t).float().to(device), *embeds)
+                    timesteps = (scheduler.timestep_scale * t).float().to(device)
+                    prediction = wrapped(x_t, timesteps, captions, size, dropped)
                     losses = flow_matching_loss(
                         path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
                     )

@@ -22,7 +22,7 @@ from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.arguments import make_parser
 
 
-SCRIPT = ROOT / "training_scripts" / "train_text_to_image_sd3.py"
+SCRIPT = ROOT / "training_scripts" / "train_text_to_image.py"
 script = load_script(SCRIPT)
 train = partial(train_text_to_image, script)
 
@@ -83,6 +83,15 @@ def test_what_comes_out_loads_without_this_package(model: Path, data: Path, tmp_
 def test_the_default_resolution_is_the_transformers(model: Path, data: Path, tmp_path: Path) -> None:
     runs = [train(model, data, tmp_path / str(side), max_train_steps=1, resolution=side) for side in (16, None)]
     assert_same_weights(*runs)
+
+
+def test_half_precision_trains_weights_in_full_precision(model: Path, data: Path, tmp_path: Path) -> None:
+    runs = [train(model, data, tmp_path / str(name), mixed_precision=name) for name in ("no", "bf16")]
+    full, half = (read_log(run, "loss") for run in runs)
+    for one, other in zip(full, half, strict=True):
+        assert one == pytest.approx(other, rel=2e-2)  # bfloat16 has a spacing of 2^-8
+    state = load_file(runs[1] / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:
@@ -182,7 +191,8 @@ def test_two_processes_share_buckets(model: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"caption_column": "caption"}, "'caption'"),
-        ({"resolution": 15}, "--resolution must be a multiple of 4 up to 48 for this model, got 15"),
+        ({"resolution": 15}, "StableDiffusion3Pipeline takes no images of 15 x 15 pixels: .*divisible by 4"),
+        ({"resolution": 52}, "StableDiffusion3Pipeline takes no images of 52 x 52 pixels: .*`pos_embed_max_size`: 12"),
         ({"shift": 3.0, "shift_base_resolution": 16}, "give one"),
         ({"caption_dropout": 1.5}, r"--caption_dropout must be in \[0, 1\], got 1.5"),
         ({"max_sequence_length": 600}, "--max_sequence_length must be from 0 to 512, got 600"),
@@ -196,9 +206,9 @@ def test_bad_arguments_are_refused(model: Path, data: Path, tmp_path: Path, opti
     assert not (tmp_path / "run" / "model_index.json").exists()
 
 
-def test_other_families_are_refused(data: Path, tmp_path: Path) -> None:
+def test_pipelines_without_text_are_refused(data: Path, tmp_path: Path) -> None:
     DiTPipeline(tiny_dit(), tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "dit")
-    with pytest.raises(ValueError, match="holds a DiTPipeline, where a StableDiffusion3Pipeline is needed"):
+    with pytest.raises(ValueError, match="holds a FlowMatchPipeline, which reads no text: .* train_flow_matching.py"):
         train(tmp_path / "dit", data, tmp_path / "run")
 
 

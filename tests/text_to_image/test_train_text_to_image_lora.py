@@ -18,21 +18,21 @@ from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, tr
 from training_runs import ROOT, environment, load_script, read_log
 
 from diffusers_fm.arguments import make_parser, parse_arguments
+from diffusers_fm.pipelines.families import LORA_LAYERS
+from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.lora import (
-    ADAPTED,
-    TRANSFORMER_LAYERS,
     adaptable_layers,
     add_lora,
     parameter_groups,
     save_lora,
 )
-from diffusers_fm.text_to_image.setup import TextToImageModel
 
 
-SCRIPT = ROOT / "training_scripts" / "train_text_to_image_lora_sd3.py"
+SCRIPT = ROOT / "training_scripts" / "train_text_to_image_lora.py"
 script = load_script(SCRIPT)
 train = partial(train_text_to_image, script)
 
+ADAPTED = ("transformer", "text_encoder", "text_encoder_2")
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 # Loads adapters and samples with and without them, in a process that knows diffusers alone.
@@ -123,7 +123,7 @@ def test_stock_diffusers_reads_what_comes_out(model: Path, data: Path, tmp_path:
 def test_adapters_survive_saving(use_dora: bool, tmp_path: Path) -> None:
     pipeline = tiny_stable_diffusion_3()
     base = sample(pipeline)
-    add_lora(pipeline.transformer, 2, 6.0, TRANSFORMER_LAYERS, use_dora=use_dora)
+    add_lora(pipeline.transformer, 2, 6.0, LORA_LAYERS, use_dora=use_dora)
     if not use_dora:
         # B is 0. DoRA divides by the rows' lengths and multiplies by them, which rounds.
         assert np.array_equal(sample(pipeline), base)
@@ -190,7 +190,7 @@ def test_learning_rates_of_transformer_and_text_encoders() -> None:
     pipeline = tiny_stable_diffusion_3()
     add_lora(pipeline.transformer, 2, 2.0, ["to_q"])
     add_lora(pipeline.text_encoder, 2, 2.0, ["q_proj"])
-    model = TextToImageModel(pipeline, [pipeline.text_encoder])
+    model = TrainedField(pipeline, "transformer", {}, [pipeline.text_encoder])
     own, others = parameter_groups(model, 1e-6)
     assert "lr" not in own
     assert others["lr"] == 1e-6
@@ -201,8 +201,8 @@ def test_learning_rates_of_transformer_and_text_encoders() -> None:
 def test_default_layers_are_all_projections_of_attention(model: Path) -> None:
     transformer = StableDiffusion3Pipeline.from_pretrained(model).transformer
     layers = [name for name in adaptable_layers(transformer) if ".to_" in name or ("_proj" in name and "attn" in name)]
-    assert {name.split(".", 1)[1] for name in layers} == set(TRANSFORMER_LAYERS)
-    add_lora(transformer, 2, 2.0, TRANSFORMER_LAYERS)
+    assert {name.split(".", 1)[1] for name in layers} == set(LORA_LAYERS)
+    add_lora(transformer, 2, 2.0, LORA_LAYERS)
     adapted = {name.split(".lora_A")[0] for name, _ in transformer.named_parameters() if ".lora_A." in name}
     assert any(".attn2." in name for name in adapted)
 
@@ -235,7 +235,7 @@ def test_bad_arguments_are_refused(model: Path, data: Path, tmp_path: Path, opti
 
 def test_models_that_cannot_be_adapted_are_refused(data: Path, tmp_path: Path) -> None:
     DiTPipeline(tiny_dit(), tiny_vae(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "dit")
-    with pytest.raises(ValueError, match="holds a DiTPipeline, where a StableDiffusion3Pipeline is needed"):
+    with pytest.raises(ValueError, match="holds a FlowMatchPipeline, which reads no text: .* train_flow_matching.py"):
         train(tmp_path / "dit", data, tmp_path / "run")
     tiny_stable_diffusion_3().save_pretrained(tmp_path / "untrained")
     (tmp_path / "untrained" / "transformer" / "diffusion_pytorch_model.safetensors").unlink()

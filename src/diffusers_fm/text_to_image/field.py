@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Velocity field of a text-to-image pipeline in training: captions, sizes, data and shifts by the pipeline itself."""
+
+import contextlib
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.training_utils import offload_models
+from torch import nn
+
+from ..data.latents import normalize
+from ..data.randomness import BatchSlice
+from ..models import encode_moments
+from ..pipelines.decode_map import DecodeMap
+from ..pipelines.network_calls import NetworkReached
+from ..pipelines.velocity_field import VelocityField
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..training.metrics import OneNetwork
+from .text import TextEncoders
+
+
+Size = tuple[int, int]
+
+# Side of the image that tells an autoencoder's factor, the largest in use.
+PROBE_SIDE = 64
+
+
+class TrainedField(OneNetwork):
+    """
+    Network of a text-to-image pipeline as it is trained: a call runs the pipeline up to its first step.
+
+    The pipeline's scheduler decides path, prediction type and shift. The network's answer is its prediction for that
+    path; on the OT path of stock schedulers it is the velocity noise - data.
+
+    Args:
+        pipeline ([`~diffusers.DiffusionPipeline`]):
+            Pipeline whose network is trained in place.
+        network (`str`):
+            Name of the component that is trained.
+        call (`dict[str, Any]`):
+            Arguments of every call, such as `max_sequence_length`.
+        text_encoders (`Sequence[nn.Module]`, *optional*):
+            Text encoders of the pipeline that are trained too.
+
+    Attributes:
+        square (`tuple[int, int]`, *optional*):
+            Size at which the pipeline is asked what does not depend on it; by default the pipeline's own.
+
+    Raises:
+        ValueError: if the pipeline cannot be verified to be a velocity field.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        network: str,
+        call: dict[str, Any],
+        text_encoders: Sequence[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        straight = copy.copy(pipeline)
+        vars(straight)["scheduler"] = _straight(pipeline.scheduler)
+        self.field = VelocityField(straight, network, **call)
+        # In a tuple, which hides them from the module: what is not trained has no part in its state.
+        self._hidden = (pipeline, call)
+        self._config: Any = pipeline.scheduler.config
+        self._known: dict[Size | None, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.square: Size | None = None
+        self._maps: dict[Size | None, DecodeMap] = {}
+        self._shifts: dict[Size, float] = {}
+        self.text_encoders = nn.ModuleList(text_encoders)
+        self.text = TextEncoders(pipeline, text_encoders)
+        self.field._encode = self.text
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedField":
+        """A copy of what is trained, in a pipeline of its own that shares the rest."""
+        pipeline, call = self._hidden
+        pipeline = copy.copy(pipeline)
+        vars(pipeline)[self.field.name] = copy.deepcopy(self.field.network, memo)
+        copied = TrainedField(pipeline, self.field.name, call)
+        copied.text = copied.field._encode = self.text
+        # What was found holds for the copy, which may be in shards that are not to be asked.
+        copied._config, copied.field._found = self._config, self.field._found
+        return copied
+
+    def set_scheduler(self, scheduler: FlowMatchScheduler) -> None:
+        """Train for another scheduler, which decides shift and scale of the times from now on."""
+        self._config = scheduler.config
+        self._shifts.clear()
+        self.field.set_scheduler(_straight(scheduler))
+
+    @property
+    def pipeline(self) -> DiffusionPipeline:
+        """The pipeline."""
+        return self._hidden[0]
+
+    @torch.no_grad()
+    def network_call(
+        self, sample: torch.Tensor, timestep: torch.Tensor, captions: Sequence[str], size: Size, *_: Any
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        """The network and the arguments that it gets in a call."""
+        calls = self.field.calls(stop=True)
+        with self.field.quiet(None), contextlib.suppress(NetworkReached):
+            self.field.run(0.5, self._condition(captions, size), calls)
+        return self.field.network, calls.seen[-1]
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels per latent along height and width."""
+        vae: Any = self.pipeline.components["vae"]
+        channels = vae.config.get("in_channels", 3)
+        with torch.no_grad():
+            probe = torch.zeros(1, channels, PROBE_SIDE, PROBE_SIDE, device=vae.device)
+            return PROBE_SIDE // encode_moments(vae, probe).shape[-1]
+
+    @cached_property
+    def multiple(self) -> int:
+        """Divisor of the sides of images: pixels of a token."""
+        state, latents = self._shapes(self.square)
+        patch = self.field.network.config.get("patch_size", 1)  # pyright: ignore[reportCallIssue]
+        patch = patch if isinstance(patch, int) else patch[-1]
+        # Where the state is a sequence of tokens, several latents are packed into one.
+        packed = math.isqrt(state[-1] // latents[0]) if len(state) == 2 else 1
+        return self.factor * patch * packed
+
+    @cached_property
+    def default_size(self) -> Size:
+        """Height and width of the images that the pipeline makes by default."""
+        height, width = self._shapes(None)[1][-2:]
+        return self.factor * height, self.factor * width
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the models have no contents: those of a dry run."""
+        vae: Any = self.pipeline.components["vae"]
+        return next(vae.parameters()).is_meta
+
+    def _shapes(self, size: Size | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the state and of the latents of a sample."""
+        if not self.is_empty:
+            found = self.decode_map(size).map
+            return found.x_shape, found.y_shape
+        if size in self._known:
+            return self._known[size]
+        config: Any = self.pipeline.components["vae"].config
+        channels = config.get("latent_channels", config.get("z_dim"))
+        state: Any = self.field.state_shape(**self._condition([""], size))[1:]
+        side = 0 if len(state) > 2 else math.isqrt(state[0]) * math.isqrt(state[1] // channels)
+        sides = (side, side) if size is None else (size[0] // self.factor, size[1] // self.factor)
+        self._known[size] = state, (channels, *(state[-2:] if len(state) > 2 else sides))
+        return self._known[size]
+
+    def check_size(self, size: Size) -> None:
+        """
+        Ask the pipeline for a size, for one sample and for a batch.
+
+        Raises:
+            ValueError: if it does not take images of that size.
+        """
+        if self.is_empty:
+            try:
+                self._shapes(size)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"--dry_run does not work for {type(self.pipeline).__name__}, whose call looks at values: {error}"
+                ) from error
+            return
+        name = type(self.pipeline).__name__
+        try:
+            state = self.decode_map(size)
+            shape = tuple(self.factor * side for side in state.map.y_shape[-2:])
+            if shape != size:
+                raise ValueError(f"it makes images of {shape[0]} x {shape[1]} then")
+            x_t = torch.zeros(2, *state.map.x_shape, device=next(self.field.network.parameters()).device)
+            for count in (1, 2):
+                self.field.ask(x_t[:count], **self._condition([""] * count, size))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} takes no images of {size[0]} x {size[1]} pixels: {error}") from error
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        captions: Sequence[str],
+        size: Size,
+        dropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Prediction of the network, of the scheduler's `prediction_type`.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, ...)`):
+                x_t, float32, as the pipeline's loop holds it.
+            timestep (`torch.Tensor` of shape `(batch_size,)`):
+                `timestep_scale * t`, continuous; t = 0 is data, 1 is noise.
+            captions (`Sequence[str]`):
+                Caption of each sample.
+            size (`tuple[int, int]`):
+                Height and width in pixels.
+            dropped (`torch.Tensor` of shape `(batch_size, num_encoders)`, *optional*):
+                Booleans: text encoders that are taken for zeros.
+
+        Returns:
+            `torch.Tensor` of the shape of `sample`.
+        """
+        t = timestep / self._config.num_train_timesteps
+        memo = self.text.memo
+        # Kept captions of different lengths are compared with the encoders' own by the field.
+        self.field._encode = self.text if memo is None or self.text.separable else memo
+        with self.text.dropping(dropped):
+            return self.field(sample, t, **self._condition(captions, size))
+
+    def _condition(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
+        return {"prompt": list(captions), **({} if size is None else {"height": size[0], "width": size[1]})}
+
+    def encode_captions(self, captions: Sequence[str]) -> None:
+        """Run the pipeline for captions up to its network, for the sake of what it asks its text encoders."""
+        self.field.mu(**self._condition(captions, self.square))
+
+    @torch.no_grad()
+    def compare_captions(self, captions: Sequence[str]) -> None:
+        """Predict for captions once; kept ones of different lengths are compared with the encoders' own on the way."""
+        shape = (len(captions), *self.decode_map(self.square).map.x_shape)
+        device = next(self.field.network.parameters()).device
+        times = torch.full((len(captions),), 0.5 * self._config.num_train_timesteps, device=device)
+        with self.field.quiet(None):
+            self(torch.zeros(shape, device=device), times, captions, self.square or self.default_size)
+
+    def decode_map(self, size: Size | None) -> DecodeMap:
+        """Map between the encoder's latents and the states of the pipeline's loop, by default at its own size."""
+        if size not in self._maps:
+            self._maps[size] = DecodeMap(self.field, **self._condition([""], size))
+        return self._maps[size]
+
+    def shift(self, size: Size) -> float:
+        """Shift of the times at a size: the scheduler's own, or by the `mu` that the pipeline passes to it."""
+        if size not in self._shifts:
+            config = self._config
+            shift = config.shift
+            if config.use_dynamic_shifting:
+                mu = self.field.mu(**self._condition([""], size))
+                if mu is None:
+                    name = type(self.pipeline).__name__
+                    raise ValueError(f"{name} passes no `mu` to its scheduler, which needs one: give --shift.")
+                shift = mu if config.time_shift_type == "linear" else math.exp(mu)
+            self._shifts[size] = shift
+        return self._shifts[size]
+
+    def size_of(self, batch: dict[str, Any]) -> Size:
+        """Height and width in pixels of the images of a batch."""
+        if "images" in batch:
+            height, width = batch["images"].shape[-2:]
+            return height, width
+        height, width = batch["moments"].shape[-2:]
+        return self.factor * height, self.factor * width
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], device: torch.device, part: BatchSlice | None = None) -> torch.Tensor:
+        """
+        Clean states of a batch.
+
+        Args:
+            batch (`dict[str, Any]`):
+                With `images`, uint8, or `moments`, as [`~data.latents.cache_latents`] keeps them.
+            device (`torch.device`):
+                Device of the states.
+            part ([`BatchSlice`], *optional*):
+                Whose random numbers the posterior is drawn with; without it its mode is taken.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, ...)`, float32.
+        """
+        vae: Any = self.pipeline.components["vae"]
+        moments = batch.get("moments")
+        if moments is None:
+            with offload_models(vae, device=device, offload=self.text.offload):
+                moments = encode_moments(vae, normalize(batch["images"].to(device, non_blocking=True)))
+        moments = moments.to(device, non_blocking=True)
+        if self.is_empty:
+            return torch.empty(len(moments), *self._shapes(self.size_of(batch))[0], device=device)
+        found = self.decode_map(self.size_of(batch))
+        latents = moments
+        if moments.shape[1] == 2 * found.map.y_shape[0]:
+            posterior = DiagonalGaussianDistribution(moments)
+            generators = None if part is None else part.sample_generators("posterior", device)
+            latents = posterior.mode() if part is None else posterior.sample(generators)
+        return found.from_latents(latents.float())
+
+
+def _straight(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Scheduler of the straight path, on which the network's plain answer is the velocity."""
+    shared = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    config = {name: value for name, value in scheduler.config.items() if name in shared}
+    return FlowMatchEulerDiscreteScheduler(**config)
