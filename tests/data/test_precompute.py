@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file
 from tiny_text_to_image import colours, tiny_stable_diffusion_3
@@ -23,13 +22,6 @@ from diffusers_fm.models import encode_latents, encode_moments, latents_of_momen
 
 
 SIZES = ((16, 16), (24, 16))
-
-
-@pytest.fixture
-def accelerator():
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def image_data(num_rows: int = 7, **transform: object) -> ImageData:

@@ -77,8 +77,7 @@ def test_a_dropped_encoder_gives_zeros_as_a_pipeline_without_it() -> None:
     assert torch.equal(encode(text, captions, 6)[0], embeds[0])
 
 
-def test_kept_captions_are_those_of_the_encoders_and_are_found_again(tmp_path: Path) -> None:
-    accelerator = Accelerator(cpu=True)
+def test_kept_captions_are_those_of_the_encoders_and_are_found_again(accelerator: Accelerator, tmp_path: Path) -> None:
     x_t = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     arguments = (x_t, torch.full((5,), 300.0), CAPTIONS, (16, 16))
     expected = TrainedField(tiny_stable_diffusion_3(), "transformer", {"max_sequence_length": 6})(*arguments)

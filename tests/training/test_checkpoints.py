@@ -4,7 +4,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -12,7 +12,6 @@ import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from training_runs import make_dataset, save_untrained, train
 
 from diffusers_fm.files import unlock_folder
@@ -28,13 +27,6 @@ from diffusers_fm.training.checkpoints import (
     read_manifest,
     save_checkpoint,
 )
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def prepare(accelerator: Accelerator, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

@@ -4,7 +4,6 @@
 import importlib.util
 import json
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import PIL.Image
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
@@ -24,13 +22,6 @@ from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.training.distributed import check_tracker
 from diffusers_fm.training.metrics import LossMeter, RunLog, tracker_options
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, make_grid, sample_grid
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 # Losses

@@ -8,14 +8,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 from tiny_pipelines import KINDS, labels_of, tiny_pipeline
@@ -32,13 +30,6 @@ from diffusers_fm.training.optimizers import (
     non_finite_parameters,
     state_bytes,
 )
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.mark.parametrize("kind", KINDS)
