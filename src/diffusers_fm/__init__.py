@@ -29,6 +29,7 @@ from .pipelines import (
     FlowMatchUpscalePipeline,
     StableDiffusion3EditPipeline,
     init_pipeline,
+    with_flow_map,
     with_stock_scheduler,
 )
 from .schedulers.calibration import calibrate
@@ -66,6 +67,7 @@ __all__ = [
     "init_pipeline",
     "make_path",
     "sample_timesteps",
+    "with_flow_map",
     "with_stock_scheduler",
 ]
 

@@ -51,6 +51,7 @@ OUR_DEFAULTS = {
     "diffusion_form": "sigma",
     "diffusion_scale": 1.0,
     "calibration": None,
+    "flow_map": None,
 }
 
 # Every key away from its default at least once, every path, prediction type, solver and spacing.

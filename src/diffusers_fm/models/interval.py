@@ -173,6 +173,23 @@ class IntervalConditioning:
             hooks += self._hook_blocks(model, TRANSFORMERS[name])
         self._hooks = hooks
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "IntervalConditioning | None":
+        """
+        The conditioning of a network, that of the copy for a deep copy.
+
+        Args:
+            model (`nn.Module`):
+                The network.
+
+        Returns:
+            `IntervalConditioning` or `None`: The one that was made first and not removed.
+        """
+        for hook in model._forward_pre_hooks.values():
+            if inspect.ismethod(hook) and isinstance(hook.__self__, cls):
+                return hook.__self__
+        return None
+
     def remove(self) -> None:
         """Take the hooks off again."""
         for hook in self._hooks:

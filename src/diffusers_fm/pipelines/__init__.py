@@ -2,6 +2,7 @@
 from .base import FlowMatchPipelineOutput
 from .decode_map import DecodeMap
 from .edits import FlowMatchInversionOutput
+from .flow_map import with_flow_map
 from .init_pipeline import init_pipeline
 from .pipeline_flow_match import FlowMatchPipeline
 from .pipeline_flow_match_edit import FlowMatchEditPipeline
@@ -27,5 +28,6 @@ __all__ = [
     "VelocityField",
     "capture",
     "init_pipeline",
+    "with_flow_map",
     "with_stock_scheduler",
 ]

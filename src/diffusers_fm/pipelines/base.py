@@ -20,6 +20,7 @@ from ..solvers import Solution
 from ..transport import transport
 from .checks import Generators, check_finite, check_output, is_whole
 from .components import MARGIN, FlowMatchComponents
+from .flow_map import check_flow, interval_of_step
 from .sampling import SamplingCall, SamplingOptions, begin_call, call_in_progress
 
 
@@ -179,6 +180,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         the network.
         """
         if options.is_adaptive:
+            check_flow(self.scheduler, f"The solver {options.solver!r}")
             # Each sample takes its own steps.
             steps = {"num_steps": None, "rtol": options.rtol, "atol": options.atol, "step_control": "per_sample"}
             with self._begin(SamplingCall(self.scheduler, options.guidance_scale)):
@@ -190,7 +192,10 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         scheduler = copy.copy(scheduler) if options.solver is None else scheduler.with_settings(solver=options.solver)
         self._lay_out(scheduler, latents, options)
         answer = self.predict_guided if predict is None else predict
-        with self._begin(SamplingCall(scheduler, options.guidance_scale, len(scheduler.timesteps))) as call:
+        with (
+            self._begin(SamplingCall(scheduler, options.guidance_scale, len(scheduler.timesteps))) as call,
+            interval_of_step(self.denoiser, scheduler, self.interval_embedding),
+        ):
             return self._sample(
                 scheduler,
                 lambda x_t, i: answer(x_t, scheduler.timesteps[i], args, call.guidance_scale).float(),
@@ -293,6 +298,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         Raises:
             ValueError: If an argument is out of range.
         """
+        check_flow(self.scheduler, "Transport of points in both directions")
         return self._transport(NetworkField(self, guidance_scale), x_t, start, end, args, **options)
 
     def _transport(

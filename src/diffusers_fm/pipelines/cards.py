@@ -83,7 +83,8 @@ def solver_rows(scheduler: FlowMatchScheduler, num_inference_steps: int) -> list
     nfe = num_inference_steps * scheduler.order
     own = {"solver": f"`{config.solver}` (as saved)", "settings": f"{config.sampling_path}, {config.timestep_spacing}"}
     rows: list[dict[str, str | int]] = [{**own, "steps": num_inference_steps, "NFE": nfe}]
-    for solver, settings, share in OTHER_SOLVERS:
+    # Other solvers of a few-step model sample its flow, for which it was not saved.
+    for solver, settings, share in () if config.solver == "flow_map" else OTHER_SOLVERS:
         stages = TABLEAUX[solver].stages if solver in TABLEAUX else 1
         steps = max(1, round(share * nfe / stages))
         if solver != config.solver:

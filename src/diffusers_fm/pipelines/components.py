@@ -31,6 +31,7 @@ from ..hub.cards import CardContent, model_card
 from ..hub.push import PushMixin, hub_reason
 from ..models.autoencoding import spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
+from ..models.interval import IntervalEmbedding
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .cards import pipeline_content
 from .checks import Labels, is_whole
@@ -210,9 +211,9 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet->transformer->vae"
-    # A small table that is read at every call of the network: not worth moving back and forth.
-    _exclude_from_cpu_offload = ["class_embedder"]
-    _optional_components = ["unet", "transformer", "vae", "class_embedder"]
+    # Small ones that are read at every call of the network: not worth moving back and forth.
+    _exclude_from_cpu_offload = ["class_embedder", "interval_embedding"]
+    _optional_components = ["unet", "transformer", "vae", "class_embedder", "interval_embedding"]
 
     def __init__(
         self,
@@ -223,6 +224,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         class_embedder: ClassEmbedder | None = None,
         num_classes: int | None = None,
         id2label: dict | None = None,
+        interval_embedding: IntervalEmbedding | None = None,
     ) -> None:
         super().__init__()
         check_components(unet, transformer, vae, class_embedder, num_classes)
@@ -234,6 +236,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             transformer=transformer,
             vae=vae,
             class_embedder=class_embedder,
+            interval_embedding=interval_embedding,
         )
         self.register_to_config(num_classes=num_classes, id2label=id2label)
         self.vae_scale_factor = 1 if vae is None else spatial_scale_factor(vae)

@@ -23,6 +23,7 @@ from .checks import (
     is_whole,
     read_images,
 )
+from .flow_map import check_flow
 from .sampling import SamplingOptions
 
 
@@ -50,6 +51,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         num_classes (`int`, *optional*):
             Number of classes. Only a `UNet2DModel` needs it, and only if one row of its class table is the null class:
             `num_class_embeds == num_classes + 1`. Without it every row is a class.
+        interval_embedding ([`IntervalEmbedding`], *optional*):
+            Second time embedding of a few-step `UNet2DModel`, for the end of a step.
         id2label (`dict`, *optional*):
             Names of the classes by label; a name may list synonyms separated by commas.
 
@@ -89,7 +92,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         class_labels: Labels = None,
         batch_size: int | None = None,
         guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
         mu: float | None = None,
@@ -118,9 +121,10 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
                 Scale w of classifier-free guidance (arXiv 2207.12598), `v = v_null + w * (v_class - v_null)`: 1 is
                 off, 0 draws from the null class, that is, without a class. Values other than 1 double the batch of a
                 call.
-            num_inference_steps (`int`, *optional*, defaults to 50):
-                Number of solver steps. Each takes `scheduler.order` calls of the network, the last one fewer where a
-                path ends in a single straight step.
+            num_inference_steps (`int`, *optional*):
+                Number of solver steps, by default 50, or what the scheduler's `flow_map` says of a few-step model.
+                Each takes `scheduler.order` calls of the network, the last one fewer where a path ends in a single
+                straight step.
             sigmas (`list[float]`, *optional*):
                 Grid of the steps instead of `num_inference_steps`, see [`FlowMatchScheduler.set_timesteps`].
             timesteps (`list[float]`, *optional*):
@@ -404,6 +408,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
     def _density(
         self, measure: Callable[..., Any], x: torch.Tensor, args: tuple[torch.Tensor, ...], **options: Any
     ) -> Any:
+        check_flow(self.scheduler, "A likelihood")
         ends = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)}
         path, kind = self.scheduler.path, self.scheduler.config.prediction_type
         result = measure(NetworkField(self), x, path, prediction_type=kind, args=args, **ends | options)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from ..models.autoencoding import encode_latents
 from ..models.class_embedder import ClassEmbedder
+from ..models.interval import IntervalEmbedding
 from ..paths import OTPath
 from .base import FlowMatchPipelineBase, FlowMatchPipelineOutput
 from .checks import Callback, Generators, Images, Labels, is_number, is_whole, read_images
@@ -48,6 +49,8 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             As in [`FlowMatchPipeline`].
         scale_factor (`int`, *optional*, defaults to 4):
             How many times larger an image becomes if a call does not say. What the network was trained for.
+        interval_embedding ([`IntervalEmbedding`], *optional*):
+            As for [`FlowMatchPipeline`].
 
     Raises:
         ValueError: if the components do not fit together.
@@ -63,8 +66,9 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         num_classes: int | None = None,
         id2label: dict | None = None,
         scale_factor: int = 4,
+        interval_embedding: IntervalEmbedding | None = None,
     ) -> None:
-        super().__init__(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label)
+        super().__init__(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding)
         if not is_whole(scale_factor, 2):
             raise ValueError(f"`scale_factor` must be a whole number of 2 or more, got {scale_factor!r}.")
         self.register_to_config(scale_factor=scale_factor)

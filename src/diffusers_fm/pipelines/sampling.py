@@ -24,7 +24,7 @@ class SamplingOptions:
     """Arguments of a call, as [`FlowMatchPipeline.__call__`] describes them; raises a `ValueError` for wrong ones."""
 
     guidance_scale: float = 1.0
-    num_inference_steps: int = 50
+    num_inference_steps: int | None = None
     sigmas: list[float] | None = None
     timesteps: list[float] | None = None
     mu: float | None = None
@@ -68,7 +68,11 @@ class SamplingOptions:
         mu, given = self.mu, self.sigmas is not None or self.timesteps is not None
         if mu is None and scheduler.config.use_dynamic_shifting:
             mu = default_mu(scheduler, tuple(latents.shape[1:]), patch_size)
-        steps = None if given else self.num_inference_steps
+        steps = self.num_inference_steps
+        if steps is None:
+            few = (scheduler.config.flow_map or {}).get("num_inference_steps", 50)
+            steps = few if scheduler.config.solver == "flow_map" else 50
+        steps = None if given else steps
         scheduler.set_timesteps(steps, device=latents.device, sigmas=self.sigmas, timesteps=self.timesteps, mu=mu)
         scheduler.set_begin_index(0)
 

@@ -91,6 +91,11 @@ def calibrate(
         ValueError: If a number is out of range, `run` does not do what it should, or its pipeline hands timesteps to
             the scheduler (CogView4).
     """
+    if scheduler.config.solver == "flow_map":
+        raise ValueError(
+            "Calibration needs a flow, and the scheduler samples a flow map: take the flow that it contains, with"
+            " `scheduler.with_settings(solver='euler')`."
+        )
     counts = [num_inference_steps] if isinstance(num_inference_steps, int) else list(num_inference_steps)
     if not counts:
         raise ValueError("`num_inference_steps` must name at least one number of steps, got none.")

@@ -22,7 +22,7 @@ from .multistep import CalibratedSteps, adams_increments
 
 
 RUNGE_KUTTA = ("euler", "midpoint", "heun", "rk4", "dopri5")
-SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama")
+SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m", "calibrated", "euler_maruyama", "flow_map")
 DIFFUSION_FORMS = ("sigma", "sigma_squared", "constant")
 
 STRAIGHT = OTPath()
@@ -176,7 +176,8 @@ class SamplingPlan:
             return self._renoised(ratios)
         if self.solver == "dpmpp_2m":
             return _with_retention(self._dpmpp_2m(ratios))
-        if plain and (self.solver, self.prediction_type) == ("euler", "flow_prediction") and self.churn[0] == 0:
+        euler = self.solver in ("euler", "flow_map") and self.churn[0] == 0
+        if plain and euler and self.prediction_type == "flow_prediction":
             # The commonest loop, in half the time: x + (next - now) * answer.
             pairs = pairwise(ratios.tolist())
             return [Stage(now, now, 0.0, 1.0, 1.0, (end - now,), True, True, (1 - end, end)) for now, end in pairs]

@@ -78,7 +78,8 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             With one call of the network a step: `euler`; `ab2`, `ab3` (Adams-Bashforth of order 2 and 3); `abm2`,
             `abm3` (the same, each call also correcting the steps before, best with `sampling_path="angle"`);
             `dpmpp_2m` (arXiv 2211.01095); `calibrated`, steps fitted to the network (see `calibration`);
-            `euler_maruyama` (stochastic). With several: `midpoint`, `heun` (2), `rk4` (4), `dopri5` (6); these list
+            `euler_maruyama` (stochastic); `flow_map`, for a network that is conditioned on the end of its step
+            ([`interval_end`]). With several: `midpoint`, `heun` (2), `rk4` (4), `dopri5` (6); these list
             every stage in `timesteps`, and `order` is the number of stages.
         sampling_path (`str`, *optional*, defaults to `"ot"`):
             The coordinates of the integration: `ot`, the straight ones; `native`, the path's own; `angle`, those of
@@ -119,6 +120,10 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             For `calibrated`: by number of steps, the `sigmas` of its calls, and `keep` and `weights` of its steps, as
             [`~schedulers.calibration.calibrate`] finds them. The sampling path is `angle`, and the grid is neither
             shifted nor replaced.
+        flow_map (`dict`, *optional*):
+            Of a network that is conditioned on the end of its step: `first_block`, the first block of a transformer
+            that gets it; `num_inference_steps`, the number of calls that it draws best in; `guidance_scale`, the
+            guidance that it has learned.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
@@ -162,6 +167,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         diffusion_form: str = "sigma",
         diffusion_scale: float = 1.0,
         calibration: Mapping[str, Any] | None = None,
+        flow_map: Mapping[str, Any] | None = None,
     ):
         check_settings(self.config)
         if "_use_default_values" in self.config:

@@ -39,8 +39,11 @@ NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 # These steps are defined by the estimates of data and noise, not by a derivative in some coordinates.
 BY_ESTIMATES = ("stochastic_sampling", "clip_sample", "eta")
+# These steps are defined in the straight coordinates alone.
+STRAIGHT_ONLY = ("dpmpp_2m", "flow_map")
 # What builds the path.
 PATH_SETTINGS = frozenset(("path", "path_kwargs", "num_train_timesteps"))
+FLOW_MAP = ("first_block", "num_inference_steps", "guidance_scale")
 GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 FLAGS = ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "clip_sample", *GRIDS)
 GRID_CHANGES = ("use_dynamic_shifting", "shift_terminal", *GRIDS)
@@ -54,12 +57,25 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
 
 
+def check_flow_map(flow_map: Any) -> None:
+    """Check what a scheduler's configuration says of a flow map."""
+    if not isinstance(flow_map, Mapping) or not set(flow_map) <= set(FLOW_MAP):
+        raise ValueError(f"`flow_map` must be a dictionary with keys among {list(FLOW_MAP)}, got {flow_map!r}.")
+    for name in ("first_block", "num_inference_steps"):
+        value = flow_map.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}` of `flow_map` must be an integer of at least 1, got {value!r}.")
+    scale = flow_map.get("guidance_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
+        raise ValueError(f"`guidance_scale` of `flow_map` must be a number above 0, got {scale!r}.")
+
+
 def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the present solver that a change of solver or coordinates takes away, at values that do nothing."""
     now = {**config, **changes}
     leaving: dict[str, Any] = {}
     by_estimates = any(changes.get(name) for name in BY_ESTIMATES)
-    if now["sampling_path"] != "ot" and (now["solver"] == "dpmpp_2m" or by_estimates):
+    if now["sampling_path"] != "ot" and (now["solver"] in STRAIGHT_ONLY or by_estimates):
         leaving["sampling_path"] = now["sampling_path"] = changes.get("sampling_path", "ot")
     if (now["solver"], now["sampling_path"]) == (config["solver"], config["sampling_path"]):
         return {}
@@ -102,13 +118,16 @@ def check_settings(config: Any) -> None:
             f"`{by_estimates[0]}` needs the solver 'euler' and `sampling_path` 'ot', got {solver!r} and "
             f"{coordinates!r}."
         )
-    if solver == "dpmpp_2m" and coordinates != "ot":
-        raise ValueError(f"The solver 'dpmpp_2m' needs `sampling_path` 'ot', got {coordinates!r}.")
+    if solver in STRAIGHT_ONLY and coordinates != "ot":
+        raise ValueError(f"The solver {solver!r} needs `sampling_path` 'ot', got {coordinates!r}.")
     if config.s_churn > 0 and (solver not in RUNGE_KUTTA or by_estimates):
         raise ValueError(
             f"`s_churn` needs one of the solvers {list(RUNGE_KUTTA)} and none of `stochastic_sampling`, `eta` and "
             f"`clip_sample`, got {[solver, *by_estimates]}."
         )
+    if solver == "flow_map" and config.invert_sigmas:
+        raise ValueError("The solver 'flow_map' needs a time that falls from noise to data, got `invert_sigmas` True.")
+    check_flow_map(config.flow_map or {})
     calibration = config.calibration
     if (solver == "calibrated") != bool(calibration) or (calibration and coordinates != "angle"):
         raise ValueError(

@@ -301,7 +301,14 @@ class DryRun(TrainingRun[A]):
             self._size = 2
             yield 0
 
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The average has the shape of the weights."""
+        return nullcontext()
+
     def _call(self, sample: torch.Tensor, *args: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            # Targets, by the model itself: work without memory of activations.
+            return self.model(sample, *args)
         self._measure(self.model, (sample, *args), {})
         return torch.empty_like(sample)
 

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -393,6 +394,12 @@ class TrainingRun(Generic[A]):
             batch = next(self._batches)
             seed_layers(self.seed, step, micro_step, accelerator.process_index, accelerator.device)
             yield BatchSlice(self.seed, step, offset, args.train_batch_size, self.global_batch_size), batch
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within this context the model has the weights of the average, of `--use_ema`."""
+        if self._ema is None:
+            raise ValueError("There is no average of the weights without --use_ema.")
+        return self._ema.averaged_weights()
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """

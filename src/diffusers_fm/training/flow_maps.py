@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training of flow maps: arguments, the network with the end of an interval, and the draw of intervals."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.utils.torch_utils import unwrap_module
+
+from ..arguments import Arguments, Count, Fraction, Needs, NotNegative, Positive, Range, Size, option
+from ..data.randomness import BatchSlice
+from ..flow_maps import DERIVATIVES, OBJECTIVES, sample_intervals
+from ..models.interval import IntervalConditioning, IntervalEmbedding
+from ..paths import ConditionalPath
+from ..pipelines.base import FlowMatchPipelineBase
+from ..pipelines.flow_map import condition_network
+from ..timesteps import shift_time
+from .objective import TrainableModel
+
+
+# Papers of the losses, for cards.
+METHODS: Mapping[str, str] = {
+    "semigroup": "progressive self-distillation (arXiv 2505.18825)",
+    "lagrangian": "Lagrangian self-distillation (arXiv 2505.18825)",
+    "mean_flow": "MeanFlow (arXiv 2505.13447)",
+    "improved_mean_flow": "improved MeanFlow (arXiv 2512.02012)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMapArguments(Arguments):
+    """Loss of a flow map, its intervals, its teacher, and how the network gets their ends."""
+
+    _argument_group_name = "flow map"
+
+    objective: str = option("semigroup", "Loss of the rows with r < t.", list(OBJECTIVES))
+    first_block: Count | None = option(
+        None, "First block of a transformer that gets the end of a step; by default two thirds get the start."
+    )
+    equal_share: Fraction = option(0.5, "Share of rows with r = t, which learn the flow.", source="arXiv 2512.02012")
+    noise_share: Fraction = option(0.15, "Share of the other rows that begin in noise.")
+    data_share: Fraction = option(0.15, "Share of the other rows that end in data.")
+    interval_warmup_steps: Size = option(500, "Steps in which the intervals grow to their full length.")
+    middle_fraction: Annotated[bool, Needs("objective", "semigroup")] = option(
+        False, "Two steps of equal length in a target.", source="arXiv 2410.12557"
+    )
+    derivative: str = option("finite_difference", "For all losses but semigroup.", list(DERIVATIVES))
+    derivative_step: Annotated[float, Range(0, 0.5, open_low=True), Needs("derivative", "finite_difference")] = option(
+        5e-3, "Of the finite difference.", source="arXiv 2605.13724"
+    )
+    loss_power: NotNegative = option(0.0, "p of the adaptive weight of MeanFlow, 1 there.", source="arXiv 2505.13447")
+    flow_teacher: bool = option(False, "Learn the velocity of the pipeline as it was, in place of noise - data.")
+    ema_teacher: bool = option(False, "Targets by the averaged weights; needs --use_ema.")
+    learned_guidance_scale: Positive = option(1.0, "Guidance to learn; 1 is none.", source="arXiv 2512.02012")
+
+
+class IntervalModel(TrainableModel):
+    """Trainable models of a few-step pipeline, the second time embedding of a UNet among them."""
+
+    def __init__(self, pipeline: FlowMatchPipelineBase) -> None:
+        super().__init__(pipeline)
+        self.interval_embedding = pipeline.interval_embedding
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "IntervalModel":
+        pipeline = copy.copy(self._predict[0].__self__)
+        trained = (self.denoiser, self.class_embedder, self.interval_embedding)
+        for name, component in pipeline.components.items():
+            if component is not None and any(component is model for model in trained):
+                setattr(pipeline, name, copy.deepcopy(component, memo))
+        return IntervalModel(pipeline)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        end: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Network output for steps from `timestep` to `end`, both `timestep_scale` times t; without `end` the flow."""
+        conditioning = IntervalConditioning.of(unwrap_module(self.denoiser))
+        assert conditioning is not None
+        kept, conditioning.end = conditioning.end, end
+        try:
+            return super().forward(sample, timestep, labels)
+        finally:
+            conditioning.end = kept
+
+
+def choose_flow_map(pipeline: FlowMatchPipelineBase, args: FlowMapArguments, seed: int) -> None:
+    """Condition the pipeline's network on the end of a step, and have its scheduler say so."""
+    network = unwrap_module(pipeline.denoiser)
+    if isinstance(network, UNet2DModel) and pipeline.interval_embedding is None:
+        if args.first_block is not None:
+            raise ValueError(f"--first_block {args.first_block} needs a transformer, and the model is a UNet2DModel.")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            embedding = IntervalEmbedding(network.get_submodule("time_embedding").linear_2.out_features)
+        pipeline.register_modules(interval_embedding=embedding.to(network.device))
+    known = pipeline.scheduler.config.flow_map or {}
+    flow_map = {
+        **({"first_block": args.first_block} if args.first_block is not None else known),
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.learned_guidance_scale,
+    }
+    settings = {"solver": "flow_map", "sampling_path": "ot", "timestep_spacing": "trailing"}
+    pipeline.scheduler = pipeline.scheduler.with_settings(**settings, flow_map=flow_map)
+    conditioning = condition_network(network, pipeline.scheduler, pipeline.interval_embedding)
+    if conditioning.first_block is not None:
+        flow_map["first_block"] = conditioning.first_block
+        pipeline.scheduler = pipeline.scheduler.with_settings(flow_map=flow_map)
+
+
+def draw_intervals(
+    args: Any, path: ConditionalPath, part: BatchSlice, shift: float, step: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Intervals of a part of a batch: the path's time at which they start, and their straight ends `r` and starts `t`.
+
+    Float64 on the CPU, of shape `(batch_size,)`, 0 = data and 1 = noise, stratified over the global batch.
+    """
+    r, t = sample_intervals(
+        args.timestep_density,
+        part.size,
+        generator=part.generator("times"),
+        equal_share=args.equal_share,
+        noise_share=args.noise_share,
+        data_share=args.data_share,
+        max_length=min(1.0, (step + 1) / max(args.interval_warmup_steps, 1)),
+        offset=part.offset,
+        total=part.total,
+        logit_mean=args.logit_mean,
+        logit_std=args.logit_std,
+        mode_scale=args.mode_scale,
+        alpha=args.density_alpha,
+        beta=args.density_beta,
+    )
+    r, t = (path.ratio(time) if shift == 1 else shift_time(path.ratio(time), shift) for time in (r, t))
+    return path.time_at(t), r, t
+
+
+def flow_map_facts(args: Any) -> dict[str, str]:
+    """Rows of a card: the method and the calls of the network."""
+    facts = {"method": METHODS[args.objective], "calls of the network": f"{args.num_inference_steps} by default"}
+    if args.learned_guidance_scale != 1.0:
+        facts["learned guidance"] = f"{args.learned_guidance_scale:g}; sample with `guidance_scale` 1"
+    return facts

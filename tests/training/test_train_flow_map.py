@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training of flow maps: what comes out, what does not matter, what is refused, and what every argument does."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from tiny_pipelines import tiny_dit, tiny_pipeline
+from training_runs import (
+    ROOT,
+    assert_same_weights,
+    command_line,
+    environment,
+    launch,
+    load,
+    load_script,
+    make_dataset,
+    run_script,
+    weights,
+)
+
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm.data.randomness import BatchSlice
+from diffusers_fm.flow_maps import OBJECTIVES
+from diffusers_fm.models.interval import IntervalConditioning
+from diffusers_fm.paths import OTPath
+from diffusers_fm.training.flow_maps import draw_intervals
+
+
+SCRIPT = ROOT / "training_scripts" / "train_flow_map.py"
+script = load_script(SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained transformer, as far as training a map is concerned."""
+    pipeline = FlowMatchPipeline(FlowMatchScheduler(), transformer=tiny_dit(in_channels=1, num_layers=3))
+    pipeline.save_pretrained(tmp_path_factory.mktemp("pipelines") / "dit")
+    return Path(tmp_path_factory.getbasetemp() / "pipelines0" / "dit")
+
+
+def train(pipeline: Path, data: Path, output_dir: Path, *words: object, **options: object) -> Path:
+    run_script(script, command_line(pipeline, data, output_dir, *words, **options))
+    return output_dir
+
+
+def test_a_run_leaves_a_pipeline_that_samples_in_its_own_calls(folder: Path, data: Path, tmp_path: Path) -> None:
+    output_dir = train(folder, data, tmp_path / "run", use_ema=True, num_validation_images=2, num_inference_steps=3)
+    pipeline = load(output_dir)
+    config = pipeline.scheduler.config
+    assert config.solver == "flow_map"
+    assert config.flow_map == {"first_block": 2, "num_inference_steps": 3, "guidance_scale": 1.0}
+    assert (output_dir / "grid.png").is_file()
+    options = {"class_labels": [0, 1], "output_type": "np"}
+    output = pipeline(**options, generator=torch.Generator().manual_seed(0))
+    assert output.nfe == 3
+    card = ModelCard.load(output_dir / "README.md").text
+    assert "progressive self-distillation (arXiv 2505.18825)" in card
+    assert "3 by default" in card
+    assert "`abm3`" not in card
+    # In a process that has done nothing else.
+    code = f"""
+import torch, diffusers_fm
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained({str(output_dir)!r})
+output = pipeline(class_labels=[0, 1], output_type="np", generator=torch.Generator().manual_seed(0))
+assert output.nfe == 3
+print(output.images.astype("float64").sum())
+"""
+    python = subprocess.run(
+        [shutil.which("python") or "python", "-c", code], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert float(python.stdout.strip().splitlines()[-1]) == output.images.astype("float64").sum()
+
+
+def test_the_flow_is_the_start_bit_for_bit(folder: Path, data: Path, tmp_path: Path) -> None:
+    """With a learning rate of (nearly) zero, r = t draws what the trained flow drew."""
+    output_dir = train(folder, data, tmp_path / "run", learning_rate=1e-30, adam_weight_decay=0.0)
+    flow, trained = load(folder), load(output_dir)
+    draw = {"class_labels": [0, 1], "output_type": "np", "num_inference_steps": 4}
+    before = flow(**draw, generator=torch.Generator().manual_seed(0)).images
+    after = trained(**draw, solver="euler", generator=torch.Generator().manual_seed(0)).images
+    assert (before == after).all()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("kind", ["unet-classes", "dit", "sd3"])
+def test_every_loss_trains_every_kind_of_network(objective: str, kind: str, data: Path, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline(kind)
+    network = pipeline.denoiser
+    config = {**network.config, "in_channels": 1, "out_channels": 1}
+    if kind != "unet-classes":
+        config["num_layers"] = 2
+    name = "unet" if pipeline.unet is not None else "transformer"
+    components = {**pipeline.components, name: type(network).from_config(config)}
+    FlowMatchPipeline(**components, num_classes=pipeline.config.num_classes).save_pretrained(tmp_path / "start")
+    output_dir = train(tmp_path / "start", data, tmp_path / "run", objective=objective, interval_warmup_steps=0)
+    before, after = weights(tmp_path / "start"), weights(output_dir)
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+    if kind == "unet-classes":
+        second = after["interval_embedding.time_embedding.linear_2.weight"]
+        assert second.abs().max() > 0
+    pipeline = load(output_dir)
+    assert pipeline(class_labels=[0], output_type="np").nfe == 2
+
+
+@pytest.mark.parametrize("kind", ["dit", "unet"])
+def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Path, tmp_path: Path) -> None:
+    if kind == "unet":
+        pipeline = tiny_pipeline("unet-classes")
+        pipeline.save_pretrained(tmp_path / "start")
+        folder = tmp_path / "start"
+    options = {"use_ema": True, "ema_teacher": True, "interval_warmup_steps": 3, "flow_teacher": True}
+    whole = train(folder, data, tmp_path / "whole", **options, checkpointing_steps=2)
+    part = tmp_path / "part"
+    part.mkdir()
+    shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
+    train(folder, data, part, **options, resume_from_checkpoint="latest")
+    assert_same_weights(whole, part)
+
+
+def test_two_processes_are_one(folder: Path, data: Path, tmp_path: Path) -> None:
+    options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, "learned_guidance_scale": 2.0}
+    one = train(folder, data, tmp_path / "one", **options)
+    line = command_line(folder, data, tmp_path / "two", **options, train_batch_size=4)
+    subprocess.run(launch(line, 2, SCRIPT), check=True, capture_output=True, env=environment())
+    assert_same_weights(one, tmp_path / "two", atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"first_block": 1},
+        {"equal_share": 0.0},
+        {"noise_share": 1.0},
+        {"data_share": 1.0},
+        {"interval_warmup_steps": 0},
+        {"middle_fraction": True},
+        {"loss_power": 1.0},
+        {"flow_teacher": True},
+        {"ema_teacher": True},
+        {"learned_guidance_scale": 3.0},
+        {"flow_teacher": True, "learned_guidance_scale": 3.0},
+        {"objective": "mean_flow", "derivative": "jvp"},
+        {"objective": "mean_flow", "derivative_step": 0.1},
+        {"shift": 3.0},
+    ],
+)
+def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path, tmp_path: Path) -> None:
+    base = {"use_ema": True, "ema_max_decay": 0.5, "interval_warmup_steps": 8}
+    base |= {"objective": options["objective"]} if "objective" in options else {}
+    plain = train(folder, data, tmp_path / "plain", **base)
+    other = train(folder, data, tmp_path / "other", **{**base, **options})
+    first, second = weights(plain), weights(other)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weighting_scheme": "min_snr"}, "--weighting_scheme must be none for a flow map, got min_snr"),
+        ({"ema_teacher": True}, "--ema_teacher needs --use_ema"),
+        ({"first_block": 3}, "`first_block` must be an integer from 1 to 2"),
+        ({"cache_latents": True, "center_crop": True}, "--cache_latents needs an autoencoder"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(
+    options: dict, message: str, folder: Path, data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(folder, data, tmp_path / "run", **options)
+
+
+def test_networks_without_classes_have_no_guidance_and_unets_no_blocks(data: Path, tmp_path: Path) -> None:
+    tiny_pipeline("unet").save_pretrained(tmp_path / "unet")
+    for options, message in (
+        ({"learned_guidance_scale": 2.0}, "--learned_guidance_scale 2 needs a model with classes and a null class"),
+        ({"first_block": 1}, "--first_block 1 needs a transformer, and the model is a UNet2DModel"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train(tmp_path / "unet", data, tmp_path / "run", **options)
+
+
+def test_a_dry_run_counts_and_writes_nothing(
+    folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(folder, data, tmp_path / "run", dry_run=True, use_ema=True, ema_teacher=True, learned_guidance_scale=2.0)
+    assert "at the worst moment" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_intervals_of_two_parts_are_those_of_the_whole() -> None:
+    args = script.ScriptArguments(
+        pretrained_model_name_or_path="x", dataset_name="x", interval_warmup_steps=10, equal_share=0.25
+    )
+    path = OTPath()
+    whole = draw_intervals(args, path, BatchSlice(0, 4, 0, 16, 16), 1.0, 4)
+    parts = [draw_intervals(args, path, BatchSlice(0, 4, offset, 8, 16), 1.0, 4) for offset in (0, 8)]
+    for all_of_them, halves in zip(whole, zip(*parts)):
+        assert torch.equal(all_of_them, torch.cat(halves))
+    _, r, t = whole
+    assert (r == t).sum() == 4
+    # The fifth step of ten: half as long.
+    assert (t - r).max() <= 0.5
+    _, r, t = draw_intervals(args, path, BatchSlice(0, 4, 0, 16, 16), 1.0, 40)
+    assert (t - r).max() > 0.5
+
+
+def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:
+    first = train(folder, data, tmp_path / "first", first_block=1)
+    second = train(first, data, tmp_path / "second")
+    pipeline = DiffusionPipeline.from_pretrained(second)
+    assert pipeline.scheduler.config.flow_map["first_block"] == 1
+    assert IntervalConditioning.of(pipeline.transformer) is None

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-fm[train]"]
+# ///
+r"""Train an image generator of 1 to 4 calls: the flow map of a trained flow, or of data alone (arXiv 2505.18825).
+
+A pipeline folder goes in, best a trained one, and a pipeline of the same kind comes out. The end of each step enters
+the last blocks of a transformer, or a UNet through a second time embedding; the flow stays within the map.
+
+Handwritten digits, from the pipeline that train_flow_matching.py makes:
+
+    accelerate launch training_scripts/train_flow_map.py \
+      --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-few \
+      --train_batch_size 64 --max_train_steps 3500 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
+      --use_ema --seed 0
+
+With guidance of scale 2 learned, so that a call takes half of the work:
+
+    accelerate launch training_scripts/train_flow_map.py \
+      --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-guided \
+      --train_batch_size 64 --max_train_steps 3500 --learning_rate 1e-3 --use_ema --learned_guidance_scale 2
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_fm import FlowMatchPipeline
+from diffusers_fm.arguments import Count, Free, option, run_script
+from diffusers_fm.data.arguments import LabelArguments, LatentArguments
+from diffusers_fm.data.latents import cache_latents, latents_of_batch
+from diffusers_fm.data.loading import load_images
+from diffusers_fm.flow_maps import AverageVelocity, average_velocity, flow_map_loss, guided_velocity
+from diffusers_fm.training.arguments import TrainingArguments
+from diffusers_fm.training.flow_maps import (
+    FlowMapArguments,
+    IntervalModel,
+    choose_flow_map,
+    draw_intervals,
+    flow_map_facts,
+)
+from diffusers_fm.training.objective import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.training.planning import DryRun
+from diffusers_fm.training.publishing import model_card
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(TrainingArguments, FlowMapArguments, LatentArguments, LabelArguments):
+    """Arguments of this script."""
+
+    num_inference_steps: Count = option(4, "Calls in which the pipeline samples by default; also of the pictures.")
+    tracker_project_name: Free[str] = option("train_flow_map", "Name of the run in the trackers.")
+
+    def check(self) -> None:
+        if self.weighting_scheme != "none":
+            raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
+        if self.ema_teacher and not self.use_ema:
+            raise ValueError("--ema_teacher needs --use_ema.")
+
+
+def main(args: ScriptArguments) -> None:
+    """Train."""
+    run = DryRun(args) if args.dry_run else TrainingRun(args)
+    args = run.args
+    device = run.accelerator.device
+
+    # 1. Pipeline
+    pipeline = run.init_pipeline(FlowMatchPipeline)
+    shift = choose_shift(pipeline, args.shift)
+    label_dropout = choose_label_dropout(pipeline, args.label_dropout)
+    resolution = choose_resolution(pipeline, args.resolution)
+    path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
+    prediction_type = pipeline.scheduler.config.prediction_type
+    if pipeline.vae is not None:
+        pipeline.vae.to(device).requires_grad_(False).eval()
+    elif args.cache_latents:
+        raise ValueError(f"--cache_latents needs an autoencoder, and {args.pretrained_model_name_or_path!r} has none.")
+    guidance = args.learned_guidance_scale
+    if guidance != 1.0 and pipeline.null_class is None:
+        raise ValueError(f"--learned_guidance_scale {guidance:g} needs a model with classes and a null class.")
+    choose_flow_map(pipeline, args, run.seed)
+
+    # 2. Data
+    with run.accelerator.main_process_first():
+        train_data, held_out_data = load_images(args, pipeline, resolution)
+    if args.cache_latents:
+        folder = Path(args.precomputed_dir or run.output_dir / "precomputed") / "latents"
+        for data in (train_data, held_out_data):
+            if data is not None:
+                cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
+
+    # 3. Model
+    model = IntervalModel(pipeline)
+    frozen = copy.deepcopy(model).requires_grad_(False).eval().to(device) if args.flow_teacher else None
+    model.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        pipeline.denoiser.enable_gradient_checkpointing()
+
+    # 4. Validation and export
+    def validate(step: int, grid_name: str | None) -> dict[str, Any]:
+        """Held-out loss of the flow, and a picture grid of the map as it would be saved now."""
+        figures: dict[str, Any] = {}
+        if held_out_data is not None:
+            figures = held_out_loss(
+                run.accelerator,
+                run.model,
+                pipeline.scheduler,
+                held_out_data,
+                args.eval_batch_size,
+                lambda batch: data_and_labels(pipeline, batch, device),
+            )
+        if args.num_validation_images and run.accelerator.is_main_process:
+            grid = sample_grid(
+                pipeline,
+                args.num_validation_images,
+                args.num_inference_steps,
+                args.guidance_scale,
+                args.eval_batch_size,
+            )
+            run.log.write_grid(step, grid, grid_name)
+        return figures
+
+    def export(folder: Path, figures: dict[str, Any]) -> None:
+        """The trained pipeline and its card."""
+        pipeline.save_pretrained(folder)
+        figures = {**figures, **flow_map_facts(args)}
+        card = model_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
+        card.save(folder / "README.md")
+
+    model = run.begin(
+        model,
+        train_data,
+        validate,
+        export,
+        f"Flow map by {args.objective} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
+        f" {prediction_type}; {train_data.description} of side {resolution}, {len(held_out_data or [])} held out.",
+    )
+
+    def velocity_of(network: Callable[..., torch.Tensor]) -> AverageVelocity:
+        """Average velocity of a network in the straight coordinates, in which all of the loss is."""
+
+        def predict(
+            x_t: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None
+        ) -> torch.Tensor:
+            return network(x_t, t, labels, r)
+
+        return average_velocity(predict, path, prediction_type, timestep_scale)
+
+    u = velocity_of(model)
+
+    def averaged(*arguments: torch.Tensor) -> torch.Tensor:
+        """The map by the averaged weights, for targets."""
+        with run.averaged_weights():
+            return u(*arguments)
+
+    # 5. Loop. Logs, validation, checkpoints and signals come between the steps
+    with run:
+        for step in run.steps():
+            # Noise, intervals and dropped labels are drawn for the whole global batch; a part of it is at hand.
+            for part, batch in run.parts(step):
+                with run.accelerator.accumulate(model):
+                    data = latents_of_batch(pipeline, batch, device, part)
+                    labels = batch.get("labels")
+                    if labels is not None:
+                        dropped = part.uniform("label_dropout") < label_dropout
+                        labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
+                    conditions = () if labels is None else (labels,)
+
+                    noise = run.draw_noise(part, data, labels)
+                    start, r, t = draw_intervals(args, path, part, shift, step)
+                    x, _ = path.to_straight(path.sample(data, noise, start), start)
+
+                    velocity = noise - data
+                    flow = u if frozen is None else velocity_of(frozen)
+                    with torch.no_grad():
+                        if frozen is not None:
+                            velocity = flow(x, t, t, *conditions)
+                        if guidance != 1.0 and labels is not None:
+                            null = flow(x, t, t, torch.full_like(labels, pipeline.null_class or 0))
+                            if frozen is None:
+                                velocity = guided_velocity(velocity, flow(x, t, t, labels), null, guidance)
+                            else:
+                                velocity = null + guidance * (velocity - null)
+                    losses = flow_map_loss(
+                        u,
+                        x,
+                        r,
+                        t,
+                        velocity,
+                        args.objective,
+                        teacher=averaged if args.ema_teacher else None,
+                        fraction=0.5 if args.middle_fraction else part.uniform("fraction").double(),
+                        derivative=args.derivative,
+                        step=args.derivative_step,
+                        span=(path.ratio_min, path.ratio_max),
+                        power=args.loss_power,
+                        args=conditions,
+                    )
+                    run.backward(start, losses)
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_script(main, ScriptArguments, __doc__)
