@@ -7,6 +7,7 @@ step, the scheduler ends the call.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -154,7 +155,12 @@ class StandIn:
 def argument_names(network: torch.nn.Module) -> list[str]:
     """Names of the arguments of a network's forward, compiled or not; the first is its state."""
     plain = network._orig_mod if is_compiled_module(network) else network
-    return list(inspect.signature(type(plain).forward).parameters)[1:]  # type: ignore[arg-type]
+    return _forward_names(type(plain))
+
+
+@functools.cache
+def _forward_names(kind: type[torch.nn.Module]) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def call_pipeline(
