@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from training_runs import ROOT, load_script, read_log, run_script
 
 from diffusers_fm import init_pipeline
+from diffusers_fm.data.sources import load_splits
 from diffusers_fm.families import table
 from diffusers_fm.text_to_image.field import TrainedField
 
@@ -43,7 +44,8 @@ def train(script: str, folder: str | Path, output_dir: Path, **options: Any) -> 
         "num_inference_steps": 2,
         **options,
     }
-    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items()]
+    given = {name: value for name, value in values.items() if value is not None and value is not False}
+    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     run_script(load_script(SCRIPTS / f"{script}.py"), line)
     return output_dir
 
@@ -83,6 +85,20 @@ def test_kept_text_and_latents_change_nothing(tmp_path: Path) -> None:
     kept = train("train_text_to_image", PIPELINES / "flux-tiny", tmp_path / "kept", **options)
     for one, other in zip(read_log(plain, "loss"), read_log(kept, "loss"), strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_caption_for_all_images(streaming: bool, tmp_path: Path) -> None:
+    trained = train("train_text_to_image", PIPELINES / "flux-tiny", tmp_path / "trained", max_train_steps=6)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row, image in enumerate(load_splits(str(ROOT / "data" / "digits"))["train"][:8]["image"]):
+        image.save(folder / f"{row}.png")
+    options = {"instance_prompt": "a photo of sks digit", "train_data_dir": folder, "dataset_name": None}
+    options |= {"rank": 2, "streaming": streaming, "max_train_samples": None}
+    run = train("train_text_to_image_lora", trained, tmp_path / "run", **options)
+    card = (run / "README.md").read_text()
+    assert "instance_prompt: a photo of sks digit" in card and 'pipeline("a photo of sks digit"' in card
 
 
 def test_the_shift_of_training_is_that_of_the_pipeline() -> None:

@@ -13,6 +13,7 @@ from .arguments import DataArguments, rgb
 from .images import ImageData
 from .sources import (
     AnyDataset,
+    DatasetT,
     choose_split,
     class_names,
     data_folders,
@@ -20,12 +21,16 @@ from .sources import (
     held_out_split_name,
     load_splits,
     stream_splits,
+    undecoded,
 )
 from .streams import StreamData
 from .transforms import ImageTransform
 
 
 logger = logging.getLogger(__name__)
+
+# Column of the caption that is that of all images.
+CAPTION = "instance_prompt"
 
 
 def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | None]:
@@ -48,6 +53,15 @@ def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | Non
     return train_split, rows
 
 
+def with_caption(split: DatasetT, caption: str, image_column: str) -> DatasetT:
+    """The split with one caption for all of its images."""
+    if isinstance(split, datasets.Dataset):
+        return split.add_column(CAPTION, [caption] * len(split))  # pyright: ignore
+    split = undecoded(split, image_column)
+    features = datasets.Features({**(split.features or {}), CAPTION: datasets.Value("string")})
+    return split.map(lambda row: {CAPTION: caption}, features=features)
+
+
 def make_datasets(
     args: DataArguments,
     channels: int,
@@ -56,6 +70,7 @@ def make_datasets(
     buckets: Sequence[tuple[int, int]] = (),
     multiple: int = 1,
     check: Callable[[AnyDataset], None] = lambda split: None,
+    caption: str | None = None,
     **columns: Any,
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
@@ -76,6 +91,8 @@ def make_datasets(
             Crops begin at multiples of so many pixels.
         check (`Callable`, *optional*):
             Called with the split to train on, before any image is read.
+        caption (`str`, *optional*):
+            Caption of all images, in place of a column.
         columns:
             Further arguments of [`ImageData`] and [`StreamData`].
 
@@ -86,6 +103,10 @@ def make_datasets(
         ValueError: if there is no such data, or it does not fit.
     """
     train_split, held_out_split = open_splits(args)
+    if caption is not None:
+        train_split = with_caption(train_split, caption, args.image_column)
+        held_out_split = None if held_out_split is None else with_caption(held_out_split, caption, args.image_column)
+        columns["caption_column"] = CAPTION
     check(train_split)
     columns |= {"image_column": args.image_column, "max_unreadable": args.max_unreadable_images}
     common = {

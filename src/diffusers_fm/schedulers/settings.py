@@ -66,7 +66,7 @@ def check_flow_map(flow_map: Any) -> None:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` of `flow_map` must be an integer of at least 1, got {value!r}.")
     scale = flow_map.get("guidance_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 < scale < math.inf:
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise ValueError(f"`guidance_scale` of `flow_map` must be a number above 0, got {scale!r}.")
 
 

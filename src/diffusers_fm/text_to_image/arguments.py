@@ -41,6 +41,9 @@ class CaptionArguments(Arguments):
         None, "Pipeline whose text encoders take the place of the pipeline's own."
     )
     caption_column: str = option("text", "Column of captions, or of lists of which each visit takes one.")
+    instance_prompt: str | None = option(
+        None, 'One caption for all images, such as "a photo of sks dog", in place of a column.'
+    )
     caption_dropout: Fraction = option(0.1, "Part of the captions made empty, for guidance.")
     text_encoder_dropout: list[Fraction] = option(
         [0.0], "Part of the captions for which a text encoder gives zeros: one number, or one for each encoder."

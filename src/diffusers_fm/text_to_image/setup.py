@@ -219,6 +219,7 @@ def load_captioned_data(
         args.resolution or sizes[0][0],
         buckets=() if square else tuple(sizes),
         caption_column=args.caption_column,
+        caption=args.instance_prompt,
     )
 
 
