@@ -100,6 +100,7 @@ def _content(
     prompt = json.dumps(prompts[0] if prompts else "a photo of a cat", ensure_ascii=False)
     words = ", ".join([prompt, *(f"{name}={value:g}" for name, value in call.items() if value is not None)])
     shift = "by the size of the image" if config.use_dynamic_shifting else f"{config.shift:g}"
+    few_steps = "pipeline = diffusers_fm.with_flow_map(pipeline)\n" if config.get("solver") == "flow_map" else ""
     return CardContent(
         repo_id=repo_id,
         snippet=f"""
@@ -107,7 +108,7 @@ import torch
 from diffusers import {load.partition(".")[0]}
 
 {IMPORT if issubclass(scheduler_class, FlowMatchScheduler) else ""}pipeline = {load}
-pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+{few_steps}pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
 image = pipeline({words}).images[0]
 image.save("sample.png")
 """,

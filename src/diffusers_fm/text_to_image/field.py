@@ -211,11 +211,14 @@ class TrainedField(OneNetwork):
             `torch.Tensor` of the shape of `sample`.
         """
         t = timestep / self._config.num_train_timesteps
-        memo = self.text.memo
-        # Kept captions of different lengths are compared with the encoders' own by the field.
-        self.field._encode = self.text if memo is None or self.text.separable else memo
+        self.choose_encoder()
         with self.text.dropping(dropped):
             return self.field(sample, t, **self._condition(captions, size))
+
+    def choose_encoder(self) -> None:
+        """Kept captions of different lengths are compared with the encoders' own by the field."""
+        memo = self.text.memo
+        self.field._encode = self.text if memo is None or self.text.separable else memo
 
     def _condition(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
         return {"prompt": list(captions), **({} if size is None else {"height": size[0], "width": size[1]})}

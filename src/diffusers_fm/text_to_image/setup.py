@@ -26,6 +26,7 @@ from ..data.latents import cache_latents
 from ..data.loading import make_datasets
 from ..data.randomness import make_generator
 from ..data.streams import StreamData
+from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
@@ -318,6 +319,8 @@ def prompt_grid(
     sampler: Any = copy.copy(pipeline)
     scheduler = pipeline.scheduler
     vars(sampler)["scheduler"] = type(scheduler).from_config(scheduler.config)
+    if scheduler.config.get("solver") == "flow_map":
+        with_flow_map(sampler, field.field.name)
     sampler.set_progress_bar_config(disable=True)
     was_training = network.training
     network.eval()

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["diffusers-fm[train]"]
+# ///
+r"""Train a text-to-image pipeline of diffusers to draw in 1 to 4 calls: the flow map of a trained flow.
+
+A trained pipeline folder goes in and one of the same class comes out. The last blocks of its network get the end of
+each step; a loaded pipeline needs `diffusers_fm.with_flow_map`. Networks whose blocks take no time are refused.
+
+Captioned handwritten digits, with guidance of scale 3 learned:
+
+    accelerate launch training_scripts/train_text_to_image_flow_map.py \
+      --config pipelines/sd3-tiny/training.json --pretrained_model_name_or_path runs/sd3-tiny \
+      --output_dir runs/sd3-tiny-few --num_inference_steps 4 --guidance_scale 1 --learned_guidance_scale 3 \
+      --learning_rate 5e-4 --max_train_steps 1500
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_fm.arguments import Count, Free, NotNegative, option, run_script
+from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.flow_maps import AverageVelocity, average_velocity, flow_map_loss, guided_velocity
+from diffusers_fm.hub.portable import clean_settings
+from diffusers_fm.text_to_image.arguments import TextToImageArguments
+from diffusers_fm.text_to_image.cards import text_to_image_card
+from diffusers_fm.text_to_image.flow_map import IntervalField, set_flow_map
+from diffusers_fm.text_to_image.setup import (
+    ask_all,
+    call_arguments,
+    choose_encoder_dropout,
+    choose_network,
+    choose_scheduler,
+    choose_sizes,
+    freeze,
+    load_captioned_data,
+    open_pipeline,
+    prepare_latents,
+    prepare_text,
+    prompt_grid,
+)
+from diffusers_fm.training.flow_maps import FlowMapArguments, draw_intervals, flow_map_facts
+from diffusers_fm.training.planning import DryRun
+from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.validation import held_out_loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(TextToImageArguments, FlowMapArguments):
+    """Arguments of this script."""
+
+    num_inference_steps: Count = option(4, "Calls that the pipeline draws best in; also of the pictures.")
+    guidance_scale: NotNegative = option(1.0, "Guidance of the pictures; 1 is off.")
+    tracker_project_name: Free[str] = option("train_text_to_image_flow_map", "Name of the run in the trackers.")
+
+    def check(self) -> None:
+        if self.weighting_scheme != "none":
+            raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
+        if self.ema_teacher and not self.use_ema:
+            raise ValueError("--ema_teacher needs --use_ema.")
+        if self.save_stock:
+            raise ValueError("--save_stock does not go with a flow map, which needs diffusers-fm's scheduler.")
+
+
+def main(args: ScriptArguments) -> None:
+    """Train."""
+    run = DryRun(args) if args.dry_run else TrainingRun(args)
+    args = run.args
+    device = run.accelerator.device
+    precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
+
+    # 1. Pipeline
+    pipeline = open_pipeline(run, args)
+    network = choose_network(pipeline, args.network)
+    freeze(run.accelerator, pipeline, args.network)
+    model = IntervalField(pipeline, args.network, call_arguments(pipeline, args))
+    sizes = choose_sizes(model, args)
+    scheduler = choose_scheduler(model, args, sizes)
+    scheduler = set_flow_map(model, scheduler, args)
+    ask_all(run.accelerator, model, sizes)
+    path, prediction_type = scheduler.path, scheduler.config.prediction_type
+    encoder_dropout = torch.tensor(choose_encoder_dropout(model.text, args.text_encoder_dropout))
+
+    # 2. Data, and caches of what the frozen models compute
+    with run.accelerator.main_process_first():
+        train_data, held_out_data = load_captioned_data(args, pipeline, sizes)
+    prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
+    prepare_text(run.accelerator, args, model, (train_data, held_out_data), precomputed_dir)
+
+    # 3. Model
+    frozen = copy.deepcopy(model).requires_grad_(False).eval() if args.flow_teacher else None
+    network.requires_grad_(True).train()
+    if args.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+
+    # 4. Validation and export
+    def validate(step: int, grid_name: str | None) -> dict[str, Any]:
+        """Held-out loss and pictures of the model as it would be saved."""
+        figures: dict[str, Any] = {}
+        if held_out_data is not None:
+            figures = held_out_loss(
+                run.accelerator,
+                run.model,
+                scheduler,
+                held_out_data,
+                args.eval_batch_size,
+                lambda batch: (model.encode(batch, device), (batch["captions"], model.size_of(batch))),
+            )
+        if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
+            with run.accelerator.autocast():
+                grid = prompt_grid(pipeline, model, args, sizes[0], device)
+            run.log.write_grid(step, grid, grid_name)
+        return figures
+
+    def export(folder: Path, figures: dict[str, Any]) -> None:
+        """The trained pipeline and its card."""
+        pipeline.save_pretrained(folder)
+        figures = {**figures, **flow_map_facts(args)}
+        card = text_to_image_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
+        card.save(folder / "README.md")
+        clean_settings(folder)
+
+    wrapped = run.begin(
+        model,
+        train_data,
+        validate,
+        export,
+        f"Flow map by {args.objective} of a {type(pipeline).__name__}, {type(network).__name__},"
+        f" {scheduler.config.path} path, {prediction_type};"
+        f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
+        f" {len(held_out_data or [])} held out.",
+    )
+
+    def velocity_of(
+        trained: Callable[..., torch.Tensor], captions: Sequence[str], dropped: torch.Tensor | None
+    ) -> AverageVelocity:
+        """Average velocity in the straight coordinates for captions, of which each call names rows."""
+
+        def predict(x_t: torch.Tensor, r: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            part_dropped = None if dropped is None else dropped[rows]
+            return trained(x_t, t, [captions[row] for row in rows.tolist()], size, part_dropped, r)
+
+        return average_velocity(predict, path, prediction_type, scheduler.timestep_scale)
+
+    def averaged(*arguments: torch.Tensor) -> torch.Tensor:
+        """The map by the averaged weights, for targets."""
+        with run.averaged_weights():
+            return u(*arguments)
+
+    # 5. Loop. Logs, validation, checkpoints and signals come between the steps
+    with run:
+        for step in run.steps():
+            # Noise, times and dropout are drawn for the whole global batch, of which `part` is this process's share.
+            for part, batch in run.parts(step):
+                with run.accelerator.accumulate(wrapped):
+                    size = model.size_of(batch)
+                    data = model.encode(batch, device, part)
+                    captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
+                    dropped = None
+                    if encoder_dropout.any():
+                        numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(encoder_dropout))]
+                        dropped = torch.stack(numbers, dim=1) < encoder_dropout
+
+                    noise = run.draw_noise(part, data)
+                    start, r, t = draw_intervals(args, path, part, model.shift(size), step)
+                    x, _ = path.to_straight(path.sample(data, noise, start), start)
+
+                    rows = torch.arange(len(x))
+                    u = velocity_of(wrapped, captions, dropped)
+                    velocity = noise - data
+                    with torch.no_grad():
+                        teacher = wrapped if frozen is None else frozen
+                        conditional = velocity_of(teacher, captions, dropped)
+                        if frozen is not None:
+                            velocity = conditional(x, t, t, rows)
+                        if args.learned_guidance_scale != 1.0:
+                            null = velocity_of(teacher, [""] * len(x), None)(x, t, t, rows)
+                            if frozen is not None:
+                                velocity = null + args.learned_guidance_scale * (velocity - null)
+                            else:
+                                known = conditional(x, t, t, rows)
+                                velocity = guided_velocity(velocity, known, null, args.learned_guidance_scale)
+                    losses = flow_map_loss(
+                        u,
+                        x,
+                        r,
+                        t,
+                        velocity,
+                        args.objective,
+                        teacher=averaged if args.ema_teacher else None,
+                        fraction=0.5 if args.middle_fraction else part.uniform("fraction").double(),
+                        derivative=args.derivative,
+                        step=args.derivative_step,
+                        span=(path.ratio_min, path.ratio_max),
+                        power=args.loss_power,
+                        args=(rows,),
+                    )
+                    run.backward(start, losses)
+        run.finish()
+
+
+if __name__ == "__main__":
+    run_script(main, ScriptArguments, __doc__)
