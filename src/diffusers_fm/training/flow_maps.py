@@ -41,9 +41,9 @@ class FlowMapArguments(Arguments):
         None, "First block of a transformer that gets the end of a step; by default two thirds get the start."
     )
     equal_share: Fraction = option(0.5, "Share of rows with r = t, which learn the flow.", source="arXiv 2512.02012")
-    noise_share: Fraction = option(0.15, "Share of the other rows that begin in noise.")
-    data_share: Fraction = option(0.15, "Share of the other rows that end in data.")
-    interval_warmup_steps: Size = option(500, "Steps in which the intervals grow to their full length.")
+    noise_share: Fraction = option(0.4, "Share of the other rows that begin in noise.")
+    data_share: Fraction = option(0.4, "Share of the other rows that end in data.")
+    interval_warmup_steps: Size = option(200, "Steps in which the intervals grow to their full length.")
     middle_fraction: Annotated[bool, Needs("objective", "semigroup")] = option(
         False, "Two steps of equal length in a target.", source="arXiv 2410.12557"
     )
