@@ -22,7 +22,7 @@ from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import choose_split, class_names, held_out_split_name, load_splits
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.data.transforms import ImageTransform, image_size, open_image, to_pixels
-from diffusers_fm.data.unreadable import UnreadableImages
+from diffusers_fm.training.metrics import UnreadableImages
 
 
 DIGITS = Path(__file__).parents[2] / "data" / "digits"

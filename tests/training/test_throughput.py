@@ -180,3 +180,10 @@ def test_the_benchmark_of_full_size_models_runs(tmp_path: Path, capsys: pytest.C
     assert [(row["model"], row["compile"]) for row in rows] == [("dit-xl", False), ("sd3-medium", False)]
     assert all(row["images_per_second"] > 0 and row["tflops_per_second"] > 0 for row in rows)
     assert capsys.readouterr().out.count("| dit-xl | False |") == 1
+
+
+def test_a_step_of_the_digits_visits_few_files(tmp_path: Path) -> None:
+    benchmark = load_script(ROOT / "tests" / "benchmarks" / "step_files.py")
+    files = benchmark.files_of_recipe("unet-digits", tmp_path)
+    assert {"training/run.py", "losses.py", "paths/gaussian.py"} <= set(files)
+    assert len(files) <= 16

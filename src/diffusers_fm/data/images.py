@@ -255,7 +255,9 @@ class ImageData(Dataset):
 
     def _batch(self, keys: np.ndarray) -> dict[str, Any]:
         indices = torch.from_numpy(keys[:, 1])
-        mirrored = torch.from_numpy(self.transform.mirrored(self._seed, keys))
+        mirrored = torch.zeros(len(keys), dtype=torch.bool)
+        if self.transform.random_flip:
+            mirrored = torch.from_numpy(self.transform.mirrored(self._seed, keys))
         batch: dict[str, Any] = {}
         if self.read_moments is not None:
             numbers = zip(indices.tolist(), mirrored.tolist())

@@ -21,7 +21,7 @@ from ..transport import transport
 from .checks import Generators, check_finite, check_output, is_whole
 from .components import MARGIN, FlowMatchComponents
 from .flow_map import check_flow, interval_of_step
-from .sampling import SamplingCall, SamplingOptions, begin_call, call_in_progress
+from .sampling import CALLS, SamplingCall, SamplingOptions, begin_call
 
 
 GuidedPredict = Callable[[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...], float], torch.Tensor]
@@ -83,7 +83,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
     @property
     def scheduler(self) -> FlowMatchScheduler:
         """The scheduler; in a call, the call's own copy of it."""
-        call = call_in_progress(self)
+        call = CALLS.get().get(id(self))
         return self.__dict__["scheduler"] if call is None else call.scheduler
 
     @scheduler.setter
@@ -93,7 +93,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
     @property
     def _call(self) -> SamplingCall:
         """The call in progress in this thread; elsewhere the one that began last, so that any thread can stop it."""
-        return call_in_progress(self) or self._last_call or SamplingCall(self.scheduler)
+        return CALLS.get().get(id(self)) or self._last_call or SamplingCall(self.scheduler)
 
     @property
     def guidance_scale(self) -> float:

@@ -99,20 +99,15 @@ class SamplingCall:
     interrupt: bool = False
 
 
-# By the id of the pipeline. Each thread, and each asynchronous task, sees its own calls alone.
-_CALLS: ContextVar[Mapping[int, SamplingCall]] = ContextVar("calls", default=MappingProxyType({}))
-
-
-def call_in_progress(pipeline: DiffusionPipeline) -> SamplingCall | None:
-    """The innermost call of a pipeline in this thread."""
-    return _CALLS.get().get(id(pipeline))
+# Innermost call in progress by the id of the pipeline. Each thread, and each asynchronous task, sees its own alone.
+CALLS: ContextVar[Mapping[int, SamplingCall]] = ContextVar("calls", default=MappingProxyType({}))
 
 
 @contextmanager
 def begin_call(pipeline: DiffusionPipeline, call: SamplingCall) -> Iterator[SamplingCall]:
     """Make a call the pipeline's call in progress."""
-    token = _CALLS.set({**_CALLS.get(), id(pipeline): call})
+    token = CALLS.set({**CALLS.get(), id(pipeline): call})
     try:
         yield call
     finally:
-        _CALLS.reset(token)
+        CALLS.reset(token)

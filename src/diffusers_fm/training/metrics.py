@@ -19,13 +19,13 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.streams import StreamPosition
-from ..data.unreadable import UnreadableImages
 from ..files import replace_text, written_for_run
 from ..precision import to_float64
 from .arguments import TrainingArguments
@@ -427,6 +427,47 @@ class Throughput:
             if self._peak is not None:
                 figures["mfu"] = round(speed / self._peak, 4)
         return figures
+
+
+class UnreadableImages:
+    """
+    Rows of a run that cannot be read: named once each, counted over all processes, and limited in number.
+
+    Args:
+        limit (`int`):
+            More of them than these are an error.
+        rows (`Collection[int | str]`, *optional*):
+            Those that were known when the run was interrupted: numbers, or names of rows of a stream.
+    """
+
+    def __init__(self, limit: int, rows: Collection[int | str] = ()) -> None:
+        self.rows: set[Any] = set(rows)
+        self._limit = limit
+
+    def watch(self, batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Take the `unreadable` rows out of batches, log and count them; a `ValueError` names them if too many."""
+        for batch in batches:
+            for row, reason in batch.pop("unreadable", {}).items():
+                if row not in self.rows:
+                    logger.error("The image in row %s cannot be read (%s); another takes its place.", row, reason)
+                    self.rows.add(row)
+            self._check()
+            yield batch
+
+    def gather(self, accelerator: Accelerator) -> int:
+        """Count them over all processes. Every process calls it."""
+        if accelerator.num_processes > 1:
+            self.rows |= set(gather_object(sorted(self.rows)))
+        self._check()
+        return len(self.rows)
+
+    def _check(self) -> None:
+        if len(self.rows) > self._limit:
+            named = ", ".join(map(str, sorted(self.rows)[:20])) + (", ..." if len(self.rows) > 20 else "")
+            raise ValueError(
+                f"{len(self.rows)} images cannot be read, and --max_unreadable_images is {self._limit}. Their rows are"
+                f" {named}."
+            )
 
 
 class RunMetrics:
