@@ -481,29 +481,6 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         result = result.to(model_output.dtype)
         return FlowMatchEulerDiscreteSchedulerOutput(prev_sample=result) if return_dict else (result,)
 
-    def interval_end(self, timestep: torch.Tensor) -> torch.Tensor:
-        """
-        End of the step in progress, for a network that is conditioned on it (`solver="flow_map"`).
-
-        Args:
-            timestep (`torch.Tensor`):
-                What the network is given as the time of the step's start: any multiple of the scheduler's timestep,
-                of any shape.
-
-        Returns:
-            `torch.Tensor`: The time at which the step ends, in the same unit. With another solver, and before and
-            after a loop, `timestep` itself: the flow.
-        """
-        index = self._step_index if self._step_index is not None else self._begin_index or 0
-        if self.config.solver != "flow_map" or index >= len(self._stages):
-            return timestep
-        ratios = self._ratios[index : index + 2].clamp(min=self.path.ratio_min)
-        if self._given_times is None:
-            start, end = self.timestep(self.path.time_at(ratios)).tolist()
-        else:
-            start, end = interpolate(ratios, *self._given_times).tolist()
-        return timestep * (end / start) if start > 0 else timestep
-
     def _init_step_index(self, timestep: float | torch.Tensor) -> int:
         super()._init_step_index(timestep)
         index = int(self._step_index)

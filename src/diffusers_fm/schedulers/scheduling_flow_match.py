@@ -396,6 +396,29 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         t = self.time(timestep)
         return (sample * lift(self.path.input_scale(t), sample)).to(sample.dtype)
 
+    def interval_end(self, timestep: torch.Tensor) -> torch.Tensor:
+        """
+        End of the step in progress, for a network that is conditioned on it (`solver="flow_map"`).
+
+        Args:
+            timestep (`torch.Tensor`):
+                What the network is given as the time of the step's start: any multiple of the scheduler's timestep,
+                of any shape.
+
+        Returns:
+            `torch.Tensor`: The time at which the step ends, in the same unit. With another solver, and before and
+            after a loop, `timestep` itself: the flow.
+        """
+        index = self._step_index if self._step_index is not None else self._begin_index or 0
+        if self.config.solver != "flow_map" or index >= len(self._stages):
+            return timestep
+        ratios = self._ratios[index : index + 2].clamp(min=self.path.ratio_min)
+        if self._given_times is None:
+            start, end = self.timestep(self.path.time_at(ratios)).tolist()
+        else:
+            start, end = interpolate(ratios, *self._given_times).tolist()
+        return timestep * (end / start) if start > 0 else timestep
+
     # Training
 
     def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:

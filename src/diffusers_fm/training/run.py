@@ -200,13 +200,9 @@ class TrainingRun(Generic[A]):
             epsilon=args.adam_epsilon,
         )
         # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
+        warmup = 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
         self._lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            num_warmup_steps=500 if args.lr_warmup_steps is None else args.lr_warmup_steps,
-            num_training_steps=self.max_train_steps,
-            num_cycles=args.lr_num_cycles,
-            power=args.lr_power,
+            args.lr_scheduler, optimizer, None, warmup, self.max_train_steps, args.lr_num_cycles, args.lr_power
         )
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -231,12 +227,9 @@ class TrainingRun(Generic[A]):
             self._load_checkpoint(self.checkpoint)
         self._batches = self._make_batches(data)
         self._stop = StopSignal(accelerator, self.output_dir / STOP_FILE)
+        hidden = not accelerator.is_local_main_process
         self._progress_bar = tqdm(
-            total=self.max_train_steps,
-            initial=self.first_step,
-            desc="Steps",
-            mininterval=1.0,
-            disable=not accelerator.is_local_main_process,
+            total=self.max_train_steps, initial=self.first_step, desc="Steps", mininterval=1.0, disable=hidden
         )
         # Lines beyond the checkpoint go, when nothing is refused any more.
         self.log = RunLog(accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
@@ -244,8 +237,7 @@ class TrainingRun(Generic[A]):
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
             save_arguments(args, self.output_dir)
-        trained = sum(parameter.numel() for parameter in self._parameters)
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        trained, total = (sum(p.numel() for p in each) for each in (self._parameters, self.model.parameters()))
         logger.info("%s %.2f M parameters, %.2f M of them trained.", description, total / 1e6, trained / 1e6)
         logger.info(
             "Steps %d to %d, each of %d samples (%d processes x %d accumulation steps x %d), %s, seed %d%s.",
