@@ -135,7 +135,7 @@ class Piece:
 
     @property
     def stem(self) -> Path:
-        """Where its files are, without their suffixes."""
+        """Path of its files, without their suffixes."""
         return self.folder / self.problem / f"{self.objective}-{self.seed}" / self.kind
 
     @property
@@ -312,7 +312,7 @@ def measure_solvers(piece: Piece) -> tuple[Figures, Arrays]:
 
 @torch.no_grad()
 def measure_ways(piece: Piece) -> tuple[Figures, Arrays]:
-    """How straight the ways from noise to data are, how early they show where they lead, and pictures of them."""
+    """Straightness of the trajectories from noise to data, how early they show their end, and pictures of them."""
     flow, size = load_flow(piece), piece.size
     x = prior(piece, flow, size.num_ways, purpose=4)
     times = np.linspace(1.0, 0.0, 21)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is learned: handwritten digits of 8 x 8 pixels, and the checkerboard in the plane."""
+"""Data: handwritten digits of 8 x 8 pixels, and the checkerboard in the plane."""
 
 from functools import cached_property
 from pathlib import Path

@@ -172,7 +172,7 @@ def calls_table(results: Results) -> str:
 
 
 def ways_table(results: Results) -> str:
-    """How straight the ways are, in each path's own coordinates."""
+    """Straightness of the trajectories, in each path's own coordinates."""
     rows = []
     for name, objective in OBJECTIVES.items():
         cells = [
@@ -192,7 +192,7 @@ def board_floor(count: int) -> float:
 
 
 def floors(results: Results) -> str:
-    """What is best possible, beside the tables."""
+    """Bounds of the figures in the tables."""
     digits = Digits(results.folder)
     held_out = digits.extractor((digits.load("test") * 255 / 16).round().byte())[0]
     distance, points = frechet_distance(held_out, digits.reference), SIZES["checkerboard"].num_samples
@@ -293,7 +293,7 @@ def plot_solvers(results: Results, file: Path) -> None:
 
 
 def plot_emergence(results: Results, file: Path) -> None:
-    """How well the data can be told on the way, by time."""
+    """Error of the data estimate on a trajectory, by time."""
     plt = pyplot()
     figure, grid = plt.subplots(1, 2, figsize=(9.6, 3.3))
     for axes, problem in zip(grid, SIZES):

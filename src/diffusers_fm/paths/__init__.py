@@ -12,11 +12,10 @@ from dataclasses import fields
 from typing import Any
 
 from .conditional import PREDICTION_TYPES, ConditionalPath, lift, refuse_without_limit
-from .gaussian import BETA_SCHEDULES, CosinePath, DiscreteVPPath, LevelPath, OTPath, VEPath, VPPath
+from .gaussian import CosinePath, DiscreteVPPath, LevelPath, OTPath, VEPath, VPPath
 
 
 __all__ = [
-    "BETA_SCHEDULES",
     "PATHS",
     "PREDICTION_TYPES",
     "ConditionalPath",

@@ -126,7 +126,7 @@ class NetworkCalls:
         return tensor.to(self.dtype) if half else tensor
 
     def _widen(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What encoders in 16 bits say as networks in float32 take it."""
+        """Embeddings in 16 bits as networks in float32 take them."""
         wide = self.dtype == torch.float32 and tensor.dtype in HALF and not _autocast(tensor)
         return tensor.float() if wide else tensor
 

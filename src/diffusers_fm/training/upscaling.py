@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training of an upscaler needs besides: pairs of images, and how good upscaled images are."""
+"""Pairs of images for the training of an upscaler, and the quality of upscaled images."""
 
 from dataclasses import replace
 from typing import Any

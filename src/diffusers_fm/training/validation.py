@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What training looks at without learning from it: the held-out loss and sampled pictures."""
+"""Validation: the held-out loss and sampled pictures."""
 
 import copy
 from collections.abc import Callable, Iterator
