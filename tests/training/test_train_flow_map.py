@@ -45,8 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained transformer, as far as training a map is concerned."""
     pipeline = FlowMatchPipeline(FlowMatchScheduler(), transformer=tiny_dit(in_channels=1, num_layers=3))
-    pipeline.save_pretrained(tmp_path_factory.mktemp("pipelines") / "dit")
-    return Path(tmp_path_factory.getbasetemp() / "pipelines0" / "dit")
+    folder = tmp_path_factory.mktemp("pipelines") / "dit"
+    pipeline.save_pretrained(folder)
+    return folder
 
 
 def train(pipeline: Path, data: Path, output_dir: Path, *words: object, **options: object) -> Path:
