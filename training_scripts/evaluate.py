@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.arguments import Arguments, Count, Free, NotNegative, Size, option, run_script
+from diffusers_fm.arguments import Arguments, Count, Free, ModuleArguments, NotNegative, Size, option, run_script
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import epoch_order
@@ -192,6 +192,7 @@ class SolverArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptArguments(
+    ModuleArguments,
     MeasurementArguments,
     ModelArguments,
     ReferenceArguments,

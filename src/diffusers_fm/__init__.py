@@ -18,6 +18,7 @@ from .paths import (
     VEPath,
     VPPath,
     make_path,
+    register_path,
 )
 from .pipelines import (
     FlowMatchEditPipeline,
@@ -34,7 +35,7 @@ from .pipelines import (
 )
 from .schedulers.calibration import calibrate
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
-from .timesteps import sample_timesteps
+from .timesteps import register_density, sample_timesteps
 
 
 __version__ = "0.1.0"
@@ -66,6 +67,8 @@ __all__ = [
     "flow_matching_loss",
     "init_pipeline",
     "make_path",
+    "register_density",
+    "register_path",
     "sample_timesteps",
     "with_flow_map",
     "with_stock_scheduler",

@@ -15,6 +15,8 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
+from .registry import import_module
+
 
 T = TypeVar("T")
 A = TypeVar("A", bound="Arguments")
@@ -137,6 +139,18 @@ class Arguments:
         return {name: values[name] for name in sorted(values) if name != "hub_token"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModuleArguments(Arguments):
+    """Modules of one's own."""
+
+    _argument_group_name = "modules"
+
+    import_modules: Free[list[str]] = option(
+        [],
+        "Modules to import first, from the working folder too: such as register a path, a density or a network.",
+    )
+
+
 def annotated_fields(group: type[Arguments]) -> Iterator[tuple[dataclasses.Field, list[Any]]]:
     """The fields of a group, with what `Annotated` says of each."""
 
@@ -208,7 +222,8 @@ def parse_arguments(arguments: type[A], argv: Sequence[str] | None = None, descr
         `Arguments`: checked, and never changed again.
 
     Raises:
-        ValueError: if a value is refused, or the file is not a JSON object of known arguments.
+        ValueError: if a value is refused, the file is not a JSON object of known arguments, or there is no module of
+            a name in `--import_modules`, all of which are imported before values are checked.
     """
     parser = make_parser(arguments, description)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -218,6 +233,8 @@ def parse_arguments(arguments: type[A], argv: Sequence[str] | None = None, descr
         words = _words(parser, Path(found.config).expanduser()) + words
     values = vars(parser.parse_args(words))
     del values["config"]
+    for name in values.get("import_modules", ()):
+        import_module(name)
     # A shell expands no `--output_dir=~/run`.
     paths = {name: value for name, value in values.items() if isinstance(value, str) and value.startswith("~/")}
     return arguments(**values | {name: str(Path(value).expanduser()) for name, value in paths.items()})

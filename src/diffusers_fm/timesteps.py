@@ -6,8 +6,11 @@ share.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+
+from .registry import add_entry
 
 
 def _uniform(u: torch.Tensor) -> torch.Tensor:
@@ -42,6 +45,31 @@ DENSITIES: dict[str, Callable[..., torch.Tensor]] = {
     "beta": _beta,
 }
 """Inverse distribution functions of the densities of SD3 (arXiv 2403.03206, section 3.1) and of the beta density."""
+
+
+def register_density(name: str, quantile: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """
+    Give a density of training times of one's own a name, for [`sample_timesteps`] and `--timestep_density`.
+
+    Args:
+        name (`str`):
+            The name.
+        quantile (`Callable`):
+            The inverse distribution function: takes a float64 tensor of any shape in (0, 1), and returns times in
+            [0, 1], 0 = data, 1 = noise, elementwise and without falling. `u ** 2` has the density `1 / (2 sqrt(t))`.
+
+    Raises:
+        ValueError: If the name is taken, or the function is not an inverse distribution function of times.
+    """
+    u = torch.linspace(0, 1, 67, dtype=torch.float64)[1:-1]
+    t: Any = quantile(u) if callable(quantile) else None
+    are_times = isinstance(t, torch.Tensor) and t.shape == u.shape and bool(((t >= 0) & (t <= 1)).all())
+    if not are_times or bool((t.diff() < 0).any()):
+        raise ValueError(
+            f"The density {name!r} must be a function that maps a tensor of (0, 1) to times in [0, 1] without falling,"
+            f" got {quantile!r}."
+        )
+    add_entry(DENSITIES, name, quantile, "density")
 
 
 def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
@@ -93,9 +121,10 @@ def sample_timesteps(
 
     Args:
         density (`str`):
-            One of `DENSITIES`. `logit_normal`: `sigmoid(logit_mean + logit_std * normal)`; a positive mean lies
-            towards the noise, as in the paper (the diffusers scripts have the opposite sign). `mode`: heavy at the
-            middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path. `beta`: `Beta(alpha, beta)`.
+            One of `DENSITIES`, or one of [`register_density`]. `logit_normal`: `sigmoid(logit_mean + logit_std *
+            normal)`; a positive mean lies towards the noise, as in the paper (the diffusers scripts have the opposite
+            sign). `mode`: heavy at the middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path.
+            `beta`: `Beta(alpha, beta)`.
         batch_size (`int`):
             Number of times to return, at least 1.
         generator (`torch.Generator`, *optional*):

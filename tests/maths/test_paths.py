@@ -20,6 +20,7 @@ from diffusers_fm.paths import (
     VEPath,
     VPPath,
     make_path,
+    register_path,
 )
 
 
@@ -689,7 +690,7 @@ def test_bad_trained_betas(betas: object) -> None:
 
 @pytest.mark.parametrize("name", ["rectified", "OT", "", None, 3, ["ot"], OTPath], ids=str)
 def test_unknown_paths(name: object) -> None:
-    with pytest.raises(ValueError, match=r"`path` must be one of \['ot', 'vp', 've', 'cosine', 'vp_discrete'\]") as e:
+    with pytest.raises(ValueError, match=r"`path` must be one of \['ot', 'vp', 've', 'cosine', 'vp_discrete'") as e:
         make_path(name)  # type: ignore[arg-type]
     assert repr(name) in one_sentence(e.value)
 
@@ -722,3 +723,43 @@ def test_unknown_prediction_types(kind: object) -> None:
             call()
         message = one_sentence(raised.value)
         assert repr(kind) in message and all(name in message for name in PREDICTION_TYPES)
+
+
+# Paths of one's own
+
+
+class Power(ConditionalPath):
+    def __init__(self, power: float = 2.0) -> None:
+        self.power = power
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - t**self.power
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return t**self.power
+
+
+def test_a_registered_path_is_made_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers_fm.paths.PATHS", dict(PATHS))
+    register_path("power", Power)
+    register_path("power", Power)
+    path = make_path("power", power=3.0)
+    assert isinstance(path, Power) and path.power == 3.0
+    with pytest.raises(ValueError, match=r"'power' path may hold \['power'\], got \['q'\]"):
+        make_path("power", q=1)
+    with pytest.raises(ValueError, match=r"'power' must rise with t within \[0, 1\], but at t = 0.0156") as raised:
+        make_path("power", power=0.0)
+    one_sentence(raised.value)
+
+
+def test_names_of_paths_are_not_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers_fm.paths.PATHS", dict(PATHS))
+    for name, path_class, sentence in (
+        ("ot", Power, "'ot' of a path is taken by diffusers_fm.paths.gaussian.OTPath"),
+        ("my path", Power, "letters, digits and underscores, got 'my path'"),
+        ("power", Power(), "must be a subclass of ConditionalPath, got Power"),
+        ("power", str, "must be a subclass of ConditionalPath"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as raised:
+            register_path(name, path_class)  # type: ignore[arg-type]
+        one_sentence(raised.value)

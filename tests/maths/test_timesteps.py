@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusers_fm.timesteps import DENSITIES, sample_timesteps, shift_time
+from diffusers_fm.timesteps import DENSITIES, register_density, sample_timesteps, shift_time
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -260,3 +260,17 @@ def test_bad_input(options: dict) -> None:
 def test_bad_shifts(shift: float) -> None:
     with pytest.raises(ValueError, match="`shift` must be a number above 0|`shift` must be a finite number above 0"):
         shift_time(torch.tensor([0.5]), shift)
+
+
+def test_a_registered_density_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusers_fm.timesteps.DENSITIES", dict(DENSITIES))
+    register_density("late", torch.sqrt)
+    t = sample_timesteps("late", 1000, generator=torch.Generator().manual_seed(0))
+    # Stratified: the empirical distribution function is off by 1 / 1000 at most.
+    assert (t.sort().values.square() - torch.arange(1000) / 1000).abs().max() <= 1e-3
+    for name, quantile in (("late", torch.square), ("logit_normal", torch.sqrt)):
+        with pytest.raises(ValueError, match="is taken by"):
+            register_density(name, quantile)
+    for quantile in (3, torch.log, lambda u: 1 - u, torch.sum):
+        with pytest.raises(ValueError, match="must be a function that maps"):
+            register_density("mine", quantile)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import Annotated
 import pytest
 from training_runs import ROOT, environment, load_script
 
+import diffusers_fm
 from diffusers_fm.arguments import (
     Arguments,
     Count,
@@ -28,7 +29,8 @@ from diffusers_fm.arguments import (
     parse_arguments,
     run_script,
 )
-from diffusers_fm.training.arguments import resume_changes
+from diffusers_fm.timesteps import DENSITIES
+from diffusers_fm.training.arguments import TrainingArguments, resume_changes
 
 
 SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
@@ -76,6 +78,28 @@ class Script(Steps):
 def test_values_are_refused_before_any_work(words: list[str], sentence: str) -> None:
     with pytest.raises(ValueError, match=f"^{sentence}$"):
         parse_arguments(Script, ["--folder=x", *words])
+
+
+def test_modules_are_imported_before_values_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_densities.py").write_text(
+        "import diffusers_fm\ndiffusers_fm.register_density('late', lambda u: u)\n"
+    )
+    (tmp_path / "my_faults.py").write_text("import my_dependency\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    monkeypatch.setattr("diffusers_fm.timesteps.DENSITIES", DENSITIES.copy())
+    monkeypatch.setattr("diffusers_fm.training.arguments.DENSITIES", diffusers_fm.timesteps.DENSITIES)
+    words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", "--timestep_density=late"]
+    with pytest.raises(ValueError, match=r"^--timestep_density must be one of uniform, .*, beta, got 'late'\.$"):
+        parse_arguments(TrainingArguments, words)
+    args = parse_arguments(TrainingArguments, [*words, "--import_modules", "my_densities"])
+    (tmp_path / "args.json").write_text(json.dumps(args.saved()))
+    assert parse_arguments(TrainingArguments, ["--config", "args.json"]) == args
+    for name in ("my_density", "my_densities.py"):
+        with pytest.raises(ValueError, match=rf"^There is no module '{name}' to import: .*without \.py\.$"):
+            parse_arguments(TrainingArguments, [*words, "--import_modules", name])
+    with pytest.raises(ModuleNotFoundError, match="my_dependency"):
+        parse_arguments(TrainingArguments, [*words, "--import_modules", "my_faults"])
 
 
 def test_arguments_without_effect_are_said() -> None:

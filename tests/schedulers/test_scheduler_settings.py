@@ -2,6 +2,7 @@
 """Settings on their way: read from stock configurations, changed, rebuilt, written to files, handed to stock."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from diffusers import (
 )
 
 from diffusers_fm import FlowMatchScheduler
-from diffusers_fm.paths import CosinePath, VPPath
+from diffusers_fm.paths import PATHS, ConditionalPath, CosinePath, OTPath, VPPath
 
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -235,14 +236,65 @@ def test_a_calibrated_grid_takes_no_shift_later() -> None:
 
 
 class Mine(FlowMatchScheduler):
-    def build_path(self) -> VPPath:
-        return VPPath(beta_max=10.0)
+    pass
 
 
-def test_the_class_and_its_path_stay() -> None:
-    scheduler = Mine(prediction_type="v_prediction").with_settings(solver="heun")
-    assert type(scheduler) is Mine
-    assert (scheduler.path, scheduler.order) == (VPPath(beta_max=10.0), 2)
+def test_the_class_stays() -> None:
+    scheduler = Mine(path="cosine").with_settings(solver="heun")
+    assert (type(scheduler), scheduler.path, scheduler.order) == (Mine, CosinePath(), 2)
+
+
+def test_a_subclass_is_loaded_as_such(tmp_path: Path) -> None:
+    Mine(solver="heun").save_pretrained(tmp_path)
+    assert Mine.from_pretrained(tmp_path).order == 2
+    with pytest.raises(ValueError, match="saved by a Mine, not a FlowMatchScheduler: load it with that class"):
+        FlowMatchScheduler.from_pretrained(tmp_path)
+
+
+def test_a_path_that_no_file_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Sub overrides `build_path`.*register_path"):
+
+        class Sub(FlowMatchScheduler):
+            def build_path(self) -> VPPath:
+                return VPPath()
+
+    scheduler = FlowMatchScheduler()
+    scheduler.path = VPPath()
+    for saved in (scheduler, scheduler.with_settings(solver="ab2")):
+        with pytest.raises(ValueError, match=r"was set to VPPath.*gives OTPath"):
+            saved.save_pretrained(tmp_path)
+    scheduler.path = OTPath()
+    scheduler.save_pretrained(tmp_path)
+
+
+class Power(ConditionalPath):
+    def __init__(self, power: float = 2.0) -> None:
+        self.power = power
+
+    def alpha(self, t: torch.Tensor) -> torch.Tensor:
+        return 1 - t**self.power
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return t
+
+
+def test_a_path_of_ones_own_is_saved_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PATHS, "power", Power)
+    own = {"path": "power", "path_kwargs": {"power": 3.0}}
+    FlowMatchScheduler(solver="heun", **own).save_pretrained(tmp_path)
+    for scheduler in (FlowMatchScheduler.from_pretrained(tmp_path), FlowMatchScheduler(**own)):
+        for same in (scheduler, scheduler.with_settings(solver="ab2"), copy.deepcopy(scheduler)):
+            assert isinstance(same.path, Power) and same.path.power == 3.0
+    card = FlowMatchScheduler(**own).build_model_card("me/mine").text
+    assert f"import {__name__}  # Power; not in this repository\n" in card and "{'power': 3.0}" in card
+    assert FlowMatchScheduler.from_pretrained(tmp_path, path="cosine", path_kwargs=None).path == CosinePath()
+    assert "_path_class" not in FlowMatchScheduler.from_pretrained(tmp_path, path="ot", path_kwargs=None).config
+    monkeypatch.setitem(PATHS, "power", OTPath)
+    with pytest.raises(ValueError, match=f"was saved as {__name__}.Power and is registered as .*OTPath"):
+        FlowMatchScheduler.from_pretrained(tmp_path)
+    monkeypatch.delitem(PATHS, "power")
+    with pytest.raises(ValueError, match=f"'power' is not registered: import the module '{__name__}' that calls"):
+        FlowMatchScheduler.from_pretrained(tmp_path)
 
 
 def test_a_path_that_was_put_there_stays_until_another_is_asked_for() -> None:

@@ -21,6 +21,7 @@ from scipy.integrate import solve_ivp
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.coordinates import SAMPLING_PATHS
+from diffusers_fm.paths import PATHS as REGISTERED
 from diffusers_fm.paths import PREDICTION_TYPES, ConditionalPath, OTPath
 from diffusers_fm.schedulers import sampling_plan
 from diffusers_fm.schedulers.settings import STRAIGHT_ONLY
@@ -802,7 +803,7 @@ def test_half_precision_samples_are_integrated_in_float32(dtype: torch.dtype) ->
             x = moved
 
 
-def test_a_path_of_ones_own_needs_one_method() -> None:
+def test_a_path_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     class Parabola(ConditionalPath):
         def alpha(self, t: torch.Tensor) -> torch.Tensor:
             return 1 - t.square()
@@ -810,14 +811,12 @@ def test_a_path_of_ones_own_needs_one_method() -> None:
         def sigma(self, t: torch.Tensor) -> torch.Tensor:
             return t
 
-    class ParabolaScheduler(FlowMatchScheduler):
-        def build_path(self) -> ConditionalPath:
-            return Parabola()
-
+    monkeypatch.setitem(REGISTERED, "parabola", Parabola)
     for sampling_path in SAMPLING_PATHS:
         errors = []
         for steps in (16, 32):
-            scheduler = ParabolaScheduler(num_train_timesteps=1024, solver="midpoint", sampling_path=sampling_path)
+            own = {"path": "parabola", "sampling_path": sampling_path}
+            scheduler = FlowMatchScheduler(num_train_timesteps=1024, solver="midpoint", **own)
             scheduler.set_timesteps(steps)
             start = draw(6, 2)
             exact = exact_end(OTPath(), start, 1.0, 0.0)

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..paths import ConditionalPath, CosinePath, DiscreteVPPath, OTPath, VEPath, VPPath
+from ..registry import full_name
 from .portable import is_local, read_settings, without_local_paths
 
 
@@ -155,7 +156,7 @@ def model_card(content: CardContent) -> ModelCard:
     sections = [f"# {content.repo_id.rpartition('/')[2]}", content.summary, *gallery, *plain]
     if content.instance_prompt is not None:
         sections += [f"## Trigger words\n\nUse `{content.instance_prompt}` to bring out what it has learned."]
-    sections += [f"## Use\n\n```python\n{content.snippet.strip()}\n```"]
+    sections += [f"## Use\n\n```python\n{_own_imports(content)}{content.snippet.strip()}\n```"]
     if content.solvers:
         sections += [
             "Solvers to choose from, by `FlowMatchScheduler.from_config(pipeline.scheduler.config, solver=...)`. NFE"
@@ -229,6 +230,21 @@ def _metadata(content: CardContent) -> ModelCardData:
     )
 
 
+def _own_imports(content: CardContent) -> str:
+    """Lines that import the user's own classes, without which the model cannot be loaded."""
+    lines = []
+    for name in filter(None, [content.scheduler.get("_path_class")]):
+        module, _, class_name = name.rpartition(".")
+        is_script = module == "__main__"
+        line = (
+            f"# Define {class_name} first."
+            if is_script
+            else f"import {module}  # {class_name}; not in this repository"
+        )
+        lines += [f"{line}\n"]
+    return "".join(lines)
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows by column; a cell that a row lacks is empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -244,7 +260,7 @@ def _path(path: ConditionalPath, scheduler: Mapping[str, Any]) -> str:
         shape = f",\\qquad \\alpha(t) = {alpha},\\quad \\sigma(t) = {sigma}"
     formula = f"$$ x_t = \\alpha(t)\\,\\text{{data}} + \\sigma(t)\\,\\text{{noise}}{shape} $$"
     if equations is None:
-        formula += f"\n\nof the path `{type(path).__name__}`, {dataclasses.asdict(path)}"
+        formula += f"\n\nof the path `{full_name(type(path))}`, `path_kwargs` {scheduler.get('path_kwargs') or {}}"
     config = {key: value for key, value in scheduler.items() if not key.startswith("_")}
     return (
         f"## Path\n\n{formula}\n\nat the time t in [0, 1], 0 = data and 1 = noise. The network answers"

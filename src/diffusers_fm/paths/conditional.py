@@ -60,6 +60,9 @@ class ConditionalPath:
     ...)`.
     """
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def alpha(self, t: torch.Tensor) -> torch.Tensor:
         """The scale of the data at `t`, elementwise."""
         raise NotImplementedError

@@ -3,9 +3,11 @@
 
 import difflib
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
@@ -19,10 +21,11 @@ from huggingface_hub import ModelCard
 from ..hub.cards import CardContent, model_card
 from ..hub.push import PushMixin
 from ..paths import ConditionalPath, lift, make_path
+from ..registry import full_name, is_own
 from .grids import interpolate
 from .multistep import read_calibration
 from .sampling_loop import SamplingLoop
-from .settings import PATH_SETTINGS, check_settings, leaving_settings
+from .settings import PATH_SETTINGS, check_path_class, check_settings, leaving_settings
 from .stock_configs import stock_flow_config, translate_stock_config
 
 
@@ -69,7 +72,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         stochastic_sampling (`bool`, *optional*, defaults to `False`):
             Replace the noise by fresh noise at each step. Solver `euler` only.
         path (`str`, *optional*, defaults to `"ot"`):
-            `ot`, `vp`, `ve`, `cosine` or `vp_discrete` (see `paths.PATHS`).
+            `ot`, `vp`, `ve`, `cosine` or `vp_discrete` (see `paths.PATHS`), or one of [`~paths.register_path`].
         path_kwargs (`dict`, *optional*):
             The parameters of the path, such as `{"sigma_min": 1e-4}`.
         prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
@@ -131,6 +134,14 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
 
     _compatibles: ClassVar = ["FlowMatchEulerDiscreteScheduler"]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "build_path" in vars(cls):
+            raise ValueError(
+                f"{cls.__name__} overrides `build_path`, and no file could say which path that is: name the path with"
+                " `diffusers_fm.register_path(name, path_class)`, and give `path=name` to a FlowMatchScheduler."
+            )
+
     @register_to_config
     def __init__(
         self,
@@ -190,7 +201,10 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             time_shift_type=time_shift_type,
             stochastic_sampling=stochastic_sampling,
         )
-        self.path = self.build_path()
+        self.path = self._configured_path = self.build_path()
+        if is_own(type(self.path)):
+            # So that whoever loads the file without the path learns where it comes from.
+            self.register_to_config(_path_class=full_name(type(self.path)))
         if path != "ot":
             # Before `set_timesteps`, every time a network is trained at, as in stock schedulers.
             t = torch.arange(num_train_timesteps, 0, -1, dtype=torch.float64) / num_train_timesteps
@@ -229,10 +243,18 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         if misspelt:
             near = difflib.get_close_matches(misspelt[0], [name for name in known if name != "self"], 1, 0.0)[0]
             raise ValueError(f"A {cls.__name__} has no setting {misspelt[0]!r}; the nearest one is {near!r}.")
+        saved_by = config.get("_class_name", cls.__name__)
+        if "path" in config and saved_by not in (*dir(diffusers), *(base.__name__ for base in cls.__mro__)):
+            raise ValueError(
+                f"The configuration was saved by a {saved_by}, not a {cls.__name__}: load it with that class."
+            )
         # What has no meaning here is kept below; the base class would warn of it each time.
         translated = translate_stock_config(config, kwargs)
         translated = {k: v for k, v in translated.items() if k in known or k.startswith("_")}
         translated.pop("_use_default_values", None)
+        path_class = translated.pop("_path_class", None)
+        if path_class is not None and "path" not in kwargs:
+            check_path_class(translated["path"], path_class)
         if "shift" in kwargs:
             translated.pop("_linspace_shift", None)
         defaults = {name: parameter.default for name, parameter in known.items()}
@@ -263,7 +285,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             ValueError: If there is no setting of that name, or a value is not accepted.
         """
         scheduler: Any = type(self).from_config(self.config, **changes)
-        if not PATH_SETTINGS & set(changes):
+        if self.path is not self._configured_path and not PATH_SETTINGS & set(changes):
             scheduler.path = self.path
         return scheduler
 
@@ -329,12 +351,29 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
         summary = "The scheduler of a flow matching model for `diffusers-fm`: its path and how it is sampled."
         return model_card(CardContent(repo_id, summary, snippet, self.config, self.path))
 
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Write `scheduler_config.json`, see [`~diffusers.ConfigMixin.save_config`].
+
+        Raises:
+            ValueError: If `path` was replaced by one that the configuration does not give.
+        """
+        if self.path is not self._configured_path and self.path != self._configured_path:
+            raise ValueError(
+                f"The scheduler's path was set to {self.path}, and its configuration gives {self._configured_path}: it"
+                " would be loaded as that. Make a scheduler with the settings `path` and `path_kwargs`."
+            )
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def build_path(self) -> ConditionalPath:
         """
-        Make the path from the configuration; a subclass with a path of its own overrides this one method.
+        Make the path from the configuration. A path of one's own has a name, see [`~paths.register_path`].
 
         Returns:
             `ConditionalPath`: What training, sampling and likelihood all read.
+
+        Raises:
+            ValueError: If the configuration names no path, or gives it wrong parameters.
         """
         path_kwargs = self.config.path_kwargs or {}
         if not isinstance(path_kwargs, Mapping):

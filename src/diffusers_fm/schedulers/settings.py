@@ -7,7 +7,8 @@ from numbers import Real
 from typing import Any
 
 from ..coordinates import SAMPLING_PATHS
-from ..paths import PREDICTION_TYPES
+from ..paths import PATHS, PREDICTION_TYPES
+from ..registry import full_name
 from .grids import FINAL_SIGMAS_TYPES, TIMESTEP_SPACINGS
 from .sampling_plan import DIFFUSION_FORMS, RUNGE_KUTTA, SOLVERS
 
@@ -86,6 +87,20 @@ def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> d
     if now["solver"] not in RUNGE_KUTTA or by_estimates:
         leaving["s_churn"] = 0.0
     return {name: value for name, value in leaving.items() if name not in changes}
+
+
+def check_path_class(name: str, path_class: str) -> None:
+    """Check that a path of the user's is registered, and is of the class that a configuration was saved with."""
+    module, _, class_name = path_class.rpartition(".")
+    found = PATHS.get(name)
+    if found is None:
+        first = "run the script" if module == "__main__" else f"import the module {module!r}"
+        raise ValueError(
+            f"The path {name!r} is not registered: {first} that calls `diffusers_fm.register_path({name!r},"
+            f" {class_name})` before loading, in a training script with --import_modules."
+        )
+    if found.__name__ != class_name:
+        raise ValueError(f"The path {name!r} was saved as {path_class} and is registered as {full_name(found)}.")
 
 
 def check_settings(config: Any) -> None:

@@ -13,6 +13,7 @@ from ..arguments import (
     Fixed,
     Fraction,
     Free,
+    ModuleArguments,
     Needs,
     NotNegative,
     Number,
@@ -66,7 +67,11 @@ class ObjectiveArguments(Arguments):
 
     _argument_group_name = "objective"
 
-    timestep_density: str = option("logit_normal", "Density of the training times.", list(DENSITIES), SD3_PAPER)
+    timestep_density: str = option(
+        "logit_normal",
+        f"Density of the training times: {', '.join(DENSITIES)}, or one that --import_modules registers.",
+        source=SD3_PAPER,
+    )
     logit_mean: Annotated[Number, Needs("timestep_density", "logit_normal")] = option(
         0.0, "Of logit_normal; above 0 is towards the noise.", source=SD3_PAPER
     )
@@ -93,6 +98,10 @@ class ObjectiveArguments(Arguments):
     )
 
     def check(self) -> None:
+        if self.timestep_density not in DENSITIES:
+            raise ValueError(
+                f"--timestep_density must be one of {', '.join(DENSITIES)}, got {self.timestep_density!r}."
+            )
         name = self.weighting_scheme
         if name not in WEIGHTINGS and name in DENSITIES:
             raise ValueError(
@@ -242,6 +251,7 @@ class HubArguments(Arguments):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingArguments(
+    ModuleArguments,
     PipelineArguments,
     DataArguments,
     ObjectiveArguments,
