@@ -62,6 +62,7 @@ from diffusers_fm.training.objective import (
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.sampler import measure_sigma_data
 from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
 
 
@@ -98,6 +99,7 @@ def main(args: ScriptArguments) -> None:
         for data in (train_data, held_out_data):
             if data is not None:
                 cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
+    measure_sigma_data(run, pipeline, train_data, lambda batch: latents_of_batch(pipeline, batch, device))
 
     # 3. Model
     model = TrainableModel(pipeline)

@@ -67,6 +67,7 @@ from diffusers_fm.text_to_image.setup import (
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.sampler import measure_sigma_data
 from diffusers_fm.training.validation import held_out_loss
 
 
@@ -100,6 +101,7 @@ def main(args: ScriptArguments) -> None:
         train_data, held_out_data = load_captioned_data(args, pipeline, sizes)
     prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
     prepare_text(run.accelerator, args, model, (train_data, held_out_data), precomputed_dir)
+    measure_sigma_data(run, pipeline, train_data, lambda batch: model.encode(batch, device))
 
     # 3. Model
     network.requires_grad_(True).train()

@@ -58,6 +58,7 @@ from diffusers_fm.training.objective import (
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
+from diffusers_fm.training.sampler import measure_sigma_data
 from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
 from diffusers_fm.training.validation import held_out_loss
 
@@ -133,7 +134,6 @@ def main(args: ScriptArguments) -> None:
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
 
-    # 4. Validation and export
     def prepare(batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         """Data, condition without noise, and labels of held-out images."""
         data = normalize(batch["images"].to(device))
@@ -144,6 +144,9 @@ def main(args: ScriptArguments) -> None:
         labels = batch.get("labels")
         return data, (condition, None if labels is None else labels.to(device))
 
+    measure_sigma_data(run, pipeline, train_data, lambda batch: prepare(batch)[0])
+
+    # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss, PSNR and SSIM, and picture grid of what would be saved now."""
         figures: dict[str, Any] = {}

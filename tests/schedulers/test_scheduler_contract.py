@@ -42,7 +42,7 @@ OUR_DEFAULTS = {
     "steps_offset": 1,
     "clip_sample": False,
     "clip_sample_range": 1.0,
-    "sigma_data": 1.0,
+    "sigma_data": None,
     "eta": 0.0,
     "s_churn": 0.0,
     "s_tmin": 0.0,

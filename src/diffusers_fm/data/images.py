@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Map-style dataset of images, labels and captions, with augmentations that depend on the seed alone."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -277,6 +278,17 @@ class ImageData(Dataset):
         """Numbers of all samples, int64, in batches of one size each, the last of a size perhaps smaller."""
         buckets = [np.arange(len(self))] if self.bucket_rows is None else self.bucket_rows
         return [rows[start : start + batch_size] for rows in buckets for start in range(0, len(rows), batch_size)]
+
+    def spread_batches(self, num_samples: int, batch_size: int) -> Iterator[dict[str, Any]]:
+        """Batches of at most so many samples, evenly spread over all of them; each batch is of one size."""
+        rows = np.unique(np.linspace(0, len(self) - 1, num_samples).astype(np.int64)).tolist()
+        for _, group in itertools.groupby(sorted(rows, key=self.size), self.size):
+            same = np.array(list(group))
+            for numbers in np.split(same, range(batch_size, len(same), batch_size)):
+                batch = self[np.stack([np.zeros_like(numbers), numbers], axis=1)]
+                # The run is to hear of them.
+                self._unreported |= batch.pop("unreadable", {})
+                yield batch
 
     def size(self, index: int) -> tuple[int, int]:
         """Height and width to which an image is brought."""

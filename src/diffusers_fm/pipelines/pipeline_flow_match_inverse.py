@@ -152,7 +152,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
         )
         device = self._execution_device
-        sigma_data = self.scheduler.config.sigma_data if sigma_data is None else sigma_data
+        sigma_data = self.scheduler.sigma_data if sigma_data is None else sigma_data
         _check_options(method, covariance, noise_level, sigma_data)
         for name, value in (
             ("num_covariance_iterations", num_covariance_iterations),

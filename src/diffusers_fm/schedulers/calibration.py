@@ -148,7 +148,7 @@ def calibrate(
 
 def _angles(scheduler: FlowMatchScheduler, num_steps: int, shape: Sequence[float]) -> list[float]:
     ends = torch.tensor([scheduler.path.ratio_min, scheduler.path.ratio_max], dtype=torch.float64)
-    low, high = angle_of_ratio(ends, scheduler.config.sigma_data).tolist()
+    low, high = angle_of_ratio(ends, scheduler.sigma_data).tolist()
     a, b, c, g = shape
     places = ((i + c) / (num_steps - 1 + c + g) for i in range(num_steps))
     return [low + (high - low) * (1 - u**a) ** b for u in places]
@@ -212,7 +212,7 @@ class _Watcher(FlowMatchScheduler):
         return to_float64(sample) / self.scale(self.path.alpha(t), self.path.sigma(t))
 
     def scale(self, alpha: Any, sigma: Any) -> float:
-        coordinates = Coordinates(self.path, "angle", self.config.sigma_data)
+        coordinates = Coordinates(self.path, "angle", self.sigma_data)
         return float(coordinates.scale(*(torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))))
 
 
@@ -233,7 +233,7 @@ class _Recorder(_Watcher):
         if angle == 0.0:
             return to_float64(self.end) / self.scale(1.0, 0.0)
         ratios = torch.tensor([stage.ratio for stage in self._stages], dtype=torch.float64)
-        angles = angle_of_ratio(ratios, self.config.sigma_data)
+        angles = angle_of_ratio(ratios, self.sigma_data)
         first = min(max(int((angles > angle).sum()) - 2, 0), len(angles) - 4)
         nodes = angles[first : first + 4].tolist()
         result = torch.zeros_like(self.points[0], dtype=torch.float64)
@@ -253,8 +253,8 @@ class _Fitter(_Watcher):
 
     def prepare(self, angles: list[float], history: int, reference: _Recorder) -> None:
         self.angles, self.history, self.reference = [*angles, 0.0], history, reference
-        self.called_at = ratio_of_angle(torch.tensor(angles, dtype=torch.float64), self.config.sigma_data).tolist()
-        high = angle_of_ratio(torch.tensor(self.path.ratio_max, dtype=torch.float64), self.config.sigma_data).item()
+        self.called_at = ratio_of_angle(torch.tensor(angles, dtype=torch.float64), self.sigma_data).tolist()
+        high = angle_of_ratio(torch.tensor(self.path.ratio_max, dtype=torch.float64), self.sigma_data).item()
         self.prior = adams_increments(high, angles, 0.0, order=3, corrected_steps=2)
         self.keep: list[float] = []
         self.weights: list[list[float]] = []

@@ -77,6 +77,11 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         return runge_kutta_tableau(self.config.solver).stages
 
     @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data: that of the configuration, or 1."""
+        return 1.0 if self.config.sigma_data is None else self.config.sigma_data
+
+    @property
     def timestep_scale(self) -> float:
         """`timestep / t`: `num_train_timesteps`, on `vp_discrete` one less: integer timesteps are its knots."""
         return float(self.config.num_train_timesteps - (self.config.path == "vp_discrete"))
@@ -221,7 +226,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
             prediction_type=config.prediction_type,
             solver=config.solver,
             sampling_path="native" if self._levels else config.sampling_path,
-            sigma_data=config.sigma_data,
+            sigma_data=self.sigma_data,
             eta=float("inf") if config.stochastic_sampling else config.eta,
             churn=(config.s_churn, config.s_tmin, s_tmax, config.s_noise),
             diffusion=(config.diffusion_form, config.diffusion_scale),
@@ -263,7 +268,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
             return self.path.ratio(timesteps / self.timestep_scale)
         native = config.sampling_path == "native"
         return spaced_ratios(
-            self.path, spacing, num_inference_steps, native, config.sigma_data, config.num_train_timesteps
+            self.path, spacing, num_inference_steps, native, self.sigma_data, config.num_train_timesteps
         )
 
     def _calibrated_ratios(

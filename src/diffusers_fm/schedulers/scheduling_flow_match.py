@@ -101,8 +101,8 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             Clip the data estimate at each step. Solver `euler` only.
         clip_sample_range (`float`, *optional*, defaults to 1.0):
             The largest magnitude that clipping leaves.
-        sigma_data (`float`, *optional*, defaults to 1.0):
-            Standard deviation of the data, for `angle` and `graded`.
+        sigma_data (`float`, *optional*):
+            Standard deviation of the data, for `angle` and `graded`; 1 where it is not known.
         eta (`float`, *optional*, defaults to 0.0):
             Stochastic sampling between the ODE (0) and the ancestral step of DDPM (1), in [0, 1]. Solver `euler` only.
         s_churn (`float`, *optional*, defaults to 0.0):
@@ -169,7 +169,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         steps_offset: int = 1,
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
-        sigma_data: float = 1.0,
+        sigma_data: float | None = None,
         eta: float = 0.0,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,

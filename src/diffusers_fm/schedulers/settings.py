@@ -23,7 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 NUMBERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shift": (lambda value: 0 < value < math.inf, "above 0"),
-    "sigma_data": (lambda value: 0 < value < math.inf, "above 0"),
+    "sigma_data": (lambda value: value is None or 0 < value < math.inf, "above 0, or None"),
     "eta": (lambda value: 0 <= value <= 1, "in [0, 1]"),
     "s_churn": (lambda value: 0 <= value < math.inf, "of at least 0"),
     "s_tmin": (lambda value: value >= 0, "of at least 0"),

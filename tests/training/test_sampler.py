@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of sampling that a run finds out and saves."""
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler
+from tiny_pipelines import save_untrained_upscaler, tiny_pipeline, tiny_unet
+from training_runs import ROOT, command_line, load_script, make_dataset, run_script, save_untrained, train
+
+from diffusers_fm import FlowMatchScheduler
+from diffusers_fm.models import encode_latents
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+def pixels_of(data: Path, channels: int, side: int) -> torch.Tensor:
+    """All images that are trained on, with values in [-1, 1]."""
+    rows = datasets.Dataset.from_parquet(str(data / "train-00000-of-00001.parquet"))
+    images = [np.array(row["image"].convert("RGB" if channels == 3 else "L").resize((side, side))) for row in rows]
+    stacked = torch.from_numpy(np.stack(images)).reshape(len(images), side, side, channels).permute(0, 3, 1, 2)
+    return stacked.double() / 127.5 - 1
+
+
+def saved_sigma_data(folder: Path) -> Any:
+    return FlowMatchScheduler.from_pretrained(folder, subfolder="scheduler").config.sigma_data
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_deviation_of_pixels_is_saved(data: Path, tmp_path: Path, streaming: bool) -> None:
+    output = train(
+        save_untrained(tmp_path / "unet", "unet"), data, tmp_path / "run", max_train_steps=1, streaming=streaming
+    )
+    # Four digits are saved.
+    assert saved_sigma_data(output) == pytest.approx(pixels_of(data, 1, 8).std(correction=0).item(), rel=5e-4)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_deviation_of_latents_is_saved(tmp_path: Path, cached: bool) -> None:
+    data = make_dataset(tmp_path / "data", side=16)
+    folder = save_untrained(tmp_path / "dit", "dit-vae")
+    output = train(folder, data, tmp_path / "run", max_train_steps=1, cache_latents=cached, center_crop=True)
+    latents = encode_latents(tiny_pipeline("dit-vae").vae, pixels_of(data, 3, 16).float(), sample=False)
+    assert saved_sigma_data(output) == pytest.approx(latents.std(correction=0).item(), rel=1e-3)
+
+
+def test_upscalers_save_the_deviation_of_the_large_images(data: Path, tmp_path: Path) -> None:
+    module = load_script(ROOT / "training_scripts" / "train_upscale.py")
+    line = command_line(save_untrained_upscaler(tmp_path / "up"), data, tmp_path / "run", max_train_steps=1)
+    run_script(module, line)
+    assert saved_sigma_data(tmp_path / "run") == pytest.approx(
+        pixels_of(data, 1, 8).std(correction=0).item(), rel=5e-4
+    )
+
+
+def test_a_deviation_that_the_folder_has_stays(data: Path, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path / "unet", "unet", sigma_data=0.5)
+    assert saved_sigma_data(train(folder, data, tmp_path / "run", max_train_steps=1)) == 0.5
+
+
+def test_a_stock_configuration_stays_stock(data: Path, tmp_path: Path) -> None:
+    DDPMPipeline(tiny_unet(), DDPMScheduler(clip_sample=False)).save_pretrained(tmp_path / "ddpm")
+    output = train(tmp_path / "ddpm", data, tmp_path / "run", max_train_steps=1, weighting_scheme="epsilon")
+    expected = FlowMatchScheduler.from_pretrained(tmp_path / "ddpm", subfolder="scheduler").config
+    found = FlowMatchScheduler.from_pretrained(output, subfolder="scheduler").config
+    assert {k: v for k, v in found.items() if k[0] != "_"} == {k: v for k, v in expected.items() if k[0] != "_"}
