@@ -16,7 +16,7 @@ from pieces import SIZES, VIEW_CALLS, VIEW_TIMES
 from problems import Checkerboard, Digits
 
 from diffusers_fm.evaluation.distances import frechet_distance
-from diffusers_fm.evaluation.report import pyplot
+from diffusers_fm.evaluation.report import log_axes, pyplot
 from diffusers_fm.paths import make_path
 
 
@@ -266,7 +266,7 @@ def plot_training(results: Results, file: Path, column: str, labels: dict[str, s
             steps = [row["step"] for row in looks[0]]
             values = np.array([[row[column] for row in rows] for rows in looks])
             line_over_seeds(axes, steps, values, label=objective.label, color=COLOURS[name])
-        axes.set(xlabel="steps of training", ylabel=label, title=problem, xscale="log", yscale="log")
+        log_axes(axes, xlabel="steps of training", ylabel=label, title=problem)
     grid[0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=100)
@@ -285,7 +285,7 @@ def plot_solvers(results: Results, file: Path) -> None:
                     calls, values = results.by_calls(problem, name, solver, column)
                     title = f"{solver}, {'OT' if name == 'fm-ot' else 'diffusion'}"
                     line_over_seeds(axes, calls, values, color=colour, linestyle=style, label=title)
-            axes.set(xlabel="calls of the network", ylabel=label, title=problem, xscale="log", yscale="log")
+            log_axes(axes, xlabel="calls of the network", ylabel=label, title=problem)
     grid[0, 0].legend()
     figure.tight_layout()
     figure.savefig(file, dpi=100)

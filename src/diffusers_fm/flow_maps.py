@@ -6,7 +6,8 @@ Everything is in the straight coordinates of [`ConditionalPath.to_straight`], in
 `x = (1 - t) * data + t * noise` with velocity `v = noise - data`, and its times run from 0 = data to 1 = noise, with
 `r <= t`. The flow map takes a point at `t` to the point at `r` on the same trajectory:
 
-    X(x, t -> r) = x - (t - r) u(x, r, t),    u(x, r, t) = 1 / (t - r) * integral of v from r to t,    u(x, t, t) = v
+    X(x, t -> r) = x - (t - r) u(x, r, t)
+    u(x, r, t) = 1 / (t - r) * integral of v from r to t,    u(x, t, t) = v
 
 An average velocity is any function `u(x, r, t, *args)`; [`average_velocity`] makes one of a network on any path. Times
 reach it as they are given, best on the CPU in float64.

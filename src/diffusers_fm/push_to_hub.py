@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""Upload the folder of a finished run to the Hub, as `--push_to_hub` would have done.
 
-    python -m diffusers_fm.push_to_hub runs/unet-digits --hub_model_id me/unet-digits
+    python -m diffusers_fm.push_to_hub runs/unet-digits \
+      --hub_model_id me/unet-digits
 
 `--push_dry_run` lists the files and sends nothing.
 """

@@ -16,6 +16,7 @@ import numpy as np
 import PIL.Image
 import torch
 from digits_judge import load_split, train_classifier
+from labelled import labelled
 
 from diffusers_fm import FlowMatchEditPipeline
 
@@ -29,15 +30,17 @@ EDITS = [
     {"strength": 0.75, "method": "inversion", "guidance_scale": 2.0},
 ]
 
+DIGITS = [str(digit) for digit in range(10)]
 
-def save_grid(rows: torch.Tensor, path: Path) -> None:
-    """Saves images `(rows, columns, 8, 8)` with values in [0, 1], magnified."""
+
+def save_grid(rows: torch.Tensor, path: Path, columns: list[str], names: list[str]) -> None:
+    """Saves images `(rows, columns, 8, 8)` with values in [0, 1], magnified, with the names of columns and rows."""
     padded = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=1.0)
     height, width = padded.shape[0] * padded.shape[2], padded.shape[1] * padded.shape[3]
     levels = (padded.permute(0, 2, 1, 3).reshape(height, width) * 255).round().byte().numpy()
     picture = PIL.Image.fromarray(levels)
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * 5, picture.height * 5), PIL.Image.Resampling.NEAREST).save(path)
+    labelled(picture, columns, names, scale=5).save(path)
 
 
 def main(folder: str, output_dir: Path) -> None:
@@ -72,7 +75,8 @@ def main(folder: str, output_dir: Path) -> None:
         pipeline(chosen, list(range(10)), digit, generator=torch.Generator().manual_seed(1), **options).images
         for digit in range(10)
     ]
-    save_grid(torch.stack([chosen, *columns], 1)[:, :, 0], output_dir / "edits.png")
+    rows = torch.stack([chosen, *columns], 1)[:, :, 0]
+    save_grid(rows, output_dir / "edits.png", ["original", *(f"to {digit}" for digit in DIGITS)], DIGITS)
     between = [
         pipeline.interpolate(
             chosen[digit : digit + 1],
@@ -83,7 +87,9 @@ def main(folder: str, output_dir: Path) -> None:
         )
         for digit in range(10)
     ]
-    save_grid(torch.stack(between)[:, :, 0].clamp(0, 1), output_dir / "interpolation.png")
+    rows = torch.stack(between)[:, :, 0].clamp(0, 1)
+    ends = [f"{digit} to {(digit + 1) % 10}" for digit in range(10)]
+    save_grid(rows, output_dir / "interpolation.png", ["from", *[""] * 7, "to"], ends)
 
 
 if __name__ == "__main__":

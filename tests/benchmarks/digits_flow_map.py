@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 from digits_judge import load_split, train_classifier
+from labelled import labelled
 from sklearn.neighbors import NearestNeighbors
 from torch.nn import functional
 
@@ -65,7 +66,7 @@ def main() -> None:
 
     reference = features(images)
     wanted = np.arange(args.num_images) % 10
-    rows = []
+    rows, names = [], []
     print("| pipeline | calls | FD | read | near |\n|---|---|---|---|---|")
     for name in args.folders:
         folder, _, solver = name.partition(":")
@@ -89,10 +90,11 @@ def main() -> None:
             near = float(np.median(neighbours.kneighbors(flat)[0]))
             shown = Path(folder).name + (f":{solver}" if solver else "")
             print(f"| {shown} | {calls} | {distance:.2f} | {read:.3f} | {near:.3f} |", flush=True)
+            names.append(f"{shown}, {calls}")
             rows.append(np.concatenate(list(np.pad(drawn[:20], ((0, 0), (1, 1), (1, 1)))), axis=1))
     if args.picture:
         pixels = (255 * np.concatenate(rows).clip(0, 1)).round().astype(np.uint8)
-        PIL.Image.fromarray(pixels.repeat(SCALE, 0).repeat(SCALE, 1)).save(args.picture)
+        labelled(PIL.Image.fromarray(pixels), [*"01234567890123456789"], names, SCALE).save(args.picture)
 
 
 if __name__ == "__main__":

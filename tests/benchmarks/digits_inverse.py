@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 from digits_judge import load_split, train_classifier
+from labelled import labelled
 from sklearn.svm import SVC
 
 from diffusers_fm import FlowMatchInversePipeline
@@ -77,7 +78,7 @@ def draw_picture(pipeline: FlowMatchInversePipeline, images: torch.Tensor, label
     grid = padded.permute(0, 2, 1, 3).reshape(10 * 10, 8 * 10)
     picture = PIL.Image.fromarray((grid * 255).round().byte().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.resize((picture.width * 5, picture.height * 5), PIL.Image.Resampling.NEAREST).save(path)
+    labelled(picture, ["original", "known", *"123456"], scale=5).save(path)
 
 
 def main(folder: str, output_dir: Path, num_inference_steps: int) -> None:

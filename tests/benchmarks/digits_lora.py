@@ -24,6 +24,7 @@ import torch
 from diffusers import DiffusionPipeline
 from digits_judge import load_split, train_classifier
 from digits_prompts import captions_by_digit, draw
+from labelled import labelled
 
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
         raise RuntimeError("This package was imported: stock diffusers has not been shown to read the adapter.")
     if args.picture is not None:
         args.picture.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(args.picture)
+        labelled(sheet, [*"0123456789"], [f"strength {SCALES[0]}", *map(str, SCALES[1:])]).save(args.picture)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import PIL.ImageFont
 import torch
 from diffusers import DiffusionPipeline
 from digits_judge import DIGITS, load_split, train_classifier
+from labelled import labelled
 
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -91,7 +92,7 @@ def picture(images: np.ndarray, wordings: list[str]) -> PIL.Image.Image:
             tile = PIL.Image.fromarray((images[row, column] * 255).round().astype(np.uint8))
             tile = tile.resize((TILE, TILE), PIL.Image.Resampling.NEAREST)
             sheet.paste(tile, (LABEL_WIDTH + column * (TILE + 2), row * (TILE + 2)))
-    return sheet
+    return labelled(sheet, [*"0123456789"], left=LABEL_WIDTH)
 
 
 def main(args: argparse.Namespace) -> None:

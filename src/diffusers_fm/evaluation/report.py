@@ -63,6 +63,18 @@ def pyplot() -> Any:
     return plt
 
 
+def log_axes(axes: Any, **labels: str) -> None:
+    """Label logarithmic axes, with ticks at 1, 2 and 5 of each decade, or at powers of ten if there are many."""
+    from matplotlib import ticker
+
+    axes.set(xscale="log", yscale="log", **labels)
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = np.log10(axis.get_view_interval())
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high - low < 2 else (1.0,)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(ticker.NullFormatter())
+
+
 def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, label: str) -> None:
     """Plot a column of rows with `solver` and `nfe` against the calls of the network, a line for each solver."""
     plt = pyplot()
@@ -72,7 +84,7 @@ def plot_solvers(file: Path, rows: Sequence[Mapping[str, Any]], column: str, lab
         # Ten colours come round again as dashes.
         style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
         axes.plot(*zip(*points), marker="o", markersize=3, label=solver, **style)
-    axes.set(xlabel="calls of the network", ylabel=label, xscale="log", yscale="log")
+    log_axes(axes, xlabel="calls of the network", ylabel=label)
     axes.legend()
     figure.savefig(file, bbox_inches="tight")
     plt.close(figure)

@@ -3,11 +3,14 @@ r"""Post-hoc EMA: averages of any width, from snapshots of two (arXiv 2312.02696
 
 A run with `--use_ema --ema_profile power` leaves snapshots in `ema_snapshots/`. From them
 
-    python -m diffusers_fm.training.posthoc_ema runs/unet-digits --sigma_rel 0.05 0.10 0.15
+    python -m diffusers_fm.training.posthoc_ema runs/unet-digits \
+      --sigma_rel 0.05 0.10 0.15
 
 writes the weights of each width into the trained pipeline's folder, as a variant of diffusers:
 
-    pipeline = FlowMatchPipeline.from_pretrained("runs/unet-digits", variant="ema-0_100")
+    pipeline = FlowMatchPipeline.from_pretrained(
+        "runs/unet-digits", variant="ema-0_100"
+    )
 """
 
 import argparse

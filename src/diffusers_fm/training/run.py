@@ -48,16 +48,16 @@ class TrainingRun(Generic[A]):
     """
     Training run of a script, which reads
 
-        run = TrainingRun(args)                  # checks the output folder, finds the checkpoint to resume
-        ...                                      # pipeline and data
+        run = TrainingRun(args)  # checks the output folder, finds a checkpoint
+        ...  # pipeline and data
         model = run.begin(model, train_data, validate, export, "description")
         with run:
-            for step in run.steps():             # logs, validation, checkpoints and signals are between the steps
+            for step in run.steps():  # between: logs, validation, checkpoints
                 for part, batch in run.parts(step):
                     with run.accelerator.accumulate(model):
-                        ...                      # t, x_t, model, losses
+                        ...  # t, x_t, model, losses
                         run.backward(t, losses)
-            run.finish()                         # last validation, export, upload
+            run.finish()  # last validation, export, upload
 
     Args:
         args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
