@@ -33,6 +33,14 @@ A data set on the Hub that is larger than the disk, read as it comes:
       --dataset_name ILSVRC/imagenet-1k --streaming --max_train_steps 400000 --dataloader_num_workers 8 \
       --output_dir runs/dit-imagenet256
 
+Straighter trajectories, on the pairs that draw_pairs.py has drawn from a trained pipeline (reflow, arXiv 2209.03003):
+
+    accelerate launch training_scripts/train_flow_matching.py \
+      --pretrained_model_name_or_path runs/dit-digits --dataset_name runs/dit-digits-pairs --noise_column noise \
+      --image_column sample --timestep_density u_shaped --output_dir runs/dit-digits-reflow \
+      --train_batch_size 64 --max_train_steps 2000 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
+      --use_ema --seed 0
+
 Go on after an interruption:
 
     accelerate launch training_scripts/train_flow_matching.py --config runs/unet-digits/training_args.json \
@@ -47,7 +55,7 @@ import torch
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
-from diffusers_fm.data.arguments import LabelArguments, LatentArguments
+from diffusers_fm.data.arguments import LabelArguments, LatentArguments, PairArguments
 from diffusers_fm.data.latents import cache_latents, latents_of_batch
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
@@ -67,7 +75,7 @@ from diffusers_fm.training.validation import data_and_labels, held_out_loss, sam
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments):
+class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments, PairArguments):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_flow_matching", "Name of the run in the trackers.")
@@ -158,7 +166,7 @@ def main(args: ScriptArguments) -> None:
                         dropped = part.uniform("label_dropout") < label_dropout
                         labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
 
-                    noise = run.draw_noise(part, data, labels)
+                    noise = batch["noise"].to(device) if "noise" in batch else run.draw_noise(part, data, labels)
                     t = draw_times(args, path, part, shift)
                     x_t = path.sample(data, noise, t)
 

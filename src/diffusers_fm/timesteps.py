@@ -37,14 +37,22 @@ def _beta(u: torch.Tensor, alpha: float, beta: float) -> torch.Tensor:
     return torch.from_numpy(distribution.ppf(u.cpu().numpy(), alpha, beta)).to(u)
 
 
+def _u_shaped(u: torch.Tensor, steepness: float) -> torch.Tensor:
+    return 0.5 + torch.asinh((2 * u - 1) * math.sinh(steepness / 2)) / steepness
+
+
 DENSITIES: dict[str, Callable[..., torch.Tensor]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,
     "mode": _mode,
     "cosmap": _cosmap,
     "beta": _beta,
+    "u_shaped": _u_shaped,
 }
-"""Inverse distribution functions of the densities of SD3 (arXiv 2403.03206, section 3.1) and of the beta density."""
+"""
+Inverse distribution functions of the densities of SD3 (arXiv 2403.03206, section 3.1), of the beta density, and of the
+U-shaped one of 2-rectified flow++ (arXiv 2405.20320).
+"""
 
 
 def register_density(name: str, quantile: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -110,6 +118,7 @@ def sample_timesteps(
     mode_scale: float = 1.29,
     alpha: float = 1.0,
     beta: float = 1.0,
+    steepness: float = 4.0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
     """
@@ -125,6 +134,7 @@ def sample_timesteps(
             normal)`; a positive mean lies towards the noise, as in the paper (the diffusers scripts have the opposite
             sign). `mode`: heavy at the middle by `mode_scale`. `cosmap`: uniform in the log-SNR of the cosine path.
             `beta`: `Beta(alpha, beta)`.
+            `u_shaped`: heavy at both ends, as `cosh(steepness * (t - 1/2))`, for reflow.
         batch_size (`int`):
             Number of times to return, at least 1.
         generator (`torch.Generator`, *optional*):
@@ -147,6 +157,8 @@ def sample_timesteps(
             For `beta`, above 0.
         beta (`float`, *optional*, defaults to 1.0):
             For `beta`, above 0.
+        steepness (`float`, *optional*, defaults to 4.0):
+            For `u_shaped`, above 0 and at most 100.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float64`):
             Of the result.
 
@@ -171,6 +183,7 @@ def sample_timesteps(
         ("mode_scale", mode_scale, -1 <= mode_scale <= high, f"in [-1, {high:.4f}]"),
         ("alpha", alpha, 0 < alpha < math.inf, "above 0"),
         ("beta", beta, 0 < beta < math.inf, "above 0"),
+        ("steepness", steepness, 0 < steepness <= 100, "above 0 and at most 100"),
     ):
         if not valid:
             raise ValueError(f"`{name}` must be a number {accepted}, got {value!r}.")
@@ -179,6 +192,7 @@ def sample_timesteps(
         "logit_normal": {"mean": logit_mean, "std": logit_std},
         "mode": {"scale": mode_scale},
         "beta": {"alpha": alpha, "beta": beta},
+        "u_shaped": {"steepness": steepness},
     }.get(density, {})
     u = torch.rand(total, generator=generator, dtype=torch.float64)
     if stratified:

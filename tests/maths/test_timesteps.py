@@ -41,6 +41,12 @@ def cosmap_cdf(t: np.ndarray) -> np.ndarray:
     return 2 / np.pi * np.arctan(2 * t - 1) + 0.5
 
 
+def u_shaped_cdf(steepness: float) -> Callable[[np.ndarray], np.ndarray]:
+    # The integral of exp(a t) + exp(a (1 - t)), over its value at 1.
+    a = steepness
+    return lambda t: (np.exp(a * t) - 1 + np.exp(a) - np.exp(a * (1 - t))) / (2 * (np.exp(a) - 1))
+
+
 def unshifted(cdf: Callable[[np.ndarray], np.ndarray], shift: float) -> Callable[[np.ndarray], np.ndarray]:
     # Equation 23, solved for the time before the shift.
     return lambda t: cdf(t / (shift - (shift - 1) * t))
@@ -58,6 +64,8 @@ CASES = {
     "cosmap": ("cosmap", {}, cosmap_cdf),
     "beta": ("beta", {"alpha": 2.0, "beta": 0.7}, stats.beta(2.0, 0.7).cdf),
     "beta uniform": ("beta", {}, uniform_cdf),
+    "u_shaped": ("u_shaped", {}, u_shaped_cdf(4.0)),
+    "u_shaped flat": ("u_shaped", {"steepness": 1.0}, u_shaped_cdf(1.0)),
 }
 every_case = pytest.mark.parametrize(("density", "options", "cdf"), CASES.values(), ids=CASES.keys())
 

@@ -90,7 +90,7 @@ def test_modules_are_imported_before_values_are_checked(tmp_path: Path, monkeypa
     monkeypatch.setattr("diffusers_fm.timesteps.DENSITIES", DENSITIES.copy())
     monkeypatch.setattr("diffusers_fm.training.arguments.DENSITIES", diffusers_fm.timesteps.DENSITIES)
     words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", "--timestep_density=late"]
-    with pytest.raises(ValueError, match=r"^--timestep_density must be one of uniform, .*, beta, got 'late'\.$"):
+    with pytest.raises(ValueError, match=r"^--timestep_density must be one of uniform, .*, u_shaped, got 'late'\.$"):
         parse_arguments(TrainingArguments, words)
     args = parse_arguments(TrainingArguments, [*words, "--import_modules", "my_densities"])
     (tmp_path / "args.json").write_text(json.dumps(args.saved()))

@@ -2,7 +2,7 @@
 """Arguments of the data: where the images are, and how they are prepared."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import PIL.ImageColor
 
@@ -97,3 +97,25 @@ class LatentArguments(Arguments):
             raise ValueError(
                 "--cache_latents does not go with --streaming: it needs to know all of the data beforehand."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairArguments(Arguments):
+    """Pairs of noise and sample in the place of images, for reflow."""
+
+    _argument_group_name = "pairs"
+
+    noise_column: str | None = option(
+        None, "Column of noise that goes with --image_column, as draw_pairs.py writes both; for reflow."
+    )
+
+    def check(self) -> None:
+        if self.noise_column is None:
+            return
+        refused = ("train_data_dir", "validation_split", "streaming", "max_train_samples", "random_flip", "resolution")
+        given: dict[str, Any] = {name: getattr(self, name, None) for name in (*refused, "cache_latents")}
+        if getattr(self, "coupling", "independent") != "independent":
+            given["coupling"] = self.coupling
+        for name, value in given.items():
+            if value:
+                raise ValueError(f"--{name} {value} does not go with --noise_column: pairs are used as they are.")

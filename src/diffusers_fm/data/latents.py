@@ -43,7 +43,7 @@ def latents_of_batch(
         pipeline ([`~diffusers.DiffusionPipeline`]):
             With the component `vae`, which may be `None`.
         batch (`dict[str, Any]`):
-            With `images` or `moments`.
+            With `images` or `moments`, or `data` as it is.
         device (`torch.device`):
             Where they are wanted.
         part ([`BatchSlice`], *optional*):
@@ -54,6 +54,8 @@ def latents_of_batch(
     Returns:
         `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32, pixels in [-1, 1].
     """
+    if "data" in batch:
+        return batch["data"].to(device, non_blocking=True)
     vae: Any = pipeline.vae
     if "moments" in batch:
         moments = batch["moments"].to(device, non_blocking=True)

@@ -9,8 +9,9 @@ from typing import Any
 import datasets
 
 from ..pipelines.base import FlowMatchPipelineBase
-from .arguments import DataArguments, rgb
+from .arguments import DataArguments, PairArguments, rgb
 from .images import ImageData
+from .pairs import PairData
 from .sources import (
     AnyDataset,
     DatasetT,
@@ -28,6 +29,8 @@ from .transforms import ImageTransform
 
 
 logger = logging.getLogger(__name__)
+
+TrainingData = ImageData | StreamData | PairData
 
 # Column of the caption that is that of all images.
 CAPTION = "instance_prompt"
@@ -136,15 +139,15 @@ def make_datasets(
 
 
 def load_images(
-    args: DataArguments,
+    args: Any,
     pipeline: FlowMatchPipelineBase,
     resolution: int,
     make_data: Callable[..., ImageData] = ImageData,
     multiple: int = 1,
-) -> tuple[ImageData | StreamData, ImageData | None]:
+) -> tuple[TrainingData, ImageData | None]:
     """
     Images and labels for a pipeline, which takes over the names of their classes. Arguments and errors are those of
-    [`make_datasets`].
+    [`make_datasets`]; with `noise_column` ([`~arguments.PairArguments`]) the rows are pairs of noise and sample.
     """
     label_column = args.label_column if pipeline.num_classes else None
 
@@ -153,6 +156,11 @@ def load_images(
             adopt_class_names(pipeline, class_names(split, label_column))
 
     columns = {"label_column": label_column, "num_classes": pipeline.num_classes}
+    if isinstance(args, PairArguments) and args.noise_column is not None:
+        split: Any = open_splits(args)[0]
+        pairs = PairData(split, pipeline.sample_shape, args.noise_column, args.image_column, **columns)
+        check(split)
+        return pairs, None
     return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
 
 

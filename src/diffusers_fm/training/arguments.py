@@ -85,6 +85,9 @@ class ObjectiveArguments(Arguments):
     density_beta: Annotated[Positive, Needs("timestep_density", "beta")] = option(
         1.0, "Second parameter of beta, which weighs the data."
     )
+    density_steepness: Annotated[float, Range(0, 100, open_low=True), Needs("timestep_density", "u_shaped")] = option(
+        4.0, "Of u_shaped, which weighs both ends; for reflow.", source="arXiv 2405.20320"
+    )
     shift: Positive | None = option(
         None, "Shift of the times; saved in the scheduler. By default the scheduler's own."
     )

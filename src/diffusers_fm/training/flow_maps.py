@@ -136,6 +136,7 @@ def draw_intervals(
         mode_scale=args.mode_scale,
         alpha=args.density_alpha,
         beta=args.density_beta,
+        steepness=args.density_steepness,
     )
     r, t = (path.ratio(time) if shift == 1 else shift_time(path.ratio(time), shift) for time in (r, t))
     return path.time_at(t), r, t

@@ -121,6 +121,7 @@ def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice
         mode_scale=args.mode_scale,
         alpha=args.density_alpha,
         beta=args.density_beta,
+        steepness=args.density_steepness,
     )
     # The sampler shifts the times of the straight coordinates; on the OT path these are t itself.
     return t if shift == 1 else path.time_at(shift_time(path.ratio(t), shift))

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from ..data.cache import DryAccelerator
-from ..data.images import ImageData
+from ..data.loading import TrainingData
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData, StreamedRow
 from .arguments import TrainingArguments
@@ -267,7 +267,7 @@ class DryRun(TrainingRun[A]):
         return pipeline
 
     def begin(
-        self, model: nn.Module, data: ImageData | StreamData, validate: Any, export: Any, description: str, *_: object
+        self, model: nn.Module, data: TrainingData, validate: Any, export: Any, description: str, *_: object
     ) -> Any:
         """Keep model, data and description; returns a stand-in for the model, which is measured and not called."""
         self.model, self._data, self._description = model, data, description

@@ -19,7 +19,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.images import ImageData
+from ..data.loading import TrainingData
 from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
@@ -147,7 +147,7 @@ class TrainingRun(Generic[A]):
     def begin(
         self,
         model: nn.Module,
-        data: ImageData | StreamData,
+        data: TrainingData,
         validate: Callable[[int, str | None], dict[str, Any]],
         export: Callable[[Path, dict[str, Any]], None],
         description: str,
@@ -159,7 +159,7 @@ class TrainingRun(Generic[A]):
         Args:
             model (`nn.Module`):
                 All that is trained: its parameters that require gradients.
-            data ([`ImageData`] or [`StreamData`]):
+            data ([`ImageData`], [`StreamData`] or [`PairData`]):
                 Data to train on.
             validate (`Callable`):
                 Called as `validate(step, grid_name)` by every process, with the averaged weights in the model, every
@@ -298,7 +298,7 @@ class TrainingRun(Generic[A]):
             load_checkpoint(self.accelerator, checkpoint)
         self._metrics.loaded()
 
-    def _make_batches(self, data: ImageData | StreamData) -> Iterator[dict[str, Any]]:
+    def _make_batches(self, data: TrainingData) -> Iterator[dict[str, Any]]:
         """This process's batches, one for each part of each step, from where the run begins."""
         args, accelerator = self.args, self.accelerator
         num_steps = max(0, self.max_train_steps - self.first_step)

@@ -10,8 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ..data.cache import DryAccelerator
-from ..data.images import ImageData
-from ..data.streams import StreamData
+from ..data.loading import TrainingData
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .run import TrainingRun
@@ -32,14 +31,12 @@ def is_stock(scheduler: FlowMatchScheduler) -> bool:
 
 
 @torch.no_grad()
-def standard_deviation(
-    data: ImageData | StreamData, encode: Callable[[dict[str, Any]], torch.Tensor], batch_size: int
-) -> float:
+def standard_deviation(data: TrainingData, encode: Callable[[dict[str, Any]], torch.Tensor], batch_size: int) -> float:
     """
     Standard deviation of data as the flow sees it, over the values of all pixels and channels.
 
     Args:
-        data ([`ImageData`] or [`StreamData`]):
+        data ([`ImageData`], [`StreamData`] or [`PairData`]):
             Data set, of which `NUM_MEASURED` samples are read, always the same.
         encode (`Callable`):
             Called as `encode(batch)`: pixels in [-1, 1] or latents, of shape `(batch_size, ...)`.
@@ -62,7 +59,7 @@ def standard_deviation(
 def measure_sigma_data(
     run: TrainingRun[Any],
     pipeline: Any,
-    data: ImageData | StreamData,
+    data: TrainingData,
     encode: Callable[[dict[str, Any]], torch.Tensor],
 ) -> None:
     """
