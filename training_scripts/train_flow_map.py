@@ -25,6 +25,7 @@ With guidance of scale 2 learned, so that a call takes half of the work:
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ import torch
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Count, Free, option, run_script
 from diffusers_fm.data.arguments import LabelArguments, LatentArguments
-from diffusers_fm.data.latents import cache_latents, latents_of_batch
+from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
 from diffusers_fm.data.loading import load_images
-from diffusers_fm.flow_maps import AverageVelocity, average_velocity, flow_map_loss, guided_velocity
+from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.training.arguments import TrainingArguments
 from diffusers_fm.training.flow_maps import (
     FlowMapArguments,
@@ -43,12 +44,14 @@ from diffusers_fm.training.flow_maps import (
     choose_flow_map,
     draw_intervals,
     flow_map_facts,
+    interval_losses,
+    learned_velocity,
 )
 from diffusers_fm.training.objective import choose_label_dropout, choose_resolution, choose_shift
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
+from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +60,6 @@ class ScriptArguments(TrainingArguments, FlowMapArguments, LatentArguments, Labe
 
     num_inference_steps: Count = option(4, "Calls in which the pipeline samples by default; also of the pictures.")
     tracker_project_name: Free[str] = option("train_flow_map", "Name of the run in the trackers.")
-
-    def check(self) -> None:
-        if self.weighting_scheme != "none":
-            raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
-        if self.ema_teacher and not self.use_ema:
-            raise ValueError("--ema_teacher needs --use_ema.")
 
 
 def main(args: ScriptArguments) -> None:
@@ -91,10 +88,9 @@ def main(args: ScriptArguments) -> None:
     with run.accelerator.main_process_first():
         train_data, held_out_data = load_images(args, pipeline, resolution)
     if args.cache_latents:
-        folder = Path(args.precomputed_dir or run.output_dir / "precomputed") / "latents"
-        for data in (train_data, held_out_data):
-            if data is not None:
-                cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
+        folder = precomputed_folder(args, run.output_dir)
+        data_sets = (train_data, held_out_data)
+        cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
 
     # 3. Model
     model = IntervalModel(pipeline)
@@ -106,26 +102,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss of the flow, and a picture grid of the map as it would be saved now."""
-        figures: dict[str, Any] = {}
-        if held_out_data is not None:
-            figures = held_out_loss(
-                run.accelerator,
-                run.model,
-                pipeline.scheduler,
-                held_out_data,
-                args.eval_batch_size,
-                lambda batch: data_and_labels(pipeline, batch, device),
-            )
-        if args.num_validation_images and run.accelerator.is_main_process:
-            grid = sample_grid(
-                pipeline,
-                args.num_validation_images,
-                args.num_inference_steps,
-                args.guidance_scale,
-                args.eval_batch_size,
-            )
-            run.log.write_grid(step, grid, grid_name)
-        return figures
+        return validate_pipeline(run, pipeline, held_out_data, step, grid_name)
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
@@ -154,6 +131,7 @@ def main(args: ScriptArguments) -> None:
         return average_velocity(predict, path, prediction_type, timestep_scale)
 
     u = velocity_of(model)
+    flow = u if frozen is None else velocity_of(frozen)
 
     def averaged(*arguments: torch.Tensor) -> torch.Tensor:
         """The map by the averaged weights, for targets."""
@@ -177,32 +155,12 @@ def main(args: ScriptArguments) -> None:
                     start, r, t = draw_intervals(args, path, part, shift, step)
                     x, _ = path.to_straight(path.sample(data, noise, start), start)
 
-                    velocity = noise - data
-                    flow = u if frozen is None else velocity_of(frozen)
-                    with torch.no_grad():
-                        if frozen is not None:
-                            velocity = flow(x, t, t, *conditions)
-                        if guidance != 1.0 and labels is not None:
-                            null = flow(x, t, t, torch.full_like(labels, pipeline.null_class or 0))
-                            if frozen is None:
-                                velocity = guided_velocity(velocity, flow(x, t, t, labels), null, guidance)
-                            else:
-                                velocity = null + guidance * (velocity - null)
-                    losses = flow_map_loss(
-                        u,
-                        x,
-                        r,
-                        t,
-                        velocity,
-                        args.objective,
-                        teacher=averaged if args.ema_teacher else None,
-                        fraction=0.5 if args.middle_fraction else part.uniform("fraction").double(),
-                        derivative=args.derivative,
-                        step=args.derivative_step,
-                        span=(path.ratio_min, path.ratio_max),
-                        power=args.loss_power,
-                        args=conditions,
-                    )
+                    conditional, unconditional = partial(flow, x, t, t, *conditions), None
+                    if labels is not None:
+                        null = torch.full_like(labels, pipeline.null_class or 0)
+                        unconditional = partial(flow, x, t, t, null)
+                    velocity = learned_velocity(args, noise - data, conditional, unconditional)
+                    losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, conditions)
                     run.backward(start, losses)
         run.finish()
 

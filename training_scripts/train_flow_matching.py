@@ -56,7 +56,7 @@ import torch
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.arguments import LabelArguments, LatentArguments, PairArguments
-from diffusers_fm.data.latents import cache_latents, latents_of_batch
+from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.arguments import TrainingArguments
@@ -71,7 +71,7 @@ from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import measure_sigma_data
-from diffusers_fm.training.validation import data_and_labels, held_out_loss, sample_grid
+from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,10 +103,9 @@ def main(args: ScriptArguments) -> None:
     with run.accelerator.main_process_first():
         train_data, held_out_data = load_images(args, pipeline, resolution)
     if args.cache_latents:
-        folder = Path(args.precomputed_dir or run.output_dir / "precomputed") / "latents"
-        for data in (train_data, held_out_data):
-            if data is not None:
-                cache_latents(run.accelerator, data, pipeline.vae, folder, args.train_batch_size)
+        folder = precomputed_folder(args, run.output_dir)
+        data_sets = (train_data, held_out_data)
+        cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
     measure_sigma_data(run, pipeline, train_data, lambda batch: latents_of_batch(pipeline, batch, device))
 
     # 3. Model
@@ -118,26 +117,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and picture grid of what would be saved now."""
-        figures: dict[str, Any] = {}
-        if held_out_data is not None:
-            figures = held_out_loss(
-                run.accelerator,
-                run.model,
-                pipeline.scheduler,
-                held_out_data,
-                args.eval_batch_size,
-                lambda batch: data_and_labels(pipeline, batch, device),
-            )
-        if args.num_validation_images and run.accelerator.is_main_process:
-            grid = sample_grid(
-                pipeline,
-                args.num_validation_images,
-                args.num_inference_steps,
-                args.guidance_scale,
-                args.eval_batch_size,
-            )
-            run.log.write_grid(step, grid, grid_name)
-        return figures
+        return validate_pipeline(run, pipeline, held_out_data, step, grid_name)
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""

@@ -19,18 +19,20 @@ Captioned handwritten digits, with guidance of scale 3 learned:
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_fm.arguments import Count, Free, NotNegative, option, run_script
 from diffusers_fm.data.captions import drop_captions
-from diffusers_fm.flow_maps import AverageVelocity, average_velocity, flow_map_loss, guided_velocity
+from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
-from diffusers_fm.text_to_image.flow_map import IntervalField, set_flow_map
+from diffusers_fm.text_to_image.flow_map import IntervalField
 from diffusers_fm.text_to_image.setup import (
     ask_all,
     call_arguments,
@@ -38,17 +40,22 @@ from diffusers_fm.text_to_image.setup import (
     choose_network,
     choose_scheduler,
     choose_sizes,
+    draw_encoder_dropout,
     freeze,
-    load_captioned_data,
     open_pipeline,
-    prepare_latents,
-    prepare_text,
-    prompt_grid,
+    prepare_data,
+    validate_field,
 )
-from diffusers_fm.training.flow_maps import FlowMapArguments, draw_intervals, flow_map_facts
+from diffusers_fm.training.flow_maps import (
+    FlowMapArguments,
+    draw_intervals,
+    flow_map_facts,
+    interval_losses,
+    learned_velocity,
+    set_flow_map,
+)
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.validation import held_out_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +67,6 @@ class ScriptArguments(TextToImageArguments, FlowMapArguments):
     tracker_project_name: Free[str] = option("train_text_to_image_flow_map", "Name of the run in the trackers.")
 
     def check(self) -> None:
-        if self.weighting_scheme != "none":
-            raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
-        if self.ema_teacher and not self.use_ema:
-            raise ValueError("--ema_teacher needs --use_ema.")
         if self.save_stock:
             raise ValueError("--save_stock does not go with a flow map, which needs diffusers-fm's scheduler.")
 
@@ -73,7 +76,6 @@ def main(args: ScriptArguments) -> None:
     run = DryRun(args) if args.dry_run else TrainingRun(args)
     args = run.args
     device = run.accelerator.device
-    precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
 
     # 1. Pipeline
     pipeline = open_pipeline(run, args)
@@ -81,17 +83,15 @@ def main(args: ScriptArguments) -> None:
     freeze(run.accelerator, pipeline, args.network)
     model = IntervalField(pipeline, args.network, call_arguments(pipeline, args))
     sizes = choose_sizes(model, args)
-    scheduler = choose_scheduler(model, args, sizes)
-    scheduler = set_flow_map(model, scheduler, args)
+    scheduler = set_flow_map(args, unwrap_module(network), choose_scheduler(model, args, sizes))
+    pipeline.scheduler = scheduler
+    model.set_scheduler(scheduler)
     ask_all(run.accelerator, model, sizes)
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
-    encoder_dropout = torch.tensor(choose_encoder_dropout(model.text, args.text_encoder_dropout))
+    encoder_dropout = choose_encoder_dropout(model.text, args.text_encoder_dropout)
 
     # 2. Data, and caches of what the frozen models compute
-    with run.accelerator.main_process_first():
-        train_data, held_out_data = load_captioned_data(args, pipeline, sizes)
-    prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
-    prepare_text(run.accelerator, args, model, (train_data, held_out_data), precomputed_dir)
+    train_data, held_out_data = prepare_data(run, args, model, sizes)
 
     # 3. Model
     frozen = copy.deepcopy(model).requires_grad_(False).eval() if args.flow_teacher else None
@@ -102,21 +102,7 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and pictures of the model as it would be saved."""
-        figures: dict[str, Any] = {}
-        if held_out_data is not None:
-            figures = held_out_loss(
-                run.accelerator,
-                run.model,
-                scheduler,
-                held_out_data,
-                args.eval_batch_size,
-                lambda batch: (model.encode(batch, device), (batch["captions"], model.size_of(batch))),
-            )
-        if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
-            with run.accelerator.autocast():
-                grid = prompt_grid(pipeline, model, args, sizes[0], device)
-            run.log.write_grid(step, grid, grid_name)
-        return figures
+        return validate_field(run, pipeline, model, scheduler, held_out_data, sizes[0], step, grid_name)
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
@@ -162,10 +148,7 @@ def main(args: ScriptArguments) -> None:
                     size = model.size_of(batch)
                     data = model.encode(batch, device, part)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
-                    dropped = None
-                    if encoder_dropout.any():
-                        numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(encoder_dropout))]
-                        dropped = torch.stack(numbers, dim=1) < encoder_dropout
+                    dropped = draw_encoder_dropout(part, encoder_dropout)
 
                     noise = run.draw_noise(part, data)
                     start, r, t = draw_intervals(args, path, part, model.shift(size), step)
@@ -173,34 +156,11 @@ def main(args: ScriptArguments) -> None:
 
                     rows = torch.arange(len(x))
                     u = velocity_of(wrapped, captions, dropped)
-                    velocity = noise - data
-                    with torch.no_grad():
-                        teacher = wrapped if frozen is None else frozen
-                        conditional = velocity_of(teacher, captions, dropped)
-                        if frozen is not None:
-                            velocity = conditional(x, t, t, rows)
-                        if args.learned_guidance_scale != 1.0:
-                            null = velocity_of(teacher, [""] * len(x), None)(x, t, t, rows)
-                            if frozen is not None:
-                                velocity = null + args.learned_guidance_scale * (velocity - null)
-                            else:
-                                known = conditional(x, t, t, rows)
-                                velocity = guided_velocity(velocity, known, null, args.learned_guidance_scale)
-                    losses = flow_map_loss(
-                        u,
-                        x,
-                        r,
-                        t,
-                        velocity,
-                        args.objective,
-                        teacher=averaged if args.ema_teacher else None,
-                        fraction=0.5 if args.middle_fraction else part.uniform("fraction").double(),
-                        derivative=args.derivative,
-                        step=args.derivative_step,
-                        span=(path.ratio_min, path.ratio_max),
-                        power=args.loss_power,
-                        args=(rows,),
-                    )
+                    flow = wrapped if frozen is None else frozen
+                    conditional = partial(velocity_of(flow, captions, dropped), x, t, t, rows)
+                    unconditional = partial(velocity_of(flow, [""] * len(x), None), x, t, t, rows)
+                    velocity = learned_velocity(args, noise - data, conditional, unconditional)
+                    losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, (rows,))
                     run.backward(start, losses)
         run.finish()
 

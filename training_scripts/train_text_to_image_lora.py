@@ -32,8 +32,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
@@ -55,17 +53,15 @@ from diffusers_fm.text_to_image.setup import (
     choose_network,
     choose_scheduler,
     choose_sizes,
+    draw_encoder_dropout,
     freeze,
-    load_captioned_data,
     open_pipeline,
-    prepare_latents,
-    prepare_text,
-    prompt_grid,
+    prepare_data,
+    validate_field,
 )
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.validation import held_out_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +76,6 @@ def main(args: ScriptArguments) -> None:
     run = DryRun(args) if args.dry_run else TrainingRun(args)
     args = run.args
     device = run.accelerator.device
-    precomputed_dir = Path(args.precomputed_dir or run.output_dir / "precomputed")
     check_engine(run.accelerator, args)
 
     # 1. Pipeline
@@ -97,13 +92,10 @@ def main(args: ScriptArguments) -> None:
     pipeline.scheduler = sampling_scheduler
     ask_all(run.accelerator, model, sizes)
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
-    encoder_dropout = torch.tensor(choose_encoder_dropout(model.text, args.text_encoder_dropout))
+    encoder_dropout = choose_encoder_dropout(model.text, args.text_encoder_dropout)
 
     # 2. Data, and caches of what the frozen models compute
-    with run.accelerator.main_process_first():
-        train_data, held_out_data = load_captioned_data(args, pipeline, sizes)
-    prepare_latents(run.accelerator, args, pipeline, (train_data, held_out_data), precomputed_dir)
-    prepare_text(run.accelerator, args, model, (train_data, held_out_data), precomputed_dir)
+    train_data, held_out_data = prepare_data(run, args, model, sizes)
 
     # 3. Model
     model.train()
@@ -113,24 +105,9 @@ def main(args: ScriptArguments) -> None:
             encoder.gradient_checkpointing_enable({"use_reentrant": False})
 
     # 4. Validation and export
-    @torch.no_grad()
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and pictures of the model as it would be saved."""
-        figures: dict[str, Any] = {}
-        if held_out_data is not None:
-            figures = held_out_loss(
-                run.accelerator,
-                run.model,
-                scheduler,
-                held_out_data,
-                args.eval_batch_size,
-                lambda batch: (model.encode(batch, device), (batch["captions"], model.size_of(batch))),
-            )
-        if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
-            with run.accelerator.autocast():
-                grid = prompt_grid(pipeline, model, args, sizes[0], device)
-            run.log.write_grid(step, grid, grid_name)
-        return figures
+        return validate_field(run, pipeline, model, scheduler, held_out_data, sizes[0], step, grid_name)
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The adapters and their card."""
@@ -159,10 +136,7 @@ def main(args: ScriptArguments) -> None:
                     size = model.size_of(batch)
                     data = model.encode(batch, device, part)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
-                    dropped = None
-                    if encoder_dropout.any():
-                        numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(encoder_dropout))]
-                        dropped = torch.stack(numbers, dim=1) < encoder_dropout
+                    dropped = draw_encoder_dropout(part, encoder_dropout)
 
                     noise = run.draw_noise(part, data)
                     t = draw_times(args, path, part, model.shift(size))

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tiny_text_to_image import tiny_stable_diffusion_3
 from diffusers_fm import PATHS, FlowMatchPipeline, FlowMatchScheduler, with_stock_scheduler
 from diffusers_fm.hub.cards import Evaluation, with_evaluation
 from diffusers_fm.hub.portable import clean_settings, portable_card, portable_files, without_local_paths
+from diffusers_fm.pipelines.families import family_tags
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import lora_card, text_to_image_card
 from diffusers_fm.training.publishing import model_card
@@ -132,8 +134,22 @@ def test_the_card_of_lora_weights_is_as_diffusers_writes_it(tmp_path: Path) -> N
     assert data["base_model"] == "stabilityai/sd3"
     assert data["instance_prompt"] == "a photo of sks dog"
     assert data["widget"] == [{"text": "a photo of sks dog", "output": {"url": "image_0.png"}}]
-    assert {"lora", "template:sd-lora", "diffusers-training"} <= set(data["tags"])
+    assert {"lora", "template:sd-lora", "diffusers-training", "sd3", "sd3-diffusers"} <= set(data["tags"])
     assert 'from_pretrained("stabilityai/sd3")\npipeline.load_lora_weights("someone/lora")' in card.text
+
+
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("FluxPipeline", "flux"), ("SanaPipeline", "sana"), ("WanPipeline", "wan"), ("ZImagePipeline", "z-image")],
+)
+def test_a_card_has_the_tags_of_its_own_family(name: str, tag: str) -> None:
+    assert family_tags(getattr(diffusers, name)) == (tag, f"{tag}-diffusers")
+    assert family_tags(FlowMatchPipeline) == ()
+
+
+def test_a_card_describes_the_network_that_is_trained(tmp_path: Path) -> None:
+    card = lora_card(tiny_stable_diffusion_3(), arguments(tmp_path, network="text_encoder"), "someone/lora", 4, {})
+    assert "CLIPTextModelWithProjection" in str(card)
 
 
 def test_the_example_of_a_text_to_image_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

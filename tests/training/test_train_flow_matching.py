@@ -41,7 +41,7 @@ from diffusers_fm.arguments import make_parser, parse_arguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.timesteps import DENSITIES
-from diffusers_fm.training import checkpoints
+from diffusers_fm.training import checkpoints, validation
 from diffusers_fm.training.checkpoints import damage, read_manifest
 
 
@@ -97,7 +97,7 @@ def test_a_run_leaves_a_pipeline_and_its_story(
         grid = PIL.Image.open(output_dir / file)
         assert grid.size == (2 + 3 * (48 + 2), 2 + NUM_CLASSES * (48 + 2))
     # The picture is of the saved weights.
-    expected = script.sample_grid(pipeline, 3, 2)
+    expected = validation.sample_grid(pipeline, 3, 2)
     assert np.array_equal(np.asarray(PIL.Image.open(output_dir / "grid.png")), np.asarray(expected))
 
     # Arguments and log.
@@ -488,7 +488,7 @@ def test_a_failure_at_the_end_loses_nothing(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, what, fail)
+        patch.setattr(validation if what == "sample_grid" else script, what, fail)
         with pytest.raises(RuntimeError, match=r"after step 4: .*No space left.* The last good checkpoint is .*-4;"):
             train(folder, data, tmp_path / "run", num_validation_images=1)
     assert not (tmp_path / "run" / "model_index.json").exists()

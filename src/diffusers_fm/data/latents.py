@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latents of a batch, encoded on the way or kept on disk."""
+"""Latents of a batch, encoded in training or kept on disk."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from diffusers.training_utils import offload_models
 from tqdm.auto import tqdm
 
 from ..models import encode_moments, latents_of_moments
+from .arguments import LatentArguments
 from .cache import DryAccelerator, TensorCache, content_key, model_fingerprint
 from .images import ImageData
 from .randomness import BatchSlice
+from .streams import StreamData
 from .unreadable import UnreadableImageError
 
 
@@ -33,7 +36,6 @@ def latents_of_batch(
     batch: dict[str, Any],
     device: torch.device,
     part: BatchSlice | None = None,
-    offload: bool = False,
 ) -> torch.Tensor:
     """
     Data of a batch as the flow sees it: latents drawn from the autoencoder's posterior, computed or cached, or pixels
@@ -48,8 +50,6 @@ def latents_of_batch(
             Where they are wanted.
         part ([`BatchSlice`], *optional*):
             Whose random numbers are taken; without it the mode of the posterior is.
-        offload (`bool`, *optional*, defaults to `False`):
-            Whether the autoencoder is on the device only while it runs.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, channels, height, width)`: float32, pixels in [-1, 1].
@@ -63,7 +63,7 @@ def latents_of_batch(
         images = normalize(batch["images"].to(device, non_blocking=True))
         if vae is None:
             return images
-        with torch.no_grad(), offload_models(vae, device=device, offload=offload):
+        with torch.no_grad():
             moments = encode_moments(vae, images)
     generators = None if part is None else part.sample_generators("posterior", device)
     return latents_of_moments(vae, moments, generators, sample=part is not None)
@@ -160,6 +160,24 @@ def cache_latents(
     logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
     data.read_moments = CachedMoments(cache, keys)
     return cache
+
+
+def precomputed_folder(args: LatentArguments, output_dir: Path) -> Path:
+    """Folder of a run's latents and text embeddings."""
+    return Path(args.precomputed_dir or output_dir / "precomputed")
+
+
+def cache_all_latents(
+    accelerator: Accelerator | DryAccelerator,
+    data: Iterable[ImageData | StreamData | None],
+    vae: ModelMixin,
+    folder: Path,
+    batch_size: int,
+) -> None:
+    """[`cache_latents`] of all data sets that there are, in the subfolder `latents`."""
+    for each in data:
+        if isinstance(each, ImageData):
+            cache_latents(accelerator, each, vae, folder / "latents", batch_size)
 
 
 def _expect_latents(accelerator: DryAccelerator, data: ImageData, vae: ModelMixin) -> None:

@@ -35,6 +35,9 @@ LORA_LAYERS_OF = {
 }
 
 
+# Names of families in Hub tags, where they are not those of their folders in diffusers.
+TAGS = {"stable_diffusion_3": "sd3", "z_image": "z-image"}
+
 # Pipelines that this package's tests check against their stock steps; what is not here may work, and is asked.
 CHECKED = """
 AuraFlow BriaFibo Bria ChromaImg2Img Chroma CogView4 ErnieImage Flux2Klein Flux2 FluxControl FluxFill FluxImg2Img
@@ -49,6 +52,14 @@ def by_name(table: dict[str, Any], pipeline: type, default: Any = None) -> Any:
     """The entry of a table whose key is the longest start of the class's name."""
     keys = [key for key in table if pipeline.__name__.startswith(key)]
     return table[max(keys, key=len)] if keys else default
+
+
+def family_tags(pipeline: type) -> tuple[str, ...]:
+    """Tags of a pipeline's family on the Hub, after its folder in diffusers: `flux` and `flux-diffusers`."""
+    package, _, module = pipeline.__module__.partition(".pipelines.")
+    folder = module.partition(".")[0]
+    name = TAGS.get(folder, folder)
+    return (name, f"{name}-diffusers") if package == "diffusers" else ()
 
 
 def without_guidance(pipeline: DiffusionPipeline, names: set[str], embedded: bool) -> dict[str, Any]:

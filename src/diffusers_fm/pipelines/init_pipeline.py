@@ -51,7 +51,6 @@ SAME_COMPONENTS = {
     "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
 }
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # Names of the components that read captions begin so.
 TEXT_PARTS = ("text_encoder", "tokenizer")
 # Files of a repository with which empty models and tokenizers are made.

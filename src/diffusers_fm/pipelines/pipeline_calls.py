@@ -96,7 +96,7 @@ class PipelineCalls(nn.Module):
         self.pipeline, self.name, self.guidance = pipeline, network, guidance
         self.num_inference_steps = num_inference_steps
         self.network = getattr(pipeline, network)
-        self._encode = pipeline.encode_prompt if "encode_prompt" in dir(pipeline) else None
+        self.encode_prompt = pipeline.encode_prompt if "encode_prompt" in dir(pipeline) else None
         self._scheduler = one_time_scheduler(pipeline.scheduler)
         self.arguments = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
         self.state = argument_names(self.network)[0]
@@ -131,7 +131,7 @@ class PipelineCalls(nn.Module):
                 return map_tensors(torch.Tensor.contiguous, next(answers))
 
             scheduler = self._scheduler.offer(self.probes(call)[1], (state,), endless=True)
-            encode = self._encode
+            encode = self.encode_prompt
             text = {} if encode is None else {"encode_prompt": lambda *a, **k: _wide(encode(*a, **k))}
             arguments = {**self.call, **_wide(call), "num_inference_steps": 4}
             call_pipeline(
@@ -201,7 +201,7 @@ class PipelineCalls(nn.Module):
             # Guiders count their calls.
             **{name: copy.copy(component) for name, component in self._components.items()},
             **{name: StandIn(getattr(self.pipeline, name), stop_at_other) for name in self.others},
-            **({} if self._encode is None else {"encode_prompt": self._encode}),
+            **({} if self.encode_prompt is None else {"encode_prompt": self.encode_prompt}),
             "scheduler": scheduler,
             self.name: StandIn(network, visit, **others),
         }
@@ -209,7 +209,7 @@ class PipelineCalls(nn.Module):
     def velocity(
         self, x_t: torch.Tensor, t: torch.Tensor | None, offered: float, call: dict[str, Any], found: Findings
     ) -> torch.Tensor:
-        """The verified way; with the offered time for all samples where `t` is not given."""
+        """Call as it was verified; with the offered time for all samples where `t` is not given."""
         calls = self.calls(found.skipped, times=found.times, t=t, offered=offered, side_times=found.sides)
         step = self.run(offered, call, calls, x_t, found.entry)
         if not same_state(step.sample, x_t):

@@ -88,8 +88,8 @@ class VelocityField(PipelineCalls):
         if not low <= least <= most <= high:
             raise ValueError(f"`t` must lie in [{low:g}, {high:g}] for {self.name}, got {least:g} to {most:g}.")
         velocity = self.velocity(x_t, t, offered, call, found)
-        if isinstance(self._encode, PromptMemo) and self._encode.unverified is not None:
-            self._verify_text(self._encode, x_t, t, offered, call, found)
+        if isinstance(self.encode_prompt, PromptMemo) and self.encode_prompt.unverified is not None:
+            self._verify_text(self.encode_prompt, x_t, t, offered, call, found)
         return velocity
 
     @torch.no_grad()
@@ -210,7 +210,7 @@ class VelocityField(PipelineCalls):
         Returns:
             [`PromptMemo`]: The embeddings; once they are there, the text encoders can be dropped.
         """
-        self._encode = memo = PromptMemo(self.pipeline, device)
+        self.encode_prompt = memo = PromptMemo(self.pipeline, device)
         return memo
 
     @torch.no_grad()
@@ -218,11 +218,11 @@ class VelocityField(PipelineCalls):
         """Compare a batch of kept captions of different lengths with the encoders' own."""
         with self.quiet(x_t):
             kept = self.velocity(x_t, *arguments).float()
-            self._encode = memo.encode
+            self.encode_prompt = memo.encode
             try:
                 expected = self.velocity(x_t, *arguments).float()
             finally:
-                self._encode = memo
+                self.encode_prompt = memo
         if not (kept - expected).abs().max() <= 0.1 * tolerance(self, x_t) * expected.abs().max():
             memo.refuse()
             self.velocity(x_t, *arguments)
@@ -254,12 +254,12 @@ class VelocityField(PipelineCalls):
 
 
 def _is_batch(value: Any, size: int) -> bool:
-    """Whether an argument of a call has an entry for each sample."""
+    """Return whether an argument of a call has an entry for each sample."""
     return size > 2 and isinstance(value, (list, torch.Tensor)) and len(value) == size
 
 
 def _kind(value: Any) -> Any:
-    """Two values of one kind take the same way through a pipeline."""
+    """Kind of a value: a pipeline runs the same code for all values of a kind."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
     if isinstance(value, (list, tuple)):

@@ -13,6 +13,7 @@ from ..hub.cards import CardContent, Picture, hub_id, model_card
 from ..hub.portable import last_part
 from ..paths import OTPath
 from ..pipelines.cards import describe_network, solver_rows
+from ..pipelines.families import family_tags
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.publishing import has_picture, with_run
 from .arguments import TextToImageArguments
@@ -29,7 +30,6 @@ def text_to_image_card(
     global_batch_size: int,
     figures: Mapping[str, Any],
     folder: Path | None = None,
-    tags: Sequence[str] = (),
 ) -> ModelCard:
     """Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]."""
     name, scheduler = type(pipeline).__name__, pipeline.scheduler
@@ -42,7 +42,7 @@ def text_to_image_card(
         args.validation_prompts or (),
         f'{name}.from_pretrained("{repo_id}")',
         summary=f"A text-to-image model, `{name}`, trained by flow matching with `diffusers-fm`.",
-        tags=(*TAGS, *tags),
+        tags=TAGS,
         path=scheduler.path if ours else OTPath(),
         solvers=solver_rows(scheduler, args.num_inference_steps) if ours else (),
     )
@@ -57,7 +57,6 @@ def lora_card(
     figures: Mapping[str, Any],
     folder: Path | None = None,
     instance_prompt: str | None = None,
-    tags: Sequence[str] = ("sd3", "sd3-diffusers", "template:sd-lora"),
 ) -> ModelCard:
     """
     Card of LoRA weights of a pipeline, with the metadata that diffusers' own scripts write; see
@@ -73,7 +72,13 @@ def lora_card(
         args.validation_prompts or ([instance_prompt] if instance_prompt else ()),
         f'DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("{repo_id}")',
         summary=f"LoRA weights for {name}, trained by flow matching with `diffusers-fm`.",
-        tags=(*TAGS, "diffusers", "lora", *tags),
+        tags=(
+            *TAGS,
+            "diffusers",
+            "lora",
+            "template:sd-lora",
+            *family_tags(type(pipeline)),
+        ),
         instance_prompt=instance_prompt,
     )
     return model_card(with_run(content, args, global_batch_size, figures, folder))
@@ -120,7 +125,7 @@ image.save("sample.png")
             if has_picture(name, args, folder)
         ],
         facts={
-            "network": describe_network(pipeline.transformer),
+            "network": describe_network(pipeline.components[args.network]),
             "scheduler": f"`{scheduler_class.__name__}`, shift {shift}",
         },
         **content,

@@ -77,15 +77,15 @@ class TrainedField(OneNetwork):
         self._shifts: dict[Size, float] = {}
         self.text_encoders = nn.ModuleList(text_encoders)
         self.text = TextEncoders(pipeline, text_encoders)
-        self.field._encode = self.text
+        self.field.encode_prompt = self.text
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedField":
         """A copy of what is trained, in a pipeline of its own that shares the rest."""
         pipeline, call = self._hidden
         pipeline = copy.copy(pipeline)
         vars(pipeline)[self.field.name] = copy.deepcopy(self.field.network, memo)
-        copied = TrainedField(pipeline, self.field.name, call)
-        copied.text = copied.field._encode = self.text
+        copied = type(self)(pipeline, self.field.name, call)
+        copied.text = copied.field.encode_prompt = self.text
         # What was found holds for the copy, which may be in shards that are not to be asked.
         copied._config, copied.field._found = self._config, self.field._found
         return copied
@@ -218,7 +218,7 @@ class TrainedField(OneNetwork):
     def choose_encoder(self) -> None:
         """Kept captions of different lengths are compared with the encoders' own by the field."""
         memo = self.text.memo
-        self.field._encode = self.text if memo is None or self.text.separable else memo
+        self.field.encode_prompt = self.text if memo is None or self.text.separable else memo
 
     def _condition(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
         return {"prompt": list(captions), **({} if size is None else {"height": size[0], "width": size[1]})}
@@ -245,15 +245,7 @@ class TrainedField(OneNetwork):
     def shift(self, size: Size) -> float:
         """Shift of the times at a size: the scheduler's own, or by the `mu` that the pipeline passes to it."""
         if size not in self._shifts:
-            config = self._config
-            shift = config.shift
-            if config.use_dynamic_shifting:
-                mu = self.field.mu(**self._condition([""], size))
-                if mu is None:
-                    name = type(self.pipeline).__name__
-                    raise ValueError(f"{name} passes no `mu` to its scheduler, which needs one: give --shift.")
-                shift = mu if config.time_shift_type == "linear" else math.exp(mu)
-            self._shifts[size] = shift
+            self._shifts[size] = self.field.shift(**self._condition([""], size))
         return self._shifts[size]
 
     def size_of(self, batch: dict[str, Any]) -> Size:

@@ -8,19 +8,11 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..models.interval import IntervalConditioning
-from ..pipelines.flow_map import condition_network
-from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..training.flow_maps import FlowMapArguments
 from .field import Size, TrainedField
 
 
 class IntervalField(TrainedField):
     """Network of a text-to-image pipeline whose last blocks get the end of an interval."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "IntervalField":
-        copied = super().__deepcopy__(memo)
-        copied.__class__ = IntervalField
-        return copied  # pyright: ignore[reportReturnType]
 
     def forward(
         self,
@@ -46,20 +38,3 @@ class IntervalField(TrainedField):
             return super().forward(sample, timestep, captions, size, dropped)
         finally:
             conditioning.end = kept
-
-
-def set_flow_map(field: TrainedField, scheduler: FlowMatchScheduler, args: FlowMapArguments) -> FlowMatchScheduler:
-    """Condition the field's network on the end of a step, and give its pipeline a scheduler that says so."""
-    known = scheduler.config.flow_map or {}
-    flow_map: dict[str, Any] = {
-        **({"first_block": args.first_block} if args.first_block is not None else known),
-        "num_inference_steps": args.num_inference_steps,
-        "guidance_scale": args.learned_guidance_scale,
-    }
-    settings = {"solver": "flow_map", "sampling_path": "ot"}
-    scheduler = scheduler.with_settings(**settings, flow_map=flow_map)
-    flow_map["first_block"] = condition_network(unwrap_module(field.field.network), scheduler).first_block
-    scheduler = scheduler.with_settings(flow_map=flow_map)
-    field.pipeline.scheduler = scheduler
-    field.set_scheduler(scheduler)
-    return scheduler

@@ -22,16 +22,16 @@ from transformers import T5EncoderModel
 from ..data.buckets import make_buckets, parse_buckets
 from ..data.cache import DryAccelerator
 from ..data.images import ImageData
-from ..data.latents import cache_latents
+from ..data.latents import cache_all_latents, precomputed_folder
 from ..data.loading import make_datasets
-from ..data.randomness import make_generator
+from ..data.randomness import BatchSlice, make_generator
 from ..data.streams import StreamData
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
 from ..training.run import TrainingRun
-from ..training.validation import EVALUATION_SEED, make_grid
+from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid
 from .arguments import TextToImageArguments, parse_call
 from .field import Size, TrainedField
 from .text import TextEncoders, cache_captions, warn_of_long_captions
@@ -228,7 +228,7 @@ def prepare_text(
     accelerator: Accelerator,
     args: TextToImageArguments,
     field: TrainedField,
-    data: Sequence[ImageData | StreamData | None],
+    data: tuple[ImageData | StreamData, ImageData | None],
     folder: Path,
 ) -> None:
     """Text encoders on the device, or with `--cache_text_embeddings` a cache of all captions and prompts."""
@@ -237,7 +237,7 @@ def prepare_text(
     # Without contents nothing can be told apart, and nothing is dropped.
     kept = args.cache_text_embeddings and len(text.trained) > 0
     text.separable = (any(args.text_encoder_dropout) or kept) and not field.is_empty
-    if accelerator.is_main_process and isinstance(data[0], (ImageData, StreamData)):
+    if accelerator.is_main_process:
         captions = data[0] if isinstance(data[0], StreamData) else data[0].captions
         if captions is not None:
             warn_of_long_captions(field.pipeline, captions, args.max_sequence_length)
@@ -262,11 +262,29 @@ def prepare_latents(
     """Put the autoencoder on the device, or with `--cache_latents` have the data read a cache of latents."""
     vae: Any = pipeline.components["vae"]
     if args.cache_latents:
-        for each in data:
-            if isinstance(each, ImageData):
-                cache_latents(accelerator, each, vae, folder / "latents", args.train_batch_size)
+        cache_all_latents(accelerator, data, vae, folder, args.train_batch_size)
     elif not args.offload:
         vae.to(accelerator.device)
+
+
+def prepare_data(
+    run: TrainingRun[Any], args: TextToImageArguments, field: TrainedField, sizes: Sequence[Size]
+) -> tuple[ImageData | StreamData, ImageData | None]:
+    """Captioned images to train on and those held out, with caches of what the frozen models compute of them."""
+    folder = precomputed_folder(args, run.output_dir)
+    with run.accelerator.main_process_first():
+        data = load_captioned_data(args, field.pipeline, sizes)
+    prepare_latents(run.accelerator, args, field.pipeline, data, folder)
+    prepare_text(run.accelerator, args, field, data, folder)
+    return data
+
+
+def draw_encoder_dropout(part: BatchSlice, rates: Sequence[float]) -> torch.Tensor | None:
+    """Text encoders that are taken for zeros, for each caption of a part: booleans `(batch_size, num_encoders)`."""
+    if not any(rates):
+        return None
+    numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(rates))]
+    return torch.stack(numbers, dim=1) < torch.tensor(rates)
 
 
 def as_saved(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -337,6 +355,35 @@ def prompt_grid(
             rows.append([first_frame(image) for image in images])
     network.train(was_training)
     return make_grid(rows)
+
+
+def validate_field(
+    run: TrainingRun[Any],
+    pipeline: DiffusionPipeline,
+    field: TrainedField,
+    scheduler: FlowMatchScheduler,
+    held_out_data: ImageData | None,
+    size: Size,
+    step: int,
+    grid_name: str | None,
+) -> dict[str, Any]:
+    """Held-out loss of a field, and pictures of the validation prompts by a pipeline as it would be saved."""
+    args, device = run.args, run.accelerator.device
+    figures: dict[str, Any] = {}
+    if held_out_data is not None:
+        figures = held_out_loss(
+            run.accelerator,
+            run.model,
+            scheduler,
+            held_out_data,
+            args.eval_batch_size,
+            lambda batch: (field.encode(batch, device), (batch["captions"], field.size_of(batch))),
+        )
+    if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
+        with run.accelerator.autocast():
+            grid = prompt_grid(pipeline, field, args, size, device)
+        run.log.write_grid(step, grid, grid_name)
+    return figures
 
 
 def first_frame(image: Any) -> PIL.Image.Image:

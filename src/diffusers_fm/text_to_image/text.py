@@ -153,7 +153,7 @@ class TextEncoders:
 
     @torch.no_grad()
     def _effect(self, arguments: dict[str, Any], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each tensor of an answer, the places that an encoder decides, and their values without it."""
+        """Places of each tensor of an answer that an encoder decides, and their values without it."""
         modes = [(module, module.training) for encoder in self.encoders for module in encoder.modules()]
         for encoder in self.encoders:
             encoder.eval()
@@ -228,11 +228,12 @@ class KeptCaptions(MutableMapping[Any, Tree]):
     def __init__(self, cache: TensorCache) -> None:
         self.cache = cache
         self._trees: dict[Any, Tree] = {}
+        self._digests: dict[Any, str] = {}
 
     def __getitem__(self, key: Any) -> Tree:
         if key in self._trees:
             return self._trees[key]
-        record = iter(self.cache.read(_digest(key)))
+        record = iter(self.cache.read(self.digest(key)))
         return map_tensors(lambda tensor: next(record), self._alike(key))
 
     def __setitem__(self, key: Any, tree: Tree) -> None:
@@ -242,13 +243,19 @@ class KeptCaptions(MutableMapping[Any, Tree]):
         del self._trees[key]
 
     def __contains__(self, key: Any) -> bool:
-        return key in self._trees or _digest(key) in self.cache
+        return key in self._trees or self.digest(key) in self.cache
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._trees)
 
     def __len__(self) -> int:
         return len(self._trees)
+
+    def digest(self, key: Any) -> str:
+        """Name of a caption's record."""
+        if key not in self._digests:
+            self._digests[key] = content_key(repr(key))
+        return self._digests[key]
 
     def _alike(self, key: Any) -> Tree:
         """A tree for the same arguments but for the caption."""
@@ -267,10 +274,6 @@ class _EveryCaption(dict[Any, Tree]):
 
     def __getitem__(self, key: Any) -> Tree:
         return self._tree
-
-
-def _digest(key: Any) -> str:
-    return content_key(repr(key))
 
 
 def cache_captions(
@@ -331,7 +334,7 @@ def cache_captions(
             with cache.writer() as writer:
                 for caption in bar:
                     encode([caption])
-                    writer.add([_digest(keys[caption])], [leaves(kept.pop(keys[caption]))])
+                    writer.add([kept.digest(keys[caption])], [leaves(kept.pop(keys[caption]))])
             accelerator.wait_for_everyone()
             cache.refresh()
         text.trained = trained

@@ -2,24 +2,38 @@
 """Training of flow maps: arguments, the network with the end of an interval, and the draw of intervals."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from diffusers import UNet2DModel
 from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
 
 from ..arguments import Arguments, Count, Fraction, Needs, NotNegative, Positive, Range, Size, option
 from ..data.randomness import BatchSlice
-from ..flow_maps import DERIVATIVES, OBJECTIVES, sample_intervals
+from ..flow_maps import (
+    DERIVATIVES,
+    OBJECTIVES,
+    AverageVelocity,
+    flow_map_loss,
+    guided_velocity,
+    sample_intervals,
+)
 from ..models.interval import IntervalConditioning, IntervalEmbedding
 from ..paths import ConditionalPath
 from ..pipelines.base import FlowMatchPipelineBase
 from ..pipelines.flow_map import condition_network
+from ..precision import to_float64
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..timesteps import shift_time
-from .objective import TrainableModel
+from .arguments import TrainingArguments
+from .objective import TrainableModel, density_settings
 
+
+# Velocity of a flow at the points of a batch, computed when it is asked for.
+Velocity = Callable[[], torch.Tensor]
 
 # Papers of the losses, for cards.
 METHODS: Mapping[str, str] = {
@@ -55,6 +69,14 @@ class FlowMapArguments(Arguments):
     flow_teacher: bool = option(False, "Learn the velocity of the pipeline as it was, in place of noise - data.")
     ema_teacher: bool = option(False, "Targets by the averaged weights; needs --use_ema.")
     learned_guidance_scale: Positive = option(1.0, "Guidance to learn; 1 is none.", source="arXiv 2512.02012")
+
+    def check(self) -> None:
+        if not isinstance(self, TrainingArguments):
+            return
+        if self.weighting_scheme != "none":
+            raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
+        if self.ema_teacher and not self.use_ema:
+            raise ValueError("--ema_teacher needs --use_ema.")
 
 
 class IntervalModel(TrainableModel):
@@ -99,18 +121,25 @@ def choose_flow_map(pipeline: FlowMatchPipelineBase, args: FlowMapArguments, see
             torch.default_generator.manual_seed(seed)
             embedding = IntervalEmbedding(network.get_submodule("time_embedding").linear_2.out_features)
         pipeline.register_modules(interval_embedding=embedding.to(network.device))
-    known = pipeline.scheduler.config.flow_map or {}
+    scheduler = pipeline.scheduler.with_settings(timestep_spacing="trailing")
+    pipeline.scheduler = set_flow_map(args, network, scheduler, pipeline.interval_embedding)
+
+
+def set_flow_map(
+    args: Any, network: nn.Module, scheduler: FlowMatchScheduler, embedding: nn.Module | None = None
+) -> FlowMatchScheduler:
+    """Condition a network on the end of a step: by its last blocks, or by a second time embedding of a UNet."""
+    known = scheduler.config.flow_map or {}
     flow_map = {
         **({"first_block": args.first_block} if args.first_block is not None else known),
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.learned_guidance_scale,
     }
-    settings = {"solver": "flow_map", "sampling_path": "ot", "timestep_spacing": "trailing"}
-    pipeline.scheduler = pipeline.scheduler.with_settings(**settings, flow_map=flow_map)
-    conditioning = condition_network(network, pipeline.scheduler, pipeline.interval_embedding)
-    if conditioning.first_block is not None:
-        flow_map["first_block"] = conditioning.first_block
-        pipeline.scheduler = pipeline.scheduler.with_settings(flow_map=flow_map)
+    scheduler = scheduler.with_settings(solver="flow_map", sampling_path="ot", flow_map=flow_map)
+    first_block = condition_network(network, scheduler, embedding).first_block
+    return scheduler.with_settings(
+        flow_map=flow_map if first_block is None else {**flow_map, "first_block": first_block}
+    )
 
 
 def draw_intervals(
@@ -122,24 +151,77 @@ def draw_intervals(
     Float64 on the CPU, of shape `(batch_size,)`, 0 = data and 1 = noise, stratified over the global batch.
     """
     r, t = sample_intervals(
-        args.timestep_density,
-        part.size,
-        generator=part.generator("times"),
+        **density_settings(args, part),
         equal_share=args.equal_share,
         noise_share=args.noise_share,
         data_share=args.data_share,
         max_length=min(1.0, (step + 1) / max(args.interval_warmup_steps, 1)),
-        offset=part.offset,
-        total=part.total,
-        logit_mean=args.logit_mean,
-        logit_std=args.logit_std,
-        mode_scale=args.mode_scale,
-        alpha=args.density_alpha,
-        beta=args.density_beta,
-        steepness=args.density_steepness,
     )
     r, t = (path.ratio(time) if shift == 1 else shift_time(path.ratio(time), shift) for time in (r, t))
     return path.time_at(t), r, t
+
+
+@torch.no_grad()
+def learned_velocity(
+    args: FlowMapArguments, velocity: torch.Tensor, conditional: Velocity, unconditional: Velocity | None = None
+) -> torch.Tensor:
+    """
+    Velocity that a flow map learns where r = t: noise - data or the teacher's, with the guidance to be learned.
+
+    Args:
+        args ([`FlowMapArguments`]):
+            With `flow_teacher` and `learned_guidance_scale`.
+        velocity (`torch.Tensor` of shape `(batch_size, ...)`):
+            noise - data.
+        conditional (`Callable`):
+            Gives the flow's velocity, of the teacher if there is one, else of the network that learns.
+        unconditional (`Callable`, *optional*):
+            Gives the same without the condition; without it there is no guidance.
+
+    Returns:
+        `torch.Tensor` of the shape of `velocity`.
+    """
+    scale = args.learned_guidance_scale
+    if args.flow_teacher:
+        velocity = conditional()
+    if scale == 1.0 or unconditional is None:
+        return velocity
+    null = unconditional()
+    return (
+        null + scale * (velocity - null)
+        if args.flow_teacher
+        else guided_velocity(velocity, conditional(), null, scale)
+    )
+
+
+def interval_losses(
+    args: FlowMapArguments,
+    path: ConditionalPath,
+    part: BatchSlice,
+    u: AverageVelocity,
+    x: torch.Tensor,
+    r: torch.Tensor,
+    t: torch.Tensor,
+    velocity: torch.Tensor,
+    teacher: AverageVelocity,
+    conditions: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """[`~flow_maps.flow_map_loss`] as the arguments say; `teacher` is the map by the averaged weights."""
+    return flow_map_loss(
+        u,
+        x,
+        r,
+        t,
+        velocity,
+        args.objective,
+        teacher=teacher if args.ema_teacher else None,
+        fraction=0.5 if args.middle_fraction else to_float64(part.uniform("fraction")),
+        derivative=args.derivative,
+        step=args.derivative_step,
+        span=(path.ratio_min, path.ratio_max),
+        power=args.loss_power,
+        args=conditions,
+    )
 
 
 def flow_map_facts(args: Any) -> dict[str, str]:

@@ -105,24 +105,29 @@ def choose_resolution(pipeline: FlowMatchPipelineBase, resolution: int | None) -
     return resolution
 
 
+def density_settings(args: ObjectiveArguments, part: BatchSlice) -> dict[str, Any]:
+    """Density, size and random numbers of the times of a part of a batch, stratified over the global batch."""
+    return {
+        "density": args.timestep_density,
+        "batch_size": part.size,
+        "generator": part.generator("times"),
+        "offset": part.offset,
+        "total": part.total,
+        "logit_mean": args.logit_mean,
+        "logit_std": args.logit_std,
+        "mode_scale": args.mode_scale,
+        "alpha": args.density_alpha,
+        "beta": args.density_beta,
+        "steepness": args.density_steepness,
+    }
+
+
 def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice, shift: float) -> torch.Tensor:
     """
     Times of a part of a batch, stratified over the global batch: `(batch_size,)` in (0, 1), 0 = data, 1 = noise,
     float64 on the CPU. The shift (arXiv 2403.03206, equation 23; 1 is none) acts in the straight coordinates.
     """
-    t = sample_timesteps(
-        args.timestep_density,
-        part.size,
-        generator=part.generator("times"),
-        offset=part.offset,
-        total=part.total,
-        logit_mean=args.logit_mean,
-        logit_std=args.logit_std,
-        mode_scale=args.mode_scale,
-        alpha=args.density_alpha,
-        beta=args.density_beta,
-        steepness=args.density_steepness,
-    )
+    t = sample_timesteps(**density_settings(args, part))
     # The sampler shifts the times of the straight coordinates; on the OT path these are t itself.
     return t if shift == 1 else path.time_at(shift_time(path.ratio(t), shift))
 

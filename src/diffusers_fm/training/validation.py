@@ -20,6 +20,7 @@ from ..pipelines.base import FlowMatchPipelineBase
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .metrics import TIME_BINS, rounded
+from .run import TrainingRun
 
 
 # The data of a batch, as the flow sees it, and what the model takes after x_t and the timestep.
@@ -58,6 +59,33 @@ def data_and_labels(
     data = latents_of_batch(pipeline, batch, device)
     labels = batch.get("labels")
     return data, (None if labels is None else labels.to(device),)
+
+
+def validate_pipeline(
+    run: TrainingRun[Any],
+    pipeline: FlowMatchPipeline,
+    held_out_data: ImageData | None,
+    step: int,
+    grid_name: str | None,
+) -> dict[str, Any]:
+    """Held-out loss of a pipeline in training, and a picture grid of it as it would be saved now."""
+    args = run.args
+    figures: dict[str, Any] = {}
+    if held_out_data is not None:
+        figures = held_out_loss(
+            run.accelerator,
+            run.model,
+            pipeline.scheduler,
+            held_out_data,
+            args.eval_batch_size,
+            lambda batch: data_and_labels(pipeline, batch, run.accelerator.device),
+        )
+    if args.num_validation_images and run.accelerator.is_main_process:
+        grid = sample_grid(
+            pipeline, args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.eval_batch_size
+        )
+        run.log.write_grid(step, grid, grid_name)
+    return figures
 
 
 @torch.no_grad()
