@@ -231,10 +231,11 @@ def parse_arguments(arguments: type[A], argv: Sequence[str] | None = None, descr
     found, words = config.parse_known_args(argv)
     if found.config is not None:
         words = _words(parser, Path(found.config).expanduser()) + words
-    values = vars(parser.parse_args(words))
-    del values["config"]
-    for name in values.get("import_modules", ()):
+    given = parser.parse_args(words)
+    for name in getattr(given, "import_modules", ()):
         import_module(name)
+    values = vars(given)
+    del values["config"]
     # A shell expands no `--output_dir=~/run`.
     paths = {name: value for name, value in values.items() if isinstance(value, str) and value.startswith("~/")}
     return arguments(**values | {name: str(Path(value).expanduser()) for name, value in paths.items()})

@@ -134,14 +134,6 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
 
     _compatibles: ClassVar = ["FlowMatchEulerDiscreteScheduler"]
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "build_path" in vars(cls):
-            raise ValueError(
-                f"{cls.__name__} overrides `build_path`, and no file could say which path that is: name the path with"
-                " `diffusers_fm.register_path(name, path_class)`, and give `path=name` to a FlowMatchScheduler."
-            )
-
     @register_to_config
     def __init__(
         self,
@@ -367,7 +359,8 @@ scheduler = FlowMatchScheduler.from_pretrained("{repo_id}")
 
     def build_path(self) -> ConditionalPath:
         """
-        Make the path from the configuration. A path of one's own has a name, see [`~paths.register_path`].
+        Make the path from the configuration. A path of one's own has a name, see [`~paths.register_path`]; a subclass
+        may make it here instead, and its files are then loaded by that subclass alone.
 
         Returns:
             `ConditionalPath`: What training, sampling and likelihood all read.
