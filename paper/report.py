@@ -40,12 +40,12 @@ class Results:
 
     @cache  # noqa: B019 - one object for one report
     def figures(self, problem: str, objective: str, seed: int, kind: str) -> dict[str, Any]:
-        """Of one piece."""
+        """Figures of one piece."""
         file = self.folder / problem / f"{objective}-{seed}" / f"{kind}.json"
         return json.loads(file.read_text(encoding="utf-8"))
 
     def arrays(self, problem: str, objective: str, kind: str) -> dict[str, np.ndarray]:
-        """Of a piece of the first seed."""
+        """Arrays of a piece of the first seed."""
         file = self.folder / problem / f"{objective}-{self.seeds[0]}" / f"{kind}.npz"
         with np.load(file) as arrays:
             return dict(arrays)
@@ -63,7 +63,7 @@ class Results:
         return [row["nfe"] for row in rows[0]], np.array([[row[column] for row in one] for one in rows])
 
     def cpu_minutes(self) -> float:
-        """Of all pieces together."""
+        """CPU time of all pieces together."""
         files = self.folder.glob("*/*/*.json")
         return sum(json.loads(file.read_text(encoding="utf-8"))["cpu_seconds"] for file in files) / 60
 

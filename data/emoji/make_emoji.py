@@ -20,6 +20,7 @@ import random
 import subprocess
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def splits(table: list[dict]) -> dict[str, list[dict]]:
     """Train, validation (emoji that are in no other split) and test (pairs of emoji and skin tone)."""
     generator = random.Random(SEED)
     toned = {row["emoji"] for row in table if row["tone"] in TONES.values()}
+    variations = Counter(row["emoji"] for row in table)
     by_category: dict[str, list[str]] = {}
     for row in table:
         if row["tone"] == "none":
@@ -125,7 +127,7 @@ def splits(table: list[dict]) -> dict[str, list[dict]]:
         for category in by_category.values()
         for emoji in generator.sample(category, round(VALIDATION_SHARE * len(category)))
     }
-    candidates = sorted(emoji for emoji in toned - unseen if sum(row["emoji"] == emoji for row in table) == 6)
+    candidates = sorted(emoji for emoji in toned - unseen if variations[emoji] == 6)
     pairs = {(emoji, generator.choice([*TONES.values()])) for emoji in generator.sample(candidates, NUM_TEST)}
     result: dict[str, list[dict]] = {"train": [], "validation": [], "test": []}
     for row in table:

@@ -139,7 +139,7 @@ def record(folder: Path, checksums: dict[str, str]) -> None:
 
 
 def is_ours(folder: Path, name: str) -> bool:
-    """Whether a file of a folder is as a run wrote it."""
+    """Return whether a file of a folder is as a run wrote it."""
     known = read_record(folder).get(name, ())
     return bool(known) and (folder / name).is_file() and checksum(folder / name) in known
 

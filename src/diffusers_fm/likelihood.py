@@ -390,7 +390,7 @@ def _adaptive_log_det(
     conditions: Sequence[torch.Tensor],
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As for fixed steps, with the log-determinants per dimension as further components of the state."""
+    """Integrate by an adaptive solver, with the log-determinants per dimension as further components of the state."""
     dims = y[0].numel()
 
     def field(u: torch.Tensor, state: torch.Tensor, *conditions: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether data keeps up with the model: what `train_flow_matching.py` waits for on this machine.
+"""Time that `train_flow_matching.py` waits for data on this machine.
 
     python tests/benchmarks/bench_data.py
 

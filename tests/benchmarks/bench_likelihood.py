@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a log-likelihood cost, against the usual way, and what does an exact trace cost, against a reverse loop?
+"""Cost of a log-likelihood against the usual method, and of an exact trace against a reverse loop.
 
     python tests/benchmarks/bench_likelihood.py
 

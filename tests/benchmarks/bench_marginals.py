@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which stochastic samplers keep the marginals of a Gaussian?
+"""Errors of the marginals of stochastic samplers, for Gaussian data.
 
     python tests/benchmarks/bench_marginals.py
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many calls of the network does a solver need for a given error?
+"""Calls of the network that a solver needs for a given error.
 
     python tests/benchmarks/bench_solvers.py                    # exact Gaussian mixtures on OT, VP and VE
     python tests/benchmarks/bench_solvers.py --pipeline FOLDER  # a trained pipeline, on its own path
@@ -133,7 +133,7 @@ def scaled(mixture: GaussianMixture, scale: float) -> GaussianMixture:
 
 
 def standard_deviation(mixture: GaussianMixture) -> float:
-    """Of a coordinate, averaged over them; mixtures here have mean zero."""
+    """Standard deviation of a coordinate, averaged over all; mixtures here have mean zero."""
     second = mixture.means.square() + mixture.stds.square()
     return math.sqrt(torch.einsum("m,m...->...", mixture.weights, second).mean().item())
 
@@ -471,7 +471,7 @@ def print_problem(ours: Table, others: Table, all_others: bool) -> None:
 
 
 def measure_mixtures(seed: int, path: str, verbose: bool) -> dict[str, tuple[Table, Table, Table]]:
-    """For each mixture on a path the calls of our solvers, of existing ones, and of equal steps in the path's time."""
+    """Calls for each mixture on a path: of our solvers, of existing ones, and of equal steps in the path's time."""
     results = {}
     for name, mixture in mixtures(seed).items():
         began = time.perf_counter()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does the scheduler cost beside the network?
+"""Cost of a scheduler step, against stock schedulers.
 
     python tests/benchmarks/bench_step.py
 
@@ -34,7 +34,7 @@ TARGETS = {"euler": 0.8, "ab2": 1.4, "midpoint": 1.5, "heun": 1.5, "rk4": 1.5, "
 
 
 def schedulers() -> dict[str, Any]:
-    """What is compared, stock Euler first."""
+    """Schedulers to compare, stock Euler first."""
     ours = {name: FlowMatchScheduler(solver=name) for name in ("euler", "ab2", "midpoint", "heun", "rk4")}
     ours |= {f"{name} angle": FlowMatchScheduler(solver=name, **ANGLE) for name in ("abm2", "abm3")}
     return {

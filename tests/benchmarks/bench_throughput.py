@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast full-size transformers train: images/s, TFLOP/s, MFU and peak memory, compiled and not.
+"""Throughput of full-size transformers in training: images/s, TFLOP/s, MFU and peak memory, compiled and not.
 
     python tests/benchmarks/bench_throughput.py --json throughput.json
     python tests/benchmarks/bench_throughput.py --models sd3-medium --train_batch_size 32 --gradient_checkpointing

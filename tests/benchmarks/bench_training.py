@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step of `train_flow_matching.py` costs beyond the model: against a bare step, and against diffusers' loop.
+"""Cost of a step of `train_flow_matching.py` beyond the model: against a bare step, and against diffusers' loop.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/bench_training.py --use_cpu
     python tests/benchmarks/bench_training.py --config pipelines/dit-digits/training.json --num_steps 60

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images does a digits pipeline find strange: by their likelihood, and by the noise that they come from?
+"""Anomaly detection by a digits pipeline: by the likelihood of images, and by the noise that they come from.
 
     python tests/benchmarks/digits_anomalies.py runs/unet-digits
 
@@ -22,7 +22,7 @@ from diffusers_fm.applications.anomaly import noise_test
 
 
 def damaged(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """What the digits are told from, each of the shape of `images`, values in [0, 1]."""
+    """Images that are no digits, each kind of the shape of `images`, values in [0, 1]."""
     noise = torch.randn(images.shape, generator=generator)
     order = torch.randperm(64, generator=generator)
     blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)

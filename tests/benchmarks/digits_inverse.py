@@ -49,7 +49,7 @@ def measurements() -> dict[str, tuple[LinearOperator, float]]:
 
 
 def posterior_accuracy(rows: slice, columns: slice) -> float:
-    """How often a label drawn from a classifier's posterior, given a part of a held-out digit, is the true one."""
+    """Rate at which a label drawn from a classifier's posterior, given a part of a held-out digit, is the true one."""
     (images, labels), (held_out, truth) = load_split("train"), load_split("test")
     part = (slice(None), rows, columns)
     classifier = SVC(gamma=0.4, C=10, probability=True, random_state=0)

@@ -44,14 +44,14 @@ def train(pipeline: Path, recipe: Path, style: str, output_dir: Path) -> None:
 
 
 def is_restyled(images: np.ndarray, style: str) -> np.ndarray:
-    """Whether images `(num_images, 8, 8)` with values in [0, 1] have the style."""
+    """Return whether images `(num_images, 8, 8)` with values in [0, 1] have the style."""
     if style == "inverted":
         return images.mean((1, 2)) > 0.5
     return slants(images) < BORDER
 
 
 def slants(images: np.ndarray) -> np.ndarray:
-    """How far to the right the ink of an image moves from one row to the next: mu_11 / mu_02 of its moments."""
+    """Slant of an image, the way to the right of its ink from one row to the next: mu_11 / mu_02 of its moments."""
     rows, columns = np.mgrid[:8, :8] - 3.5
     weight = images / images.sum((1, 2), keepdims=True)
     x, y = ((weight * axis).sum((1, 2))[:, None, None] for axis in (columns, rows))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good are the digits that a pipeline makes of 4x4 pixels?
+"""Quality of the digits that a pipeline makes of 4x4 pixels.
 
     python tests/benchmarks/digits_upscale.py runs/upscale-digits
 

@@ -50,7 +50,7 @@ PANELS = {
 
 
 def norm(weights: dict[str, torch.Tensor]) -> float:
-    """Of all weights together."""
+    """Norm of all weights together."""
     return math.sqrt(sum(tensor.double().square().sum().item() for tensor in weights.values()))
 
 

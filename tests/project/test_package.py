@@ -5,6 +5,7 @@ import ast
 import configparser
 import re
 import shlex
+from collections import Counter
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -213,3 +214,18 @@ def test_every_room_has_a_reference_page() -> None:
     rooms = [path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" and not path.stem.startswith("_")]
     rooms += [path.name for path in PACKAGE.iterdir() if path.is_dir() and not path.name.startswith("_")]
     assert [room for room in rooms if f"::: diffusers_fm.{room}" not in reference] == []
+
+
+def test_nothing_stands_unused() -> None:
+    kinds = (".py", ".md", ".ipynb")
+    rooms = ("src", "training_scripts", "paper", "docs", "data", "pipelines")
+    files = [path for room in rooms for path in (ROOT / room).rglob("*") if path.suffix in kinds]
+    uses = Counter(word for path in files for word in re.findall(r"\w+", path.read_text(encoding="utf-8")))
+    unused = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            names += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            unused += [f"{path.name}: {name}" for name in names if uses[name] < 2 and not name.startswith("__")]
+    assert unused == []

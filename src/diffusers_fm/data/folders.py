@@ -179,7 +179,7 @@ def split_of_name(name: str) -> tuple[str, str] | None:
 
 
 def is_data_folder(path: str) -> bool:
-    """Whether a folder is neither hidden nor the output of a run or of an evaluation."""
+    """Return whether a folder is neither hidden nor the output of a run or of an evaluation."""
     hidden = os.path.basename(path).startswith((".", "__"))
     return not hidden and not any(os.path.isfile(os.path.join(path, name)) for name in _OUTPUT_FILES)
 

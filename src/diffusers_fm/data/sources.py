@@ -143,7 +143,7 @@ def _or_none(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def decode_or_none(contents: bytes) -> Any:
         try:
             return decode(contents)
-        except Exception:
+        except Exception:  # A field may be anything: whatever a decoder raises, the row counts as unreadable.
             return None
 
     return decode_or_none

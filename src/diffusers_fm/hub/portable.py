@@ -104,7 +104,7 @@ def last_part(path: str) -> str:
 
 
 def is_local(name: Any) -> bool:
-    """Whether a model or a data set is named by a path of this machine."""
+    """Return whether a model or a data set is named by a path of this machine."""
     return isinstance(name, str) and (_is_absolute(name) or Path(name).exists())
 
 

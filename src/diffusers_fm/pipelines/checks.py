@@ -26,12 +26,12 @@ Callback = Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallb
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, and no string that looks like one."""
+    """Return whether a value is a finite number, and no string that looks like one."""
     return isinstance(value, Real) and math.isfinite(value)
 
 
 def is_whole(value: Any, least: int = 1) -> bool:
-    """Whether a value is a whole number of at least `least`."""
+    """Return whether a value is a whole number of at least `least`."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 

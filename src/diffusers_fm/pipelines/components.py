@@ -78,7 +78,7 @@ class KeepDtypeMixin:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a component's folder holds weights of any format and variant."""
+    """Return whether a component's folder holds weights of any format and variant."""
     return any(path.suffix in WEIGHT_SUFFIXES for path in folder.glob("*.*"))
 
 

@@ -145,7 +145,7 @@ def _pad(tensor: torch.Tensor, shape: list[int], axis: int) -> torch.Tensor:
 
 
 def find_axes(one: Tree, two: Tree) -> Tree:
-    """For each tensor of an answer the axis that grows with the number of captions."""
+    """Axis of each tensor of an answer that grows with the number of captions."""
     if isinstance(one, torch.Tensor):
         grown = [i for i, (a, b) in enumerate(zip(one.shape, two.shape)) if a != b]
         if not grown:
@@ -159,7 +159,7 @@ def find_axes(one: Tree, two: Tree) -> Tree:
 
 
 def _pads(axes: Tree) -> bool:
-    """Whether tensors of different lengths have to be put into one."""
+    """Return whether tensors of different lengths have to be put into one."""
     return any(map(_pads, axes)) if isinstance(axes, list) else isinstance(axes, int)
 
 

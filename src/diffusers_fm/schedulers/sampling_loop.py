@@ -390,7 +390,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         return int(distance.argmin())
 
     def _was_changed(self, which: int) -> bool:
-        """Whether `sigmas` (0) or `timesteps` (2) may be other than laid out."""
+        """Return whether `sigmas` (0) or `timesteps` (2) may be other than laid out."""
         tensor = (self.sigmas, self.sigmas, self.timesteps)[which]
         return tensor is not self._seen[which] or tensor._version != self._seen[which + 1]
 

@@ -205,7 +205,7 @@ class SamplingPlan:
         return self.path.coefficients(t, self.prediction_type, target)
 
     def _jumps(self, tableau: ButcherTableau, end: float) -> bool:
-        """Whether the last step leads beyond the path, or has a stage where the answer determines no derivative."""
+        """Return whether the last step leaves the path, or has a stage where the answer determines no derivative."""
         if end < self.path.ratio_min or end > 0.0 or max(tableau.c) < 1.0:
             return end < self.path.ratio_min
         zero = torch.zeros((), dtype=torch.float64)

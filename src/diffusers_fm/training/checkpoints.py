@@ -203,7 +203,7 @@ def _write_manifest(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _has_manifest(checkpoint: Path) -> bool:
-    """Whether a run wrote a folder; one that a user made may have the name of a checkpoint."""
+    """Return whether a run wrote a folder; one that a user made may have the name of a checkpoint."""
     fault = damage(checkpoint, thorough=False)
     return fault is None or MANIFEST not in fault
 

@@ -288,7 +288,7 @@ class EvalWeights:
         return self._trained
 
     def _in_autocast(self, model: nn.Module) -> None:
-        """As accelerate does with models that are not sharded."""
+        """Unwrap as accelerate does with models that are not sharded."""
         forward = model.forward
 
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:

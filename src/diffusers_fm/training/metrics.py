@@ -97,7 +97,7 @@ def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 class OneNetwork(nn.Module):
-    """Model whose call does little beside one call of a network, by which its operations and memory are counted."""
+    """Model that mainly calls one network, by which its operations and memory are counted."""
 
     def network_call(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
         """The network and the arguments that it gets in a call of the model."""

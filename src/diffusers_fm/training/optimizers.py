@@ -175,7 +175,7 @@ class GradientGuard:
         self.skipped = 0
 
     def before_step(self, optimizer: AcceleratedOptimizer, norm: torch.Tensor) -> bool:
-        """Whether an optimizer is to step, given the norm of the gradient; one that skips by itself is."""
+        """Return whether an optimizer is to step, given the norm of the gradient; one that skips by itself is."""
         self._pending.append(norm)
         if not self._acts:
             return True

@@ -85,7 +85,7 @@ def with_run(
 
 
 def has_picture(name: str, args: TrainingArguments, folder: Path | None) -> bool:
-    """Whether the output folder, or the folder that is written now, has a picture."""
+    """Return whether the output folder, or the folder that is written now, has a picture."""
     return any((place / name).is_file() for place in (Path(args.output_dir), folder) if place is not None)
 
 
@@ -281,7 +281,7 @@ def _check_license(name: str) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether a retry is useless."""
+    """Return whether a retry is useless."""
     if isinstance(error, HfHubHTTPError):
         return 400 <= error.response.status_code < 500 and error.response.status_code not in PASSING
     return isinstance(error, (_Refusal, HFValidationError, LocalTokenNotFoundError))

@@ -573,7 +573,7 @@ class TrainingRun(Generic[A]):
             )
 
     def _end_if_failed(self, what: str, error: Exception | None, done: int, validation_is_due: bool = False) -> None:
-        """If a process failed, end the run with a checkpoint: the steps until here were good."""
+        """End the run with a checkpoint if a process failed: the steps until here were good."""
         faults = failures(self.accelerator, error)
         if not faults:
             return

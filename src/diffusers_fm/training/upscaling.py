@@ -70,7 +70,7 @@ class PairedImageData(ImageData):
                 self._check_pair(index, self.read_or_note(index, self._sizes))
 
     def _batch(self, keys: np.ndarray) -> dict[str, Any]:
-        """As of [`ImageData`], with `conditioning_images`, uint8 and `scale_factor` times smaller."""
+        """Batch of [`ImageData`], with `conditioning_images`, uint8 and `scale_factor` times smaller."""
         if not self.in_memory:
             for index in keys[:, 1].tolist():
                 with reading(int(self._rows[index]), index):
