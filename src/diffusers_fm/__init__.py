@@ -21,6 +21,8 @@ from .paths import (
     register_path,
 )
 from .pipelines import (
+    FlowMatchAudioPipeline,
+    FlowMatchAudioPipelineOutput,
     FlowMatchEditPipeline,
     FlowMatchInversePipeline,
     FlowMatchInversePipelineOutput,
@@ -47,6 +49,8 @@ __all__ = [
     "ConditionalPath",
     "CosinePath",
     "DiscreteVPPath",
+    "FlowMatchAudioPipeline",
+    "FlowMatchAudioPipelineOutput",
     "FlowMatchEditPipeline",
     "FlowMatchInversePipeline",
     "FlowMatchInversePipelineOutput",

@@ -13,6 +13,7 @@ import diffusers
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .pipelines.pipeline_flow_match import FlowMatchPipeline
+from .pipelines.pipeline_flow_match_audio import FlowMatchAudioPipeline
 from .pipelines.pipeline_flow_match_edit import FlowMatchEditPipeline
 from .pipelines.pipeline_flow_match_inverse import FlowMatchInversePipeline
 from .pipelines.pipeline_flow_match_upscale import FlowMatchUpscalePipeline
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PIPELINES = (
     FlowMatchPipeline,
+    FlowMatchAudioPipeline,
     FlowMatchUpscalePipeline,
     FlowMatchInversePipeline,
     FlowMatchEditPipeline,

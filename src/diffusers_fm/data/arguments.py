@@ -36,7 +36,9 @@ class DataArguments(Arguments):
     validation_split: str | None = option(
         None, "Split held out; by default `validation`, else `test`, where there is one."
     )
-    image_column: str = option("image", "Column of the images.", source="diffusers' examples")
+    image_column: str = option(
+        "image", "Column of the images, or of the sounds of a pipeline for them.", source="diffusers' examples"
+    )
     max_train_samples: Count | None = option(None, "Train on so many samples, chosen at random.")
     max_unreadable_images: Size = option(100, "Go on if so many images cannot be read, at most.")
     max_validation_samples: Count = option(2048, "Hold out so many samples at most.")

@@ -240,7 +240,7 @@ class ImageData(Dataset):
     def _keep(self, folder: Path | None, key: str | None, memory_budget: int) -> None:
         """Decode all images, once for all processes and runs that share a folder, if they fit the budget."""
         transform, sizes = self.transform, [self.size(index) for index in range(len(self))]
-        settings = (*map(str, (transform.channels, transform.multiple, transform.background, sizes)), memory_budget)
+        settings = (*map(str, (*transform.settings, sizes)), memory_budget)
         pixels_key = key and content_key("pixels", key, *settings)
         pixels, shapes, bad = read_once(
             folder, pixels_key, lambda: read_pixels(self._files, self._rows, transform, sizes, memory_budget)

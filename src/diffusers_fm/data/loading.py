@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training and held-out images of a script's arguments."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import datasets
 
+from ..pipelines import FlowMatchAudioPipeline
 from ..pipelines.base import FlowMatchPipelineBase
 from .arguments import DataArguments, PairArguments, rgb
 from .images import ImageData
 from .pairs import PairData
+from .sounds import SoundTransform
 from .sources import (
     AnyDataset,
     DatasetT,
@@ -74,6 +77,7 @@ def make_datasets(
     multiple: int = 1,
     check: Callable[[AnyDataset], None] = lambda split: None,
     caption: str | None = None,
+    make_transform: Callable[..., ImageTransform] = ImageTransform,
     **columns: Any,
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
@@ -96,6 +100,8 @@ def make_datasets(
             Called with the split to train on, before any image is read.
         caption (`str`, *optional*):
             Caption of all images, in place of a column.
+        make_transform (`Callable`, *optional*, defaults to [`ImageTransform`]):
+            Makes what is done to each image, with the arguments of [`ImageTransform`].
         columns:
             Further arguments of [`ImageData`] and [`StreamData`].
 
@@ -118,7 +124,7 @@ def make_datasets(
         "background": rgb(args.background),
         "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
     }
-    transform = ImageTransform(resolution, channels, args.center_crop, args.random_flip, **common)
+    transform = make_transform(resolution, channels, args.center_crop, args.random_flip, **common)
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
     if isinstance(train_split, datasets.IterableDataset):
         train_data: Any = StreamData(
@@ -131,7 +137,7 @@ def make_datasets(
     if held_out_split is None:
         return train_data, None
     # The same images are held out whatever the run's seed, so that losses of runs compare.
-    transform = ImageTransform(resolution, channels, center_crop=True, **common)
+    transform = make_transform(resolution, channels, center_crop=True, **common)
     held_out = make(
         held_out_split, transform, seed=0, max_samples=args.max_validation_samples, folder=folder, **columns
     )
@@ -146,21 +152,33 @@ def load_images(
     multiple: int = 1,
 ) -> tuple[TrainingData, ImageData | None]:
     """
-    Images and labels for a pipeline, which takes over the names of their classes. Arguments and errors are those of
-    [`make_datasets`]; with `noise_column` ([`~arguments.PairArguments`]) the rows are pairs of noise and sample.
+    Images and labels for a pipeline, which takes over the names of their classes; sounds, as spectrograms, for a
+    [`FlowMatchAudioPipeline`]. Arguments and errors are those of [`make_datasets`]; with `noise_column`
+    ([`~arguments.PairArguments`]) the rows are pairs of noise and sample.
     """
+    make_transform: Callable[..., ImageTransform] = ImageTransform
+    wanted, other = datasets.Image, datasets.Audio
+    if isinstance(pipeline, FlowMatchAudioPipeline):
+        make_transform = functools.partial(SoundTransform, log_mel=pipeline.log_mel)
+        wanted, other = other, wanted
     label_column = args.label_column if pipeline.num_classes else None
 
     def check(split: AnyDataset) -> None:
+        if isinstance((split.features or {}).get(args.image_column), other):
+            raise ValueError(
+                f"The column {args.image_column!r} holds {other.__name__}, and the pipeline learns from"
+                f" {wanted.__name__}."
+            )
         if label_column is not None and label_column in (split.features or {}):
             adopt_class_names(pipeline, class_names(split, label_column))
 
-    columns = {"label_column": label_column, "num_classes": pipeline.num_classes}
+    columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}
     if isinstance(args, PairArguments) and args.noise_column is not None:
         split: Any = open_splits(args)[0]
         pairs = PairData(split, pipeline.sample_shape, args.noise_column, args.image_column, **columns)
         check(split)
         return pairs, None
+    columns["make_transform"] = make_transform
     return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
 
 

@@ -255,14 +255,14 @@ def held_out_split_name(splits: Mapping[Any, AnyDataset], train_split: str) -> s
 
 
 def check_image_column(dataset: AnyDataset, image_column: str) -> None:
-    """Refuse a column that holds no images, decoded or not, nor their files or paths."""
+    """Refuse a column that holds neither images nor sounds, decoded or not, nor their files or paths."""
     columns: Any = dataset.features
     if image_column not in columns:
         raise ValueError(f"There is no image column {image_column!r}; the columns are {list(columns)}.")
     feature = columns[image_column]
     as_files = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     as_value = isinstance(feature, datasets.Value) and feature.dtype in ("string", "binary")
-    if not (isinstance(feature, datasets.Image) or as_files or as_value):
+    if not (isinstance(feature, (datasets.Image, datasets.Audio)) or as_files or as_value):
         raise ValueError(f"The column {image_column!r} holds {feature}, not images; the columns are {list(columns)}.")
 
 

@@ -200,6 +200,11 @@ class ImageTransform:
         if self.channels not in (1, 3):
             raise ValueError(f"Images have 1 or 3 channels, but the model takes {self.channels}.")
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What pixels depend on, besides file and size."""
+        return self.channels, self.multiple, self.background
+
     def decode(self, value: dict[str, Any] | None, size: tuple[int, int]) -> np.ndarray:
         """Pixels of a cell of an image column, uint8 of shape `(channels, height, width)`, covering a size."""
         image = open_image(image_file(value, self.folders))

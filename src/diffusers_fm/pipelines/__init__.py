@@ -5,6 +5,7 @@ from .edits import FlowMatchInversionOutput
 from .flow_map import with_flow_map
 from .init_pipeline import init_pipeline
 from .pipeline_flow_match import FlowMatchPipeline
+from .pipeline_flow_match_audio import FlowMatchAudioPipeline, FlowMatchAudioPipelineOutput
 from .pipeline_flow_match_edit import FlowMatchEditPipeline
 from .pipeline_flow_match_inverse import FlowMatchInversePipeline, FlowMatchInversePipelineOutput
 from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
@@ -17,6 +18,8 @@ from .velocity_field import VelocityField
 __all__ = [
     "CapturedCall",
     "DecodeMap",
+    "FlowMatchAudioPipeline",
+    "FlowMatchAudioPipelineOutput",
     "FlowMatchEditPipeline",
     "FlowMatchInversePipeline",
     "FlowMatchInversePipelineOutput",

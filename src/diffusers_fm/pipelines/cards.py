@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Card content of a pipeline, read from its components."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
@@ -69,6 +70,20 @@ images[0].save("sample.png")
             **({"classes": str(num_classes)} if num_classes else {}),
         },
         solvers=solver_rows(scheduler, num_inference_steps),
+    )
+
+
+def audio_content(content: CardContent, repo_id: str) -> CardContent:
+    """Content of the card of a pipeline that generates sounds, from that of its spectrograms."""
+    snippet = content.snippet.replace("import torch\n", "import soundfile\nimport torch\n", 1)
+    snippet = snippet.replace("images = ", "audios = ").replace(").images", ").audios")
+    saved = 'soundfile.write("sample.wav", audios[0, 0], pipeline.config.sampling_rate)'
+    return dataclasses.replace(
+        content,
+        summary=content.summary.replace("image generator", "generator of sounds"),
+        snippet=snippet.replace('images[0].save("sample.png")', saved),
+        # The Hub has no task for sounds without a text.
+        pipeline_tag="text-to-audio",
     )
 
 

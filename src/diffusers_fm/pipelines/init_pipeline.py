@@ -35,6 +35,7 @@ from ..models.pixel_autoencoder import can_be_identity, set_identity
 from .base import FlowMatchPipelineBase
 from .components import check_one_network, check_sd3_components, has_weights
 from .pipeline_flow_match import FlowMatchPipeline
+from .pipeline_flow_match_audio import FlowMatchAudioPipeline
 from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 
 
@@ -50,6 +51,8 @@ SAME_COMPONENTS = {
     "StableDiffusion3Img2ImgPipeline": "StableDiffusion3Pipeline",
     "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
 }
+
+OWN_CLASSES = {own.__name__: own for own in (FlowMatchUpscalePipeline, FlowMatchAudioPipeline)}
 
 # Names of the components that read captions begin so.
 TEXT_PARTS = ("text_encoder", "tokenizer")
@@ -88,7 +91,7 @@ def init_pipeline(
         variant (`str`, *optional*):
             Variant of the weights, such as `"fp16"`.
         pipeline_class (`type[DiffusionPipeline]`, *optional*):
-            [`FlowMatchPipeline`], [`FlowMatchUpscalePipeline`] or a text-to-image pipeline of diffusers, where only
+            [`FlowMatchPipeline`], another one of this package or a text-to-image pipeline of diffusers, where only
             that one will do. By default the one that `model_index.json` names.
         text_encoders (`str` or `os.PathLike`, *optional*):
             Folder or Hub id of a pipeline whose text encoders and tokenizers take the place of those in `folder`; they
@@ -171,8 +174,8 @@ def check_pipeline_class(
     """
     name = index.get("_class_name")
     found: Any = FlowMatchPipeline
-    if name == FlowMatchUpscalePipeline.__name__:
-        found = FlowMatchUpscalePipeline
+    if name in OWN_CLASSES:
+        found = OWN_CLASSES[name]
     elif isinstance(name, str) and name.endswith("Pipeline"):
         stock = getattr(diffusers, SAME_COMPONENTS.get(name, name), None)
         if stock is not None and any(part.startswith(TEXT_PARTS) for part in inspect.signature(stock).parameters):

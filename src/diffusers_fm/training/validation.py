@@ -243,12 +243,14 @@ def sample_grid(
     with quiet_copy(pipeline) as sampler:
         for start in range(0, len(labels), batch_size):
             numbers = range(start, min(start + batch_size, len(labels)))
-            output = sampler(
+            pictures, _ = sampler(
                 class_labels=[labels[number] for number in numbers] if pipeline.num_classes else None,
                 batch_size=len(numbers),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=[make_generator(EVALUATION_SEED, "grid", number) for number in numbers],
+                output_type="pil",
+                return_dict=False,
             )
-            images += list(output.images)
+            images += pictures
     return make_grid([images[i : i + num_images] for i in range(0, len(images), num_images)])
