@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, S
 from huggingface_hub import HfApi, ModelCard
 from tiny_pipelines import generators, labels_of, tiny_pipeline
 
-from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, with_flow_map
 
 
 FOLDER = Path(sys.argv[1]) if __name__ == "__main__" else Path()
@@ -28,13 +28,13 @@ TOKEN = "secret-token"
 PROMPT = "a red square"
 
 
-def sample(pipeline: FlowMatchPipeline) -> torch.Tensor:
+def sample(pipeline: FlowMatchPipeline, num_inference_steps: int | None = 3) -> torch.Tensor:
     """Three images of a pipeline of ours."""
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         class_labels=labels_of(pipeline),
         batch_size=None if pipeline.num_classes else 3,
-        num_inference_steps=3,
+        num_inference_steps=num_inference_steps,
         generator=generators(0, 1, 2),
         output_type="pt",
     ).images
@@ -176,6 +176,16 @@ def text_to_image_with_our_scheduler() -> torch.Tensor:
     return draw(pipeline)
 
 
+def few_steps() -> torch.Tensor:
+    pipeline = DiffusionPipeline.from_pretrained("someone/few-steps")
+    assert "2 by default" in ModelCard.load("someone/few-steps").text
+    return sample(pipeline, num_inference_steps=None)
+
+
+def few_steps_text_to_image() -> torch.Tensor:
+    return draw(with_flow_map(StableDiffusion3Pipeline.from_pretrained("someone/sd3-few-steps")))
+
+
 def lora() -> torch.Tensor:
     pipeline = StableDiffusion3Pipeline.from_pretrained("someone/sd3")
     pipeline.load_lora_weights("someone/lora")
@@ -240,6 +250,8 @@ CHECKS = (
     pickles,
     text_to_image,
     text_to_image_with_our_scheduler,
+    few_steps,
+    few_steps_text_to_image,
     lora,
     pushes,
     snippets,

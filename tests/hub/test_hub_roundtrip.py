@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,13 +20,14 @@ from peft.utils import get_peft_model_state_dict
 from pull_client import CHECKS, PROMPT, TOKEN, draw, sample
 from tiny_pipelines import tiny_pipeline
 from tiny_text_to_image import tiny_stable_diffusion_3
-from training_runs import make_dataset, save_untrained, train
+from training_runs import ROOT, command_line, load_script, make_dataset, run_script, save_untrained, script
 
-from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, with_stock_scheduler
+from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, with_flow_map, with_stock_scheduler
 from diffusers_fm.push_to_hub import main as push
 
 
 TESTS = Path(__file__).parents[1]
+FLOW_MAP = load_script(ROOT / "training_scripts" / "train_flow_map.py")
 
 
 class Hub:
@@ -58,14 +60,17 @@ class Hub:
         }
 
 
-def train_and_push(hub: Hub, kind: str, name: str, **options: Any) -> torch.Tensor:
+def train_and_push(
+    hub: Hub, kind: str, name: str, script: ModuleType = script, calls: int | None = 3, **options: Any
+) -> torch.Tensor:
     """A run of two steps that uploads; returns its images."""
     inputs = hub.folder / f"inputs-{name}"
     data = make_dataset(inputs / "data", side=16 if kind.endswith("vae") else 8)
     scheduler = options.pop("scheduler", {})
     options = {"max_train_steps": 2, "push_to_hub": True, "hub_token": TOKEN, "num_validation_images": 1, **options}
-    folder = train(save_untrained(inputs / "untrained", kind, **scheduler), data, hub.folder / name, **options)
-    return sample(FlowMatchPipeline.from_pretrained(folder))
+    untrained = save_untrained(inputs / "untrained", kind, **scheduler)
+    run_script(script, command_line(untrained, data, hub.folder / name, **options))
+    return sample(FlowMatchPipeline.from_pretrained(hub.folder / name), calls)
 
 
 def lora_of(pipeline: StableDiffusion3Pipeline, folder: Path) -> torch.Tensor:
@@ -90,6 +95,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         images["own_class"] = images["from_the_cache"] = train_and_push(hub, "unet-classes", "unet-classes")
         images["generic_class"] = images["device_map"] = train_and_push(hub, "dit-vae", "dit-vae")
         images["class_embedder"] = train_and_push(hub, "sd3-vae", "sd3-vae", hub_license="mit")
+        options = {"max_train_steps": 4, "learning_rate": 3e-2, "interval_warmup_steps": 0}
+        images["few_steps"] = train_and_push(hub, "unet-classes", "few-steps", FLOW_MAP, None, **options)
         train_and_push(hub, "unet", "vp", scheduler={"path": "vp", "prediction_type": "epsilon"})
 
         pipeline = tiny_pipeline("unet-classes", path="cosine", prediction_type="v_prediction")
@@ -119,6 +126,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         images["text_to_image"] = images["text_to_image_with_our_scheduler"] = images["stock"] = draw(ours)
         hub.push(with_stock_scheduler(ours), "someone/sd3")
         hub.push(ours, "someone/sd3-ours")
+        scheduler = FlowMatchScheduler(solver="flow_map", flow_map={"first_block": 1})
+        few_steps = tiny_stable_diffusion_3(scheduler=scheduler)
+        hub.push(few_steps, "someone/sd3-few-steps")
+        images["few_steps_text_to_image"] = draw(with_flow_map(few_steps))
+        assert not torch.equal(images["few_steps_text_to_image"], images["stock"])
         images["lora"] = lora_of(ours, hub.folder / "lora")
         assert push([str(hub.folder / "lora"), "--hub_model_id", "someone/lora", "--hub_token", TOKEN]) == 0
 
@@ -155,6 +167,9 @@ def test_different_models_give_different_images(hub: Hub) -> None:
     """The comparison above would notice the wrong weights."""
     assert (hub.images["lora"] - hub.images["text_to_image"]).abs().max() > 0.01
     assert (hub.images["own_class"] - hub.images["revision"]).abs().max() > 0.01
+    flow = FlowMatchPipeline.from_pretrained(hub.folder / "few-steps")
+    flow.scheduler = flow.scheduler.with_settings(solver="euler")
+    assert (hub.images["few_steps"] - sample(flow, 2)).abs().max() > 1e-3
 
 
 STOCK_READER = """
