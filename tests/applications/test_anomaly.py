@@ -4,8 +4,9 @@
 import pytest
 import torch
 from scipy import stats
+from tiny_pipelines import images_of, tiny_pipeline
 
-from diffusers_fm.applications.anomaly import noise_test
+from diffusers_fm.applications.anomaly import alarm_threshold, larger_deviation, noise_test
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -73,3 +74,56 @@ def test_noise_that_is_not_finite_is_refused(value: float) -> None:
     noise[1, 0, 2, 2] = value
     with pytest.raises(ValueError, match="`noise` must be finite"):
         noise_test(noise)
+
+
+def test_threshold_is_passed_as_often_as_asked() -> None:
+    # Of 19 and one more, each is the largest equally often.
+    assert alarm_threshold(torch.arange(19.0), 0.05) == 18
+    assert alarm_threshold(torch.arange(99.0), 0.05) == 94
+    assert alarm_threshold(torch.arange(99.0), 0.0599) == 94
+    # Of 49 held-out scores the second largest: the chance to pass it is distributed as Beta(2, 48).
+    thresholds = [alarm_threshold(scores, 0.05) for scores in draw(2000, 49)]
+    chances = stats.norm.sf(thresholds)
+    assert abs(chances.mean() - 0.04) < 4 * stats.beta(2, 48).std() / 2000**0.5
+    assert stats.kstest(chances, stats.beta(2, 48).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("scores", "rate", "message"),
+    [
+        (torch.zeros(18), 0.05, "at least 1 / 19 with 18 held-out images, got 0.05"),
+        (torch.zeros(18), 0.0, "got 0.0"),
+        (torch.zeros(18), 1.0, "must be below 1 .* got 1.0"),
+        (torch.tensor([1.0, float("nan")]), 0.5, "`scores` must be finite"),
+        (torch.zeros(9, 2), 0.5, r"one for each image, got the shape \(9, 2\)"),
+    ],
+)
+def test_thresholds_that_cannot_be_are_refused(scores: torch.Tensor, rate: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        alarm_threshold(scores, rate)
+
+
+def test_larger_deviation_puts_scores_on_one_scale() -> None:
+    reference = torch.stack([torch.arange(101.0), 1000 - 10 * torch.arange(101.0)], dim=1)
+    # Medians 50 and 500, 95 % quantiles 95 and 950.
+    table = torch.tensor([[50.0, 500.0], [95.0, 500.0], [0.0, 1400.0]])
+    torch.testing.assert_close(larger_deviation(table, reference), torch.tensor([0.0, 1.0, 2.0]))
+    with pytest.raises(ValueError, match="must vary in every score"):
+        larger_deviation(table, torch.ones(5, 2))
+    with pytest.raises(ValueError, match=r"got \(3, 2\) and \(101, 1\)"):
+        larger_deviation(table, reference[:, :1])
+
+
+def test_pipeline_scores_by_its_density_and_its_noise() -> None:
+    pipeline = tiny_pipeline("unet-classes", path="ve", path_kwargs={"sigma_max": 5.0})
+    images = images_of(pipeline)
+    options = {"num_steps": 4, "divergence": "exact"}
+    score = pipeline.anomaly_score(images, **options)
+    result = pipeline.log_likelihood(images, pipeline.null_class, **options)
+    torch.testing.assert_close(score.likelihood, -result.log_prob / 64)
+    torch.testing.assert_close(
+        score.noise_test.score, noise_test(result.noise / pipeline.scheduler.init_noise_sigma).score
+    )
+    assert score.table.shape == (3, 2)
+    latent = tiny_pipeline("dit-vae")
+    assert latent.anomaly_score(images_of(latent), [1, 2, 3], num_steps=1).table.isfinite().all()

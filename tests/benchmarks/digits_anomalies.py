@@ -3,9 +3,11 @@
 
     python tests/benchmarks/digits_anomalies.py runs/unet-digits
 
-Prints the area under the ROC curve (0.5 = chance, 1 = told apart always) of held-out digits against the same digits
-damaged, and against images that are no digits, for three scores: minus the log-likelihood, the test of the encoded
-noise, and the larger of both after ranking each among the held-out digits of one half, which judge the other half.
+Held-out digits of one half set the thresholds. Those of the other half are judged, and with them the same digits
+damaged and pictures that are no digits. Prints, for three scores, the area under the ROC curve (0.5 = chance, 1 = told
+apart always) and the part of the images that raise an alarm at a rate of false alarms of 5 %. The scores are minus the
+log-likelihood, the test of the encoded noise, and the larger deviation of both, for which every second digit of the
+first half sets the scale.
 """
 
 import argparse
@@ -15,10 +17,16 @@ import datasets
 import numpy as np
 import torch
 from digits_judge import DIGITS
+from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.applications.anomaly import noise_test
+from diffusers_fm.applications.anomaly import alarm_threshold, larger_deviation
+from diffusers_fm.data.sounds import SoundTransform
+from diffusers_fm.spectrograms import LogMel
+
+
+RATE = 0.05
 
 
 def damaged(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -42,50 +50,76 @@ def damaged(images: torch.Tensor, generator: torch.Generator) -> dict[str, torch
     }
 
 
-def score(pipeline: FlowMatchPipeline, images: torch.Tensor, num_steps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Minus the log-likelihood without a class, and the score of the noise test."""
-    null = [pipeline.null_class] * len(images) if pipeline.num_classes else None
-    generator = torch.Generator().manual_seed(0)
-    result = pipeline.log_likelihood(images, null, num_steps=num_steps, batch_size=512, generator=generator)
-    test = noise_test(result.noise / pipeline.scheduler.init_noise_sigma)
-    return -result.log_prob.numpy(), test.score.numpy()
+def foreign(num_images: int) -> dict[str, torch.Tensor]:
+    """Pictures of other kinds at the size of the digits, `(num_images, 1, 8, 8)`, values in [0, 1]."""
+    emoji = datasets.load_dataset(str(DIGITS.parent / "emoji"), split="validation")
+    pictures = [emoji[i]["image"].convert("L").resize((8, 8)) for i in range(num_images)]
+    # Light on dark, as the digits are.
+    found = {"emoji": 1 - torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])) / 255}
+    spoken = datasets.load_dataset(str(DIGITS.parent / "spoken-digits"), split="test")
+    transform = SoundTransform(8, 1, log_mel=LogMel(8000, 8, 1024, 512))
+    sounds = [transform.decode(spoken[i]["audio"], (8, 8))[:, :, :8] for i in range(num_images)]
+    found["spectrograms of spoken digits"] = torch.from_numpy(np.concatenate(sounds)) / 255
+    return {name: images.float()[:, None] for name, images in found.items()}
 
 
-def measure(folder: str, num_images: int = 148, num_steps: int = 32) -> dict[str, dict[str, float]]:
+def measure(folder: str, num_images: int = 148, num_steps: int = 32) -> dict[str, dict[str, list[float]]]:
     """
-    Areas under the ROC curve.
+    Areas under the ROC curve, and alarms.
 
     Args:
         folder (`str`):
             The trained pipeline, of pixels.
         num_images (`int`, *optional*, defaults to 148):
-            Held-out digits in each of two halves: one is the reference of ranks, the other is judged.
+            Held-out digits in each of two halves: one is the reference, the other is judged.
         num_steps (`int`, *optional*, defaults to 32):
             Steps of the likelihood.
 
     Returns:
-        `dict[str, dict[str, float]]`: areas by kind of damage and score.
+        `dict[str, dict[str, list[float]]]`: area and part of the images that raise an alarm, by kind and score.
     """
     split = datasets.load_dataset(str(DIGITS), split="test")
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in split["image"]]) / 255).float()[:, None]
     reference, judged = pixels[:num_images], pixels[num_images : 2 * num_images]
     pipeline = FlowMatchPipeline.from_pretrained(folder)
-    levels = [np.sort(values) for values in score(pipeline, reference, num_steps)]
 
-    def scores(images: torch.Tensor) -> dict[str, np.ndarray]:
-        likelihood, noise = score(pipeline, images, num_steps)
-        ranks = [np.searchsorted(level, values) / len(level) for level, values in zip(levels, (likelihood, noise))]
-        return {"likelihood": likelihood, "noise test": noise, "larger rank": np.maximum(*ranks)}
+    def table(images: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return pipeline.anomaly_score(images, num_steps=num_steps, batch_size=512, generator=generator).table
 
-    normal = scores(judged)
-    areas = {}
-    for kind, images in damaged(judged, torch.Generator().manual_seed(1)).items():
-        strange = scores(images)
+    known = table(reference)
+    scale, rest = known[::2], known[1::2]
+
+    def scores(found: torch.Tensor) -> dict[str, torch.Tensor]:
+        names = ("likelihood", "noise test", "larger deviation")
+        return dict(zip(names, (*found.T, larger_deviation(found, scale))))
+
+    held_out = scores(known) | {"larger deviation": larger_deviation(rest, scale)}
+    thresholds = {name: alarm_threshold(values, RATE) for name, values in held_out.items()}
+    normal = scores(table(judged))
+    figures = {"held-out digits": {name: [0.5, _alarms(normal[name], thresholds[name])] for name in normal}}
+    for kind, images in (damaged(judged, torch.Generator().manual_seed(1)) | foreign(num_images)).items():
+        strange = scores(table(images))
         truth = np.repeat([0, 1], [len(judged), len(images)])
-        areas[kind] = {
-            name: float(roc_auc_score(truth, np.concatenate([normal[name], strange[name]]))) for name in normal
+        figures[kind] = {
+            name: [
+                float(roc_auc_score(truth, torch.cat([normal[name], strange[name]]).numpy())),
+                _alarms(strange[name], thresholds[name]),
+            ]
+            for name in normal
         }
-    return areas
+    return figures
+
+
+def _alarms(scores: torch.Tensor, threshold: float) -> float:
+    return (scores > threshold).double().mean().item()
+
+
+def expected_alarms(num_reference: int, num_judged: int) -> list[float]:
+    """The 2.5 % and 97.5 % quantiles of the part of the judged digits that raise an alarm, if all are alike."""
+    above = int(RATE * (num_reference + 1) + 1e-9)
+    law = stats.betabinom(num_judged, above, num_reference + 1 - above)
+    return [float(law.ppf(level)) / num_judged for level in (0.025, 0.975)]
 
 
 if __name__ == "__main__":
@@ -93,5 +127,8 @@ if __name__ == "__main__":
     parser.add_argument("folder")
     parser.add_argument("--num_images", type=int, default=148)
     parser.add_argument("--num_steps", type=int, default=32)
-    areas = measure(**vars(parser.parse_args()))
-    print(json.dumps({kind: {k: round(v, 3) for k, v in values.items()} for kind, values in areas.items()}, indent=2))
+    arguments = parser.parse_args()
+    for kind, values in measure(**vars(arguments)).items():
+        print(f"{kind}:", json.dumps({name: [round(value, 3) for value in pair] for name, pair in values.items()}))
+    for count in (arguments.num_images, arguments.num_images // 2):
+        print(f"expected alarms of judged digits, with {count} others:", expected_alarms(count, arguments.num_images))

@@ -155,7 +155,8 @@ def test_sampled_grids_have_a_row_for_each_class_and_leave_the_pipeline_alone() 
     assert np.abs(difference).max() <= 1
     assert len(pipeline.scheduler.timesteps) == 7
     assert pipeline.unet.training
-    assert sample_grid(tiny_pipeline("unet"), 3, 1).size == (2 + 3 * 50, 2 + 50)
+    for num_images, columns, rows in ((1, 1, 1), (4, 2, 2), (7, 3, 3), (12, 4, 3)):
+        assert sample_grid(tiny_pipeline("unet"), num_images, 1).size == (2 + columns * 50, 2 + rows * 50)
 
 
 @pytest.mark.parametrize("name", sorted(LOGGER_TYPE_TO_CLASS))

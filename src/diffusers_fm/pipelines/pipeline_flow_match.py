@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers.utils.torch_utils import unwrap_module
 
+from ..applications.anomaly import AnomalyScore, noise_test
 from ..likelihood import BitsPerDim, Likelihood, bits_per_dim, log_likelihood
 from ..models.autoencoding import encode_latents
 from ..precision import to_float64
@@ -364,6 +365,30 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         self._check_space(latent_space)
         data, args = self._data_and_labels(images, class_labels)
         return self._density(log_likelihood, data, args, **options)
+
+    def anomaly_score(self, images: Images, class_labels: Labels = None, **options: Any) -> AnomalyScore:
+        """
+        How unlike the training data images are: by their density, and by the noise that they come from.
+
+        [`~anomaly.alarm_threshold`] makes a threshold of the scores of held-out images.
+
+        Args:
+            images, class_labels:
+                As for [`encode`]. Without labels a model with a null class scores images as those of any class.
+            options:
+                Arguments of [`~likelihood.log_likelihood`].
+
+        Returns:
+            [`~anomaly.AnomalyScore`]: Minus the log-density, of pixels or of latents, and the test of the noise.
+
+        Raises:
+            ValueError: If images or labels do not fit, or the model has classes, no null class, and no labels.
+        """
+        labels = self.null_class if class_labels is None and self.num_classes else class_labels
+        data, args = self._data_and_labels(images, labels)
+        result: Likelihood = self._density(log_likelihood, data, args, **options)
+        noise = result.noise / self.scheduler.init_noise_sigma
+        return AnomalyScore(-result.log_prob / data[0].numel(), noise_test(noise))
 
     def bits_per_dim(
         self,

@@ -2,6 +2,7 @@
 """Validation: the held-out loss and sampled pictures."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -219,13 +220,13 @@ def sample_grid(
     batch_size: int = 64,
 ) -> PIL.Image.Image:
     """
-    Sampled pictures from fixed noise: a row for each class, of ten classes at most; or one row without classes.
+    Sampled pictures from fixed noise: a row for each class, of ten classes at most; near a square without classes.
 
     Args:
         pipeline ([`FlowMatchPipeline`]):
             What is sampled. Its scheduler is left as it is.
         num_images (`int`):
-            Pictures in a row.
+            Pictures of each class, or of all without classes.
         num_inference_steps (`int`):
             Steps of the solver.
         guidance_scale (`float`, *optional*, defaults to 1.0):
@@ -253,4 +254,5 @@ def sample_grid(
                 return_dict=False,
             )
             images += pictures
-    return make_grid([images[i : i + num_images] for i in range(0, len(images), num_images)])
+    columns = num_images if pipeline.num_classes else math.isqrt(num_images - 1) + 1
+    return make_grid([images[i : i + columns] for i in range(0, len(images), columns)])
