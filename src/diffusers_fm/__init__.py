@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flow matching for diffusers: a scheduler that carries the probability path, and a pipeline that samples from it."""
 
+from ._quiet import restore
+
+
+# isort: split
 # diffusers looks up the base classes of a component among the names of the library that model_index.json gives.
 from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
@@ -79,3 +83,4 @@ __all__ = [
 ]
 
 register()
+restore()

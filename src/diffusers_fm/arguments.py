@@ -21,6 +21,12 @@ from .registry import import_module
 T = TypeVar("T")
 A = TypeVar("A", bound="Arguments")
 
+# No package index has this package yet.
+INSTALL = "pip install -e ."
+
+# Arguments that may name what a recipe's folder lies beside.
+INPUTS = ("pretrained_model_name_or_path", "vae_name_or_path", "dataset_name", "train_data_dir")
+
 # Policies for a resumed run: a fixed argument must keep its value, a free one changes no result. Every other argument
 # takes effect from the checkpoint on, and its change is logged.
 Fixed = Annotated[T, "fixed"]
@@ -262,8 +268,20 @@ def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
             kind: Any = known[name].type
             parser.set_defaults(**{name: [kind(str(element)) for element in value]})
         elif value is not None:
-            words.append(f"--{name}={value}")
+            words.append(f"--{name}={_find_input(value, file) if name in INPUTS else value}")
     return words
+
+
+def _find_input(value: str, file: Path) -> str:
+    """A relative path in a file of arguments, from the working folder or else from a folder above the file."""
+    if "/" not in value or Path(value).expanduser().exists():
+        return value
+    return next((str(folder / value) for folder in file.resolve().parents if (folder / value).exists()), value)
+
+
+def install(extra: str) -> str:
+    """The command that installs what an extra needs, for messages."""
+    return f'`{INSTALL[:-1]}".[{extra}]"` in a clone of diffusers-fm'
 
 
 def run_script(main: Callable[[A], None], arguments: type[A], description: str | None) -> None:

@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -148,10 +148,10 @@ class Solution:
             How often the field was called.
         evaluations (`torch.LongTensor` of shape `(batch_size,)`):
             In how many of these calls each sample took part: fewer than `nfe` where samples finish early.
-        accepted (`torch.LongTensor` of shape `(batch_size,)`):
-            The steps made by each sample.
-        rejected (`torch.LongTensor` of shape `(batch_size,)`):
-            The steps that were tried and thrown away, for each sample.
+        accepted, rejected (`torch.LongTensor` of shape `(batch_size,)`):
+            The steps that each sample made, and those that were tried and thrown away.
+        times, trajectory (`torch.Tensor` of shapes `(num_points,)` and `(num_points, batch_size, ...)`, *optional*):
+            The times of the steps, both ends included, and the states there, if they were asked for.
     """
 
     x: torch.Tensor
@@ -159,6 +159,8 @@ class Solution:
     evaluations: torch.Tensor
     accepted: torch.Tensor
     rejected: torch.Tensor
+    times: torch.Tensor | None = None
+    trajectory: torch.Tensor | None = None
 
 
 def adams_weights(times: Sequence[float], start: float, end: float) -> list[float]:
@@ -264,6 +266,7 @@ def odeint(
     max_steps: int | None = None,
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None,
     args: Sequence[torch.Tensor] = (),
+    return_trajectory: bool = False,
 ) -> Solution:
     """
     Integrates `dx/dt = field(t, x)` from `t0` to `t1`, which may lie before `t0`.
@@ -277,22 +280,17 @@ def odeint(
             float32 otherwise. Returns the derivative, of the shape of `x`.
         x (`torch.Tensor` of shape `(batch_size, ...)`):
             The state at `t0`. Half precision is integrated, and given to the field, in float32.
-        t0 (`float`):
-            The first time.
-        t1 (`float`):
-            The last time.
+        t0, t1 (`float`):
+            The first and the last time.
         method (`str` or `ButcherTableau`, *optional*, defaults to `"dopri5"`):
             A Runge-Kutta method of `TABLEAUX`, or one's own; with fixed steps also an Adams method: `"ab2"`, `"ab3"`
             (Bashforth) and `"abm2"`, `"abm3"` (Bashforth predictor and Moulton corrector with one call a step; the
             last step is the predictor's). Adaptive steps need a method with an error estimate: `"dopri5"`, `"bosh3"`.
-        num_steps (`int`, *optional*):
-            The number of equal steps.
+        num_steps (`int`, *optional*): The number of equal steps.
         grid (`Sequence[float]` or `torch.Tensor` of shape `(num_steps + 1,)`, *optional*):
             The times of the steps, from `t0` to `t1`.
-        rtol (`float`, *optional*, defaults to `1e-5`):
-            Adaptive steps: the tolerated error of a step, relative to the state.
-        atol (`float`, *optional*, defaults to `1e-5`):
-            Adaptive steps: the tolerated error of a step, absolute.
+        rtol, atol (`float`, *optional*, defaults to `1e-5`):
+            Adaptive steps: the tolerated error of a step, relative to the state and absolute.
         step_control (`str`, *optional*, defaults to `"batch"`):
             Adaptive steps: `"batch"` for one step size, `"per_sample"` for one per sample, which makes the result of a
             sample independent of the others; samples that have arrived leave the calls of the field.
@@ -305,13 +303,14 @@ def odeint(
             The root mean square if not given.
         args (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
             Tensors with one row per sample that the field is given too; they lose the rows of samples that left.
+        return_trajectory (`bool`, *optional*, defaults to `False`):
+            Return the states of all steps, too; not with `step_control="per_sample"`, where times are not shared.
 
     Returns:
-        [`Solution`]: The state at `t1` and the work it took.
+        [`Solution`]: The state at `t1`, the work it took and, if asked for, the trajectory.
 
     Raises:
-        ValueError: If an argument is not among the accepted ones, or does not go with the others, or if the field
-            answers with NaN or infinity.
+        ValueError: If an argument is not accepted, alone or with the others, or the field answers NaN or infinity.
         RuntimeError: If `max_steps` do not reach `t1`, or the step size falls below the resolution of time.
     """
     tableau = find_method(method)
@@ -323,7 +322,7 @@ def odeint(
     if any(len(arg) != len(x) for arg in args):
         raise ValueError(f"Each of `args` must have {len(x)} rows, as `x` has, not {[len(arg) for arg in args]}.")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    evaluate = _Evaluate(field)
+    evaluate = _Evaluate(field, return_trajectory)
 
     if num_steps is not None or grid is not None:
         adaptive = {"rtol": rtol, "atol": atol, "step_control": step_control, "first_step": first_step}
@@ -339,7 +338,7 @@ def odeint(
         if not bool(x.isfinite().all()):
             raise ValueError(f"The field answered with NaN or infinity somewhere between {t0} and {t1}.")
         accepted = torch.full((len(x),), len(times) - 1)
-        return Solution(x, evaluate.nfe, torch.full_like(accepted, evaluate.nfe), accepted, torch.zeros_like(accepted))
+        return evaluate.solution(t1, x, torch.full_like(accepted, evaluate.nfe), accepted, torch.zeros_like(accepted))
 
     if tableau is None or tableau.b_error is None:
         raise ValueError(f"Method {method!r} has no error estimate: give `num_steps` or `grid`, or choose 'dopri5'.")
@@ -355,6 +354,8 @@ def odeint(
         raise ValueError(f"`first_step` must lie in (0, {abs(t1 - t0)}], not be {first_step}.")
     if max_steps < 1:
         raise ValueError(f"`max_steps` must be at least 1, not {max_steps}.")
+    if return_trajectory and step_control == "per_sample":
+        raise ValueError("A trajectory needs times that all samples share, not `step_control='per_sample'`.")
     control = _StepControl(rtol, atol, step_control == "batch", first_step, max_steps, norm or _root_mean_square)
     return _adaptive(evaluate, x, t0, t1, tableau, control, args)
 
@@ -388,11 +389,23 @@ def _fixed_times(
 
 
 class _Evaluate:
-    """The field with its calls counted, its times in the right precision and its output checked."""
+    """The field with its calls counted, its output checked, and the states of the steps if they are wanted."""
 
-    def __init__(self, field: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, field: Callable[..., torch.Tensor], keep_states: bool) -> None:
         self.field = field
         self.nfe = 0
+        self.states: list[tuple[float, torch.Tensor]] | None = [] if keep_states else None
+
+    def keep(self, t: float, x: torch.Tensor) -> None:
+        if self.states is not None:
+            self.states.append((t, x))
+
+    def solution(self, t1: float, x: torch.Tensor, *work: torch.Tensor) -> Solution:
+        solution = Solution(x, self.nfe, *work)
+        if self.states is None:
+            return solution
+        times, states = zip(*self.states, (t1, x))
+        return replace(solution, times=torch.tensor(times, dtype=torch.float64), trajectory=torch.stack(states))
 
     def __call__(self, t: float | torch.Tensor, x: torch.Tensor, args: Sequence[torch.Tensor]) -> torch.Tensor:
         if isinstance(t, torch.Tensor):
@@ -424,6 +437,7 @@ def _runge_kutta(
     evaluate: _Evaluate, x: torch.Tensor, times: list[float], tableau: ButcherTableau, args: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     for t, t_next in zip(times[:-1], times[1:]):
+        evaluate.keep(t, x)
         h = t_next - t
         slopes: list[torch.Tensor] = []
         for row, c in zip(tableau.a, tableau.c):
@@ -444,6 +458,7 @@ def _adams(
             # The evaluation that this step makes anyway, at the predicted state, corrects the step before. Bashforth's
             # order 3 needs it for its first step too: left to Euler, that would cap the order at 2.
             x = _move(start, 1.0, adams_weights(known, times[i - 1], t), slopes)
+        evaluate.keep(t, x)
         start = x
         x = _move(start, 1.0, adams_weights(known, t, t_next), slopes)
     return x
@@ -551,6 +566,8 @@ def _adaptive(
         grow = 0.9 * safe ** (-0.85 / tableau.order) * last_error ** (0.2 / tableau.order)
         grow = grow.clamp(0.2, 10.0).minimum(torch.where(just_rejected, 1.0, 10.0))
         shrink = (0.9 * safe ** (-1 / tableau.order)).clamp(0.2, 1.0)
+        if accept[0]:
+            evaluate.keep(t[0].item(), x)
         t = torch.where(accept, t + sign * h, t)
         h = h * torch.where(accept, grow, shrink)
         last_error = torch.where(accept, safe.clamp(min=1e-4), last_error)
@@ -562,7 +579,7 @@ def _adaptive(
         if not keep.all():
             result = result.index_copy(0, running[~keep].to(x.device), x[(~keep).to(x.device)])
             if not keep.any():
-                return Solution(result, evaluate.nfe, evaluations, accepted, rejected)
+                return evaluate.solution(t1, result, evaluations, accepted, rejected)
             staying = keep.to(x.device)
             x, slope = x[staying], slope[staying]
             args = tuple(arg[keep.to(arg.device)] for arg in args)

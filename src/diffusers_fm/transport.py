@@ -2,7 +2,7 @@
 """Transport along a flow from data to noise and back, on one grid of times for every path."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 
 import torch
@@ -30,6 +30,7 @@ def transport(
     atol: float | None = None,
     step_control: str | None = None,
     args: Sequence[torch.Tensor] = (),
+    return_trajectory: bool = False,
 ) -> Solution:
     """
     Carries points along the flow: data to noise (`start=0, end=1`), noise to data (`start=1, end=0`), or in between.
@@ -65,9 +66,12 @@ def transport(
             Adaptive steps: `"batch"` or `"per_sample"`.
         args (`Sequence[torch.Tensor]`, *optional*, defaults to `()`):
             Tensors with one row per sample that the network is given too.
+        return_trajectory (`bool`, *optional*, defaults to `False`):
+            Return the points after all steps and their times in [0, 1], too, as `trajectory` and `times`.
 
     Returns:
-        [`~solvers.Solution`]: The points at `end`, in float64 where the device has it, and the work they took.
+        [`~solvers.Solution`]: The points at `end`, in float64 where the device has it, the work they took and, if
+        asked for, the trajectory.
 
     Raises:
         ValueError: If an argument is not among the accepted ones, or does not go with the others.
@@ -81,11 +85,13 @@ def transport(
     grid = None if num_steps is None else flow.grid(u0, u1, num_steps, grading)
     # The state is cheap beside the network, and rounding adds up along a trajectory.
     state = x.to(widest_float(x)) / flow.scale(start)
-    options = {"rtol": rtol, "atol": atol, "step_control": step_control}
+    options = {"rtol": rtol, "atol": atol, "step_control": step_control, "return_trajectory": return_trajectory}
     solution = odeint(flow.velocity, state, u0, u1, method=method, grid=grid, args=args, **options)
-    return Solution(
-        solution.x * flow.scale(end), solution.nfe, solution.evaluations, solution.accepted, solution.rejected
-    )
+    times, trajectory = solution.times, solution.trajectory
+    if times is not None and trajectory is not None:
+        times = flow.coordinates.time(times)
+        trajectory = trajectory * lift(flow.coordinates.scale_at(times), trajectory)
+    return replace(solution, x=solution.x * flow.scale(end), times=times, trajectory=trajectory)
 
 
 def check_steps(method: str | ButcherTableau, num_steps: int | None, **numbers: float | None) -> None:

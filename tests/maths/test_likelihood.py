@@ -361,6 +361,18 @@ def test_transport_is_the_flow_there_and_back(coordinates, path_name):
     assert (half.x - flow_of_gaussian(problem, path, x, 0.0, 0.5)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("path_name", PATH_NAMES)
+def test_a_trajectory_is_made_of_points_of_the_path(path_name):
+    path, problem = make_path(path_name), gaussian((1, 2, 2), mean=0.3, std=0.5)
+    noise = problem.marginal_sample(path, 1.0, 6)
+    result = transport(problem.model(path), noise, path, start=1.0, end=0.0, num_steps=100, return_trajectory=True)
+    assert result.trajectory.shape == (101, 6, 1, 2, 2)
+    assert (result.times.diff() < 0).all()
+    for i in (0, 30, 70, 100):
+        exact = flow_of_gaussian(problem, path, noise, 1.0, result.times[i].item())
+        assert (result.trajectory[i] - exact).abs().max() < 1e-4 * path.prior_std
+
+
 # Bits per dimension.
 
 

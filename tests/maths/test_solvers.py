@@ -438,3 +438,39 @@ def test_norm_decides_what_counts():
     free, held = (odeint(field, x, 0.0, 1.0, norm=norm) for norm in (first, None))
     assert free.nfe < held.nfe / 4
     assert (free.x[:, 0] - math.e).abs().max() < 1e-4
+
+
+# Trajectories
+
+
+@pytest.mark.parametrize("method", [*FIXED_METHODS, HEUN_EULER])
+def test_a_trajectory_has_the_state_of_every_step(method) -> None:
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    # Euler errs by at most h / 2 e^-1 |x|, methods of order 2 by less than h^2 |x| = 5e-5.
+    solution = odeint(lambda t, x: -x, x, 0.0, 1.0, method=method, num_steps=200, return_trajectory=True)
+    assert solution.times.tolist() == pytest.approx([i / 200 for i in range(201)])
+    exact = x * torch.exp(-solution.times)[:, None, None]
+    torch.testing.assert_close(solution.trajectory, exact, atol=2e-3 if method == "euler" else 5e-5, rtol=0.0)
+    assert solution.trajectory[-1].equal(solution.x)
+    plain = odeint(lambda t, x: -x, x, 0.0, 1.0, method=method, num_steps=200)
+    assert plain.trajectory is None
+    assert plain.x.equal(solution.x)
+
+
+def test_an_adaptive_trajectory_has_the_accepted_steps() -> None:
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+
+    def field(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return -50 * (x - t.cos()[:, None])
+
+    solution = odeint(field, x, 0.0, 0.5, first_step=0.5, return_trajectory=True)
+    assert solution.rejected[0] > 0
+    assert len(solution.times) == solution.accepted[0] + 1
+    assert (solution.times.diff() > 0).all()
+    for start, end, before, after in zip(
+        solution.times, solution.times[1:], *[solution.trajectory[i:] for i in (0, 1)]
+    ):
+        fine = odeint(field, before, start.item(), end.item(), method="rk4", num_steps=50).x
+        torch.testing.assert_close(after, fine, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="times that all samples share"):
+        odeint(field, x, 0.0, 0.5, step_control="per_sample", return_trajectory=True)

@@ -33,6 +33,7 @@ from diffusers_fm.timesteps import DENSITIES
 from diffusers_fm.training.arguments import TrainingArguments, resume_changes
 
 
+RECIPES = sorted([*ROOT.glob("pipelines/*/training.json"), *ROOT.glob("pipelines/*/lora.json")])
 SCRIPTS = sorted((ROOT / "training_scripts").glob("*.py"))
 
 
@@ -133,6 +134,22 @@ def test_a_file_of_arguments_with_a_byte_order_mark(encoding: str, tmp_path: Pat
     file.write_text(json.dumps(args.saved(), ensure_ascii=False), encoding=encoding)
     assert parse_arguments(Script, ["--config", str(file)]) == args
     assert parse_arguments(Script, ["--config", str(file), "--steps=2"]).steps == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_recipes_work_from_any_folder(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kinds = {"lora.json": "_text_to_image_lora", "upscale": "_upscale", "text_encoder": "_text_to_image"}
+    parts = [recipe.name, recipe.parent.name.partition("-")[0], *(folder.name for folder in recipe.parent.iterdir())]
+    kind = next((kind for part, kind in kinds.items() if part in parts), "_flow_matching")
+    script = load_script(ROOT / "training_scripts" / f"train{kind}.py")
+    written = json.loads(recipe.read_text())
+    data = [] if "dataset_name" in written else ["--dataset_name=own"]
+    args = parse_arguments(script.ScriptArguments, ["--config", str(recipe), "--output_dir=run", *data])
+    for name in ("pretrained_model_name_or_path", "dataset_name"):
+        if name in written and (ROOT / written[name]).exists():
+            assert Path(getattr(args, name)) == ROOT / written[name]
+    assert args.output_dir == "run"
 
 
 def test_lists_of_a_file(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ import ast
 import configparser
 import re
 import shlex
+import subprocess
+import sys
 from collections import Counter
 from importlib import import_module
 from importlib.metadata import version
@@ -142,6 +144,29 @@ def test_every_source_file_names_its_licence() -> None:
     ]
     assert sources
     assert without == []
+
+
+def test_import_prints_nothing() -> None:
+    said = subprocess.run([sys.executable, "-c", "import diffusers_fm"], capture_output=True, text=True, check=True)
+    assert (said.stdout, said.stderr) == ("", "")
+
+
+def test_contributing_has_the_floors_of_setup_cfg() -> None:
+    layers = setup_cfg()["importlinter:contract:floors"]["layers"].split("\n")[1:]
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| ([^|]*) \|", text, re.MULTILINE)
+    written = {int(floor): re.findall(r"`(\w+)`", rooms) for floor, rooms in rows}
+    assert [written[floor] for floor in range(len(layers) - 1, -1, -1)] == [layer.split(" | ") for layer in layers]
+    assert written[len(layers)] == ["__init__"]
+
+
+def test_pipelines_page_lists_every_folder() -> None:
+    page = (ROOT / "docs" / "pipelines.md").read_text(encoding="utf-8")
+    rows = "".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    folders = [path.parent for path in ROOT.glob("pipelines/*/model_index.json")]
+    assert [folder.name for folder in folders if f"`{folder.name}`" not in rows] == []
+    assert [folder.name for folder in folders if not (folder / "README.md").exists()] == []
+    assert [folder.name for folder in folders if not (folder / "training.json").exists()] == ["sd3-medium"]
 
 
 # Documents

@@ -246,9 +246,9 @@ def test_models_that_cannot_be_adapted_are_refused(data: Path, tmp_path: Path) -
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_stable_diffusion_3().transformer
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=re.escape('pip install "diffusers-fm[lora]"')):
+    with pytest.raises(ValueError, match=re.escape('pip install -e ".[lora]"')):
         add_lora(model, 2, 2.0, ["to_q"])
-    with pytest.raises(ValueError, match=re.escape('pip install "diffusers-fm[lora]"')):
+    with pytest.raises(ValueError, match=re.escape('pip install -e ".[lora]"')):
         parse_arguments(script.ScriptArguments, ["--pretrained_model_name_or_path=x", "--dataset_name=x"])
 
 

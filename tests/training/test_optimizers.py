@@ -246,7 +246,7 @@ def test_a_missing_optimizer_names_its_extra(name: str, monkeypatch: pytest.Monk
     if package == "torch":
         return
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=re.escape(f'--optimizer {name} needs `pip install "diffusers-fm[{extra}]"`')):
+    with pytest.raises(ValueError, match=re.escape(f'--optimizer {name} needs `pip install -e ".[{extra}]"`')):
         make_optimizer([torch.nn.Parameter(torch.ones(1))], 1e-3, name)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.signal import resample_poly
 
+from ..arguments import install
 from ..spectrograms import LogMel
 from .transforms import ImageTransform, image_file
 
@@ -38,7 +39,7 @@ class SoundTransform(ImageTransform):
         if self.random_flip:
             raise ValueError("--random_flip mirrors images: sounds would run backwards.")
         if importlib.util.find_spec("soundfile") is None:
-            raise ValueError('soundfile is not installed: sounds need `pip install "diffusers-fm[audio]"`.')
+            raise ValueError(f"soundfile is not installed: sounds need {install('audio')}.")
 
     @property
     def settings(self) -> tuple[Any, ...]:

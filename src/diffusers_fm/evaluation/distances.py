@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..arguments import install
 from ..precision import to_float64
 
 
@@ -31,9 +32,7 @@ def import_torchmetrics() -> tuple[Any, Any, Any]:
     try:
         from torchmetrics.image import fid, inception, kid
     except ImportError as error:
-        raise ValueError(
-            'torchmetrics is not installed: quality figures need `pip install "diffusers-fm[evaluate]"`.'
-        ) from error
+        raise ValueError(f"torchmetrics is not installed: quality figures need {install('evaluate')}.") from error
     # All features are in memory already, which torchmetrics would warn of.
     warnings.filterwarnings("ignore", "Metric .* will save all extracted features in buffer")
     return fid, inception, kid

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from ..arguments import install
 from ..data.images import ImageData
 from ..data.latents import normalize
 from ..data.order import StreamSampler, make_loader
@@ -114,7 +115,7 @@ def import_inception() -> Any:
         )
     except ImportError as error:
         raise ValueError(
-            'torch-fidelity is not installed: Inception features need `pip install "diffusers-fm[inception]"`.'
+            f"torch-fidelity is not installed: Inception features need {install('inception')}."
         ) from error
     return FeatureExtractorInceptionV3
 

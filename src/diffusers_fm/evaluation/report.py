@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from ..arguments import install
 from ..files import replace_text
 from ..training.validation import make_grid
 
@@ -55,7 +56,7 @@ def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError('matplotlib is not installed: plots need `pip install "diffusers-fm[evaluate]"`.') from error
+        raise ValueError(f"matplotlib is not installed: plots need {install('evaluate')}.") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

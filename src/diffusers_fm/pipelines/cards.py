@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..arguments import INSTALL
 from ..hub.cards import CardContent
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import TABLEAUX
 
 
-IMPORT = "import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler and the pipeline"
+IMPORT = f"import diffusers_fm  # {INSTALL} in a clone of it; teaches diffusers the scheduler and the pipeline"
 
 # Further solvers of the card's table: settings to add, and calls of the network for one of the pipeline's own. The
 # first is the one that `docs/choosing_a_solver.md` recommends.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, NotNegative, Positive, Range, option
+from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, NotNegative, Positive, Range, install, option
 from ..data.arguments import LatentArguments
 from ..data.buckets import parse_buckets
 from ..training.arguments import TrainingArguments
@@ -114,7 +114,7 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
 def check_peft() -> None:
     """Refuse adapters where PEFT is not installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ValueError('PEFT is not installed: adapters need `pip install "diffusers-fm[lora]"`.')
+        raise ValueError(f"PEFT is not installed: adapters need {install('lora')}.")
 
 
 def parse_layers(text: str) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 
+from ..arguments import INSTALL
 from ..hub.cards import CardContent, Picture, hub_id, model_card
 from ..hub.portable import last_part
 from ..paths import OTPath
@@ -20,7 +21,7 @@ from .arguments import TextToImageArguments
 
 
 TAGS = ("text-to-image", "diffusers-training")
-IMPORT = "import diffusers_fm  # pip install diffusers-fm; teaches diffusers the scheduler\n"
+IMPORT = f"import diffusers_fm  # {INSTALL} in a clone of it; teaches diffusers the scheduler\n"
 
 
 def text_to_image_card(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..arguments import install
 from .ema import local_part
 
 
@@ -42,9 +43,7 @@ def check_optimizer(name: str) -> None:
         raise ValueError(f"--optimizer must be one of {', '.join(OPTIMIZERS)}, got {name!r}.")
     package, extra = OPTIMIZERS[name]
     if importlib.util.find_spec(package) is None:
-        raise ValueError(
-            f'{package} is not installed: --optimizer {name} needs `pip install "diffusers-fm[{extra}]"`.'
-        )
+        raise ValueError(f"{package} is not installed: --optimizer {name} needs {install(extra)}.")
 
 
 def make_optimizer(
