@@ -2,11 +2,16 @@
 """Settings of all tests."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+
+from diffusers_fm.models.networks import NETWORKS
+from diffusers_fm.paths import PATHS
+from diffusers_fm.timesteps import DENSITIES
 
 
 # Tests run in two processes, and tiny models gain nothing from more threads.
@@ -19,6 +24,17 @@ def no_state_of_accelerate_is_left() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_registers_goes_with_it() -> Iterator[None]:
+    """The next test finds the built-in paths, densities and networks alone."""
+    tables: list[dict[str, Any]] = [PATHS, DENSITIES, NETWORKS]
+    before = [table.copy() for table in tables]
+    yield
+    for table, entries in zip(tables, before):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture

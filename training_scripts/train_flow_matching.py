@@ -41,6 +41,11 @@ Straighter trajectories, on the pairs that draw_pairs.py has drawn from a traine
       --train_batch_size 64 --max_train_steps 2000 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
       --use_ema --seed 0
 
+A network of your own, on arrays such as time series (see docs/your_own_network.md):
+
+    accelerate launch training_scripts/train_flow_matching.py --import_modules my_network \
+      --pretrained_model_name_or_path my-pipeline --dataset_name data/waves --array_column wave --output_dir runs/waves
+
 Go on after an interruption:
 
     accelerate launch training_scripts/train_flow_matching.py --config runs/unet-digits/training_args.json \
@@ -55,7 +60,8 @@ import torch
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
-from diffusers_fm.data.arguments import LabelArguments, LatentArguments, PairArguments
+from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentArguments, PairArguments
+from diffusers_fm.data.arrays import load_arrays
 from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
@@ -75,7 +81,7 @@ from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments, PairArguments):
+class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_flow_matching", "Name of the run in the trackers.")
@@ -91,7 +97,7 @@ def main(args: ScriptArguments) -> None:
     pipeline = run.init_pipeline(FlowMatchPipeline)
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
-    resolution = choose_resolution(pipeline, args.resolution)
+    resolution = 0 if args.array_column else choose_resolution(pipeline, args.resolution)
     path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
     prediction_type = pipeline.scheduler.config.prediction_type
     if pipeline.vae is not None:
@@ -101,7 +107,9 @@ def main(args: ScriptArguments) -> None:
 
     # 2. Data
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_images(args, pipeline, resolution)
+        images = None if args.array_column else load_images(args, pipeline, resolution)
+        train_data, held_out_data = images or load_arrays(args, pipeline)
+    size = f" of side {resolution}" if resolution else ""
     if args.cache_latents:
         folder = precomputed_folder(args, run.output_dir)
         data_sets = (train_data, held_out_data)
@@ -131,7 +139,7 @@ def main(args: ScriptArguments) -> None:
         validate,
         export,
         f"{type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path, {prediction_type};"
-        f" {train_data.description} of side {resolution}, {len(held_out_data or [])} held out.",
+        f" {train_data.description}{size}, {len(held_out_data or [])} held out.",
     )
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps

@@ -9,7 +9,7 @@ from ._quiet import restore
 from diffusers import ModelMixin as ModelMixin
 from diffusers import SchedulerMixin as SchedulerMixin
 
-from ._register import register
+from ._register import register, register_network
 from .losses import flow_matching_loss
 from .models import ClassEmbedder, IntervalEmbedding, decode_latents, encode_latents
 from .paths import (
@@ -76,6 +76,7 @@ __all__ = [
     "init_pipeline",
     "make_path",
     "register_density",
+    "register_network",
     "register_path",
     "sample_timesteps",
     "with_flow_map",

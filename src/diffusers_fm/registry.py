@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-OURS = __name__.partition(".")[0]
+LIBRARIES = (__name__.partition(".")[0], "diffusers")
 
 
 def full_name(entry: Any) -> str:
@@ -18,14 +18,14 @@ def full_name(entry: Any) -> str:
 
 
 def is_own(entry: Any) -> bool:
-    """Whether a class or function is from outside this package."""
-    return entry.__module__.partition(".")[0] != OURS
+    """Whether a class is from outside this package and diffusers."""
+    return entry.__module__.partition(".")[0] not in LIBRARIES
 
 
 def add_entry(table: dict[str, T], name: str, entry: T, what: str) -> None:
     """Put an entry of the user's into a table; the same one may come again, as when a module is reloaded."""
-    if not isinstance(name, str) or not name.isidentifier():
-        raise ValueError(f"The name of a {what} must be of letters, digits and underscores, got {name!r}.")
+    if not isinstance(name, str) or not name.replace(".", "").isidentifier():
+        raise ValueError(f"The name of a {what} must be of letters, digits, dots and underscores, got {name!r}.")
     if name in table and full_name(table[name]) != full_name(entry):
         raise ValueError(f"The name {name!r} of a {what} is taken by {full_name(table[name])}: choose another one.")
     table[name] = entry

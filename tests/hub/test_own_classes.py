@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A path and a density of one's own, from a file: trained by the script, pushed, pulled by a fresh process."""
+"""A path, a density and a network of one's own, from files: trained, pushed, pulled by a fresh process."""
 
 import json
 import re
@@ -7,33 +7,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import torch
 from fake_hub import fake_hub
 from pull_client import TOKEN
-from training_runs import ROOT, SCRIPT, command_line, environment, make_dataset, save_untrained
+from training_runs import ROOT, SCRIPT, command_line, environment
 
 
-# The file that docs/paths.md shows.
-PAGE = (ROOT / "docs" / "paths.md").read_text(encoding="utf-8")
-MODULE = next(code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "register_path(" in code)
+def module_of(page: str, call: str) -> str:
+    """The file that a page of the documentation shows."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return next(code for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if call in code)
+
 
 READER = """
-import sys
 import torch
 from diffusers import DiffusionPipeline
-import diffusers_fm
+from diffusers_fm import FlowMatchPipeline
 
-def images(name):
-    pipeline = DiffusionPipeline.from_pretrained(name)
-    call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 3, "output_type": "pt"}
-    return pipeline(batch_size=2, **call).images
+def samples(kind, name):
+    pipeline = kind.from_pretrained(name)
+    call = {"generator": torch.Generator().manual_seed(0), "num_inference_steps": 3, "output_type": "latent"}
+    return pipeline(class_labels=[0, 1], guidance_scale=2.0, **call).images
 
-try:
-    images("someone/own")
-except ValueError as error:
-    print(error)
+def refused(name):
+    try:
+        samples(FlowMatchPipeline, name)
+    except ValueError as error:
+        print(error)
+
+refused("someone/own")
+refused("own")
+import my_network
+refused("own")
 import my_paths
-torch.save([images(name) for name in ("someone/own", "own")], "images.pt")
+kinds = (FlowMatchPipeline, DiffusionPipeline)
+torch.save([samples(kind, name) for kind in kinds for name in ("someone/own", "own")], "samples.pt")
 """
 
 
@@ -44,24 +53,51 @@ def run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, env={**environment(), **hub}, capture_output=True, text=True)
 
 
-def test_a_path_and_a_density_of_ones_own_from_training_to_a_fresh_process(tmp_path: Path) -> None:
-    (tmp_path / "my_paths.py").write_text(MODULE)
-    pipeline = save_untrained(tmp_path / "untrained", "unet")
-    file = pipeline / "scheduler" / "scheduler_config.json"
+def write_pipeline(folder: Path) -> None:
+    """An untrained pipeline by hand, of classes that this process does not know."""
+    none = [None, None]
+    index = {"_class_name": "FlowMatchPipeline", "_diffusers_version": "0.42.1", "vae": none, "unet": none}
+    index |= {"scheduler": ["diffusers_fm", "FlowMatchScheduler"], "transformer": ["my_network", "MyNetwork"]}
     own = {"path": "quadratic", "path_kwargs": {"power": 3.0}}
-    file.write_text(json.dumps(json.loads(file.read_text()) | own))
-    options = {"max_train_steps": 2, "num_validation_images": 1, "timestep_density": "late"}
+    network = {"_class_name": "MyNetwork", "in_channels": 1, "sample_size": [16], "width": 8, "num_class_embeds": 4}
+    for file, values in (
+        ("model_index.json", index | {"num_classes": 3}),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchScheduler"} | own),
+        ("transformer/config.json", network),
+    ):
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(values))
+
+
+def test_own_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
+    (tmp_path / "my_paths.py").write_text(module_of("paths.md", "register_path("))
+    (tmp_path / "my_network.py").write_text(module_of("your_own_network.md", "@register_network"))
+    write_pipeline(tmp_path / "untrained")
+    waves = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = {"wave": waves, "label": [row % 3 for row in range(24)]}
+    datasets.Dataset.from_dict(rows).save_to_disk(tmp_path / "waves")
+    options = {"max_train_steps": 2, "timestep_density": "late", "array_column": "wave", "learning_rate": 0.1}
     options |= {"push_to_hub": True, "hub_model_id": "someone/own", "hub_token": TOKEN}
-    line = command_line(pipeline, make_dataset(tmp_path / "data"), Path("own"), **options)
+    line = command_line(tmp_path / "untrained", tmp_path / "waves", Path("own"), **options)
     with fake_hub() as server:
-        trained = run(tmp_path, server.endpoint, str(SCRIPT), *line, "--import_modules", "my_paths")
+        trained = run(tmp_path, server.endpoint, str(SCRIPT), *line, "--import_modules", "my_paths", "my_network")
         assert trained.returncode == 0, trained.stderr
-        card = server.files("someone/own")["README.md"].decode()
-        assert "import my_paths  # QuadraticPath; not in this repository" in card
-        assert not any(name.endswith(".py") for name in server.files("someone/own"))
+        files = server.files("someone/own")
+        card = files["README.md"].decode()
+        for name in ("my_paths  # QuadraticPath", "my_network  # MyNetwork"):
+            assert f"import {name}; not in this repository" in card
+        assert not any(name.endswith(".py") for name in files)
         read = run(tmp_path, server.endpoint, "-c", READER)
     assert read.returncode == 0, read.stderr
-    assert "The path 'quadratic' is not registered: import the module 'my_paths' that calls" in read.stdout
-    pulled, saved = torch.load(tmp_path / "images.pt")
-    torch.testing.assert_close(pulled, saved, rtol=0, atol=0)
-    assert pulled.std() > 0.01
+    said = [line for line in read.stdout.splitlines() if line.startswith("The ")]
+    absent = "from the module 'my_network', which is not imported: import it before loading."
+    assert said == [
+        f"The pipeline 'someone/own' has a network of its own {absent}",
+        f"The pipeline 'own' has a MyNetwork {absent}",
+        "The path 'quadratic' is not registered: import the module 'my_paths' that calls `diffusers_fm.register_path"
+        "('quadratic', QuadraticPath)` before loading, in a training script with --import_modules.",
+    ]
+    pulled, *others = torch.load(tmp_path / "samples.pt")
+    for other in others:
+        torch.testing.assert_close(pulled, other, rtol=0, atol=0)
+    assert pulled.shape == (2, 1, 16) and pulled.std() > 0.01

@@ -739,8 +739,7 @@ class Power(ConditionalPath):
         return t**self.power
 
 
-def test_a_registered_path_is_made_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers_fm.paths.PATHS", dict(PATHS))
+def test_a_registered_path_is_made_by_its_name() -> None:
     register_path("power", Power)
     register_path("power", Power)
     path = make_path("power", power=3.0)
@@ -752,11 +751,10 @@ def test_a_registered_path_is_made_by_its_name(monkeypatch: pytest.MonkeyPatch) 
     one_sentence(raised.value)
 
 
-def test_names_of_paths_are_not_taken_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffusers_fm.paths.PATHS", dict(PATHS))
+def test_names_of_paths_are_not_taken_twice() -> None:
     for name, path_class, sentence in (
         ("ot", Power, "'ot' of a path is taken by diffusers_fm.paths.gaussian.OTPath"),
-        ("my path", Power, "letters, digits and underscores, got 'my path'"),
+        ("my path", Power, "letters, digits, dots and underscores, got 'my path'"),
         ("power", Power(), "must be a subclass of ConditionalPath, got Power"),
         ("power", str, "must be a subclass of ConditionalPath"),
     ):

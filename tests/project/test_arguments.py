@@ -13,7 +13,6 @@ from typing import Annotated
 import pytest
 from training_runs import ROOT, environment, load_script
 
-import diffusers_fm
 from diffusers_fm.arguments import (
     Arguments,
     Count,
@@ -29,7 +28,6 @@ from diffusers_fm.arguments import (
     parse_arguments,
     run_script,
 )
-from diffusers_fm.timesteps import DENSITIES
 from diffusers_fm.training.arguments import TrainingArguments, resume_changes
 
 
@@ -88,8 +86,6 @@ def test_modules_are_imported_before_values_are_checked(tmp_path: Path, monkeypa
     (tmp_path / "my_faults.py").write_text("import my_dependency\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", sys.path.copy())
-    monkeypatch.setattr("diffusers_fm.timesteps.DENSITIES", DENSITIES.copy())
-    monkeypatch.setattr("diffusers_fm.training.arguments.DENSITIES", diffusers_fm.timesteps.DENSITIES)
     words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", "--timestep_density=late"]
     with pytest.raises(ValueError, match=r"^--timestep_density must be one of uniform, .*, u_shaped, got 'late'\.$"):
         parse_arguments(TrainingArguments, words)

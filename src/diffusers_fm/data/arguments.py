@@ -121,3 +121,21 @@ class PairArguments(Arguments):
         for name, value in given.items():
             if value:
                 raise ValueError(f"--{name} {value} does not go with --noise_column: pairs are used as they are.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayArguments(Arguments):
+    """Arrays in place of images."""
+
+    _argument_group_name = "arrays"
+
+    array_column: str | None = option(
+        None, "Column of arrays in place of images, of the shape that the network takes, as they are."
+    )
+
+    def check(self) -> None:
+        if not (isinstance(self, DataArguments) and self.array_column is not None):
+            return
+        for name in ("resolution", "center_crop", "random_flip", "streaming"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} does not go with --array_column {self.array_column}.")

@@ -128,6 +128,8 @@ class CardContent:
             Held-out losses of equal parts of [0, 1], from data to noise.
         evaluation ([`Evaluation`], *optional*), arguments (`Mapping[str, Any]`, *optional*):
             Measured figures, and arguments of the training script.
+        own_classes (`Sequence[str]`, *optional*):
+            Classes of the user's by module and name, such as `my_network.MyNetwork`, besides that of the path.
     """
 
     repo_id: str
@@ -147,6 +149,7 @@ class CardContent:
     losses_by_time: Sequence[float | None] = ()
     evaluation: Evaluation | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    own_classes: Sequence[str] = ()
 
 
 def model_card(content: CardContent) -> ModelCard:
@@ -233,7 +236,7 @@ def _metadata(content: CardContent) -> ModelCardData:
 def _own_imports(content: CardContent) -> str:
     """Lines that import the user's own classes, without which the model cannot be loaded."""
     lines = []
-    for name in filter(None, [content.scheduler.get("_path_class")]):
+    for name in filter(None, [content.scheduler.get("_path_class"), *content.own_classes]):
         module, _, class_name = name.rpartition(".")
         is_script = module == "__main__"
         line = (

@@ -131,11 +131,16 @@ class FlowMatchPipelineBase(FlowMatchComponents):
             latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=torch.float32)
         return latents.to(device=device, dtype=torch.float32) * self.scheduler.init_noise_sigma
 
-    def check_inputs(self, batch_size: int, latent_shape: tuple[int, int, int], options: SamplingOptions) -> None:
+    def check_inputs(self, batch_size: int, latent_shape: tuple[int, ...], options: SamplingOptions) -> None:
         """Raise a `ValueError` for arguments of a call that cannot work, before any work."""
         if not is_whole(batch_size):
             raise ValueError(f"`batch_size` must be 1 or more, got {batch_size!r}.")
         check_output(batch_size, options.output_type, options.generator)
+        if options.output_type != "latent" and len(latent_shape) != 3:
+            raise ValueError(
+                f"Samples of the shape {latent_shape} are no images: `output_type` must be latent, got"
+                f" {options.output_type!r}."
+            )
         if options.output_type == "pil" and self.image_channels not in (1, 3, 4):
             raise ValueError(
                 f"An image of {self.image_channels} channels cannot be a PIL image: use `output_type` np, pt or"

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..arguments import INSTALL
 from ..hub.cards import CardContent
+from ..registry import full_name, is_own
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import TABLEAUX
 
@@ -45,8 +46,15 @@ def pipeline_content(
     else:
         kind, imports = f"An image upscaler, {scale_factor} times to each side,", "import PIL.Image\nimport torch"
         words = ['PIL.Image.open("low_resolution.png")', *(["class_labels=[0]"] if num_classes else [])]
+    task = "unconditional-image-generation" if scale_factor is None else "image-to-image"
     words += [f"num_inference_steps={num_inference_steps}"]
     words += [f"guidance_scale={guidance_scale:g}"] if guidance_scale != 1.0 else []
+    shape = " x ".join(map(str, sample_shape))
+    result = 'images = pipeline({words}).images\nimages[0].save("sample.png")'
+    if len(sample_shape) != 3:
+        kind = f"{kind.partition(' image')[0]} generator of arrays of {shape}"
+        words += ['output_type="latent"']
+        result = "arrays = pipeline({words}).images"
     return CardContent(
         repo_id=repo_id,
         summary=f"{kind} trained by flow matching with `diffusers-fm`, in diffusers' own folder format.",
@@ -58,19 +66,19 @@ from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{repo_id}")
 pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-images = pipeline({", ".join(words)}).images
-images[0].save("sample.png")
+{result.format(words=", ".join(words))}
 """,
         scheduler=scheduler.config,
         path=scheduler.path,
-        pipeline_tag="unconditional-image-generation" if scale_factor is None else "image-to-image",
+        pipeline_tag=None if len(sample_shape) != 3 else task,
         tags=("class-conditional",) if num_classes else (),
         facts={
             "network": describe_network(network),
-            "sample": " x ".join(map(str, sample_shape)) + (" latents" if latent else ""),
+            "sample": shape + (" latents" if latent else ""),
             **({"classes": str(num_classes)} if num_classes else {}),
         },
         solvers=solver_rows(scheduler, num_inference_steps),
+        own_classes=[full_name(type(network))] if is_own(type(network)) else [],
     )
 
 

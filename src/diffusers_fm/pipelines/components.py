@@ -3,6 +3,8 @@
 
 import json
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,7 @@ from ..hub.push import PushMixin, hub_reason
 from ..models.autoencoding import spatial_scale_factor
 from ..models.class_embedder import ClassEmbedder
 from ..models.interval import IntervalEmbedding
+from ..models.networks import argument_names, call_network, is_registered
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .cards import pipeline_content
 from .checks import Labels, is_whole
@@ -40,6 +43,10 @@ from .checks import Labels, is_whole
 # How far from an end the flow begins where the network's answer leaves the velocity without a limit there, and the
 # least t that a network of the logarithm of time is given.
 MARGIN = 1e-4
+
+OR_OWN = "a network of your own is registered first by `diffusers_fm.register_network`"
+
+NOT_IMPORTED = "The pipeline {!r} has a {} from the module {!r}, which is not imported: import it before loading."
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".flashpack")
 
@@ -97,8 +104,8 @@ def check_one_network(unet: object, transformer: object) -> None:
 
 
 def check_components(
-    unet: UNet2DModel | None,
-    transformer: DiTTransformer2DModel | SD3Transformer2DModel | None,
+    unet: ModelMixin | None,
+    transformer: ModelMixin | None,
     vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None,
     class_embedder: ClassEmbedder | None,
     num_classes: int | None,
@@ -106,16 +113,19 @@ def check_components(
     """Raise a `ValueError` if the components of a [`FlowMatchPipeline`] do not fit together."""
     check_one_network(unet, transformer)
     network = unwrap_module(transformer if unet is None else unet)
-    if unet is not None and not isinstance(network, UNet2DModel):
-        raise ValueError(f"`unet` must be a UNet2DModel, got {network.__class__.__name__}.")
-    if unet is None and not isinstance(network, (DiTTransformer2DModel, SD3Transformer2DModel)):
+    is_own = is_registered(network)
+    if not is_own and unet is not None and not isinstance(network, UNet2DModel):
+        raise ValueError(f"`unet` must be a UNet2DModel, got {network.__class__.__name__}; {OR_OWN}.")
+    if not is_own and unet is None and not isinstance(network, (DiTTransformer2DModel, SD3Transformer2DModel)):
         raise ValueError(
             "`transformer` must be a DiTTransformer2DModel or an SD3Transformer2DModel, got"
-            f" {network.__class__.__name__}."
+            f" {network.__class__.__name__}; {OR_OWN}."
         )
     config = network.config
 
-    if isinstance(network, SD3Transformer2DModel):
+    if is_own:
+        classes = _classes_of_own(network, class_embedder)
+    elif isinstance(network, SD3Transformer2DModel):
         if class_embedder is None or not isinstance(unwrap_module(class_embedder), ClassEmbedder):
             raise ValueError(
                 "An SD3Transformer2DModel needs a ClassEmbedder as `class_embedder` (one with `num_classes=0` for an"
@@ -143,10 +153,27 @@ def check_components(
         raise ValueError(f"`num_classes` must be {accepted} for this network, got {num_classes}.")
 
 
+def _classes_of_own(network: ModelMixin, class_embedder: ClassEmbedder | None) -> set[int]:
+    """Numbers of classes that a registered network can have."""
+    names, rows = argument_names(network), network.config.get("num_class_embeds")
+    if ("encoder_hidden_states" in names) != (class_embedder is not None):
+        raise ValueError(
+            f"{network.__class__.__name__} takes {names}: a `class_embedder` belongs to a network with"
+            " `encoder_hidden_states`, and to no other."
+        )
+    if rows is not None and "class_labels" not in names:
+        raise ValueError(
+            f"{network.__class__.__name__} has `num_class_embeds` {rows} and no argument `class_labels`, but {names}."
+        )
+    if class_embedder is not None:
+        return {unwrap_module(class_embedder).config.num_classes}
+    return {0} if rows is None else {rows, rows - 1}
+
+
 def check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
     """Raise a `ValueError` if a network gives other channels than it takes, or other ones than the autoencoder has."""
     config = unwrap_module(network).config
-    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    out_channels = config.get("out_channels") or config.in_channels
     if out_channels not in (config.in_channels, 2 * config.in_channels):
         raise ValueError(
             f"The network's `out_channels` must equal its `in_channels` {config.in_channels}, or be twice as many with"
@@ -218,8 +245,8 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     def __init__(
         self,
         scheduler: SchedulerMixin,
-        unet: UNet2DModel | None = None,
-        transformer: DiTTransformer2DModel | SD3Transformer2DModel | None = None,
+        unet: UNet2DModel | ModelMixin | None = None,
+        transformer: DiTTransformer2DModel | SD3Transformer2DModel | ModelMixin | None = None,
         vae: AutoencoderKL | AutoencoderTiny | AutoencoderDC | None = None,
         class_embedder: ClassEmbedder | None = None,
         num_classes: int | None = None,
@@ -282,6 +309,9 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             networks = {name: kwargs.get(name, name in declared or None) for name in ("unet", "transformer")}
             check_one_network(**networks)
             missing = [name for name in declared if name not in kwargs and not has_weights(folder / name)]
+            for name in declared:
+                if name not in kwargs and index[name][0] not in sys.modules:
+                    raise ValueError(NOT_IMPORTED.format(str(folder), index[name][1], index[name][0]))
             if missing:
                 raise ValueError(
                     f"The folder {str(folder)!r} holds no weights for {' and '.join(missing)}; build an untrained"
@@ -289,6 +319,14 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
                 )
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        except ValueError as error:
+            # diffusers' way to say that model_index.json names a module that it does not know.
+            module = re.match(r"\w+/([\w.]+)\.py as defined in", str(error))
+            if module is None:
+                raise
+            raise ValueError(
+                NOT_IMPORTED.format(pretrained_model_name_or_path, "network of its own", module[1])
+            ) from error
         except OSError as error:
             cause = error if isinstance(error, HfHubHTTPError) else error.__cause__
             if folder.exists() or cause is None:
@@ -323,21 +361,20 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     def num_classes(self) -> int:
         """Number of classes, the null class not counted; 0 for an unconditional model."""
         network = unwrap_module(self.denoiser)
-        if isinstance(network, SD3Transformer2DModel):
+        if self.class_embedder is not None:
             return self.class_embedder.config.num_classes
         if isinstance(network, DiTTransformer2DModel):
             return network.config.num_embeds_ada_norm
         if self.config.num_classes is not None:
             return self.config.num_classes
-        return network.config.num_class_embeds or 0
+        return network.config.get("num_class_embeds") or 0
 
     @property
     def null_class(self) -> int | None:
         """Label of the null class of classifier-free guidance, or `None` where the network has none."""
         network = unwrap_module(self.denoiser)
-        if isinstance(network, UNet2DModel) and network.config.num_class_embeds != self.num_classes + 1:
-            return None
-        return self.num_classes
+        has_null = self.class_embedder is not None or isinstance(network, DiTTransformer2DModel)
+        return self.num_classes if has_null or network.config.get("num_class_embeds") == self.num_classes + 1 else None
 
     @property
     def data_channels(self) -> int:
@@ -350,21 +387,27 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         return self.data_channels if self.vae is None else self.vae.config.in_channels
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Shape `(channels, height, width)` of what the network was configured for: pixels, or latents."""
-        config = unwrap_module(self.denoiser).config
-        if config.sample_size is None:
+    def sample_shape(self) -> tuple[int, ...]:
+        """
+        Shape `(channels, height, width)` of what the network was configured for: pixels, or latents. A registered
+        network may have other dimensions after the channels.
+        """
+        size = unwrap_module(self.denoiser).config.sample_size
+        if size is None:
             raise ValueError("The unet's config has no `sample_size`: `height` and `width` must be given.")
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.data_channels, height, width
+        return self.data_channels, *((size, size) if isinstance(size, int) else size)
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether samples are pictures: of two dimensions, and of 1, 3 or 4 channels."""
+        return len(self.sample_shape) == 3 and self.image_channels in (1, 3, 4)
 
     @property
     def size_multiple(self) -> int:
         """Number of pixels that height and width of an image must be multiples of."""
         network = unwrap_module(self.denoiser)
         is_unet = isinstance(network, UNet2DModel)
-        patch = 2 ** (len(network.config.block_out_channels) - 1) if is_unet else network.config.patch_size
+        patch = 2 ** (len(network.config.block_out_channels) - 1) if is_unet else network.config.get("patch_size", 1)
         return patch * self.vae_scale_factor
 
     def get_label_ids(self, label: str | list[str]) -> list[int]:
@@ -479,25 +522,19 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         elif self.null_class is not None:
             class_labels = torch.full((batch_size,), self.null_class, dtype=torch.int64, device=device)
 
+        conditions: dict[str, torch.Tensor | None] = {"class_labels": class_labels}
         if self.class_embedder is not None:
             tokens, pooled = self.class_embedder(class_labels)
-            model_output = self.denoiser(
-                hidden_states=model_input.to(dtype),
-                timestep=timestep,
-                encoder_hidden_states=tokens.to(dtype),
-                pooled_projections=pooled.to(dtype),
-                return_dict=False,
-            )[0]
-        else:
-            model_output = self.denoiser(
-                model_input.to(dtype), timestep, class_labels=class_labels, return_dict=False
-            )[0]
+            conditions = {"encoder_hidden_states": tokens.to(dtype), "pooled_projections": pooled.to(dtype)}
+        model_output = call_network(self.denoiser, model_input.to(dtype), timestep=timestep, **conditions)
         return model_output[:, : self.data_channels]
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
         """Shape of x_t for images of a size in pixels, by default the network's; a `ValueError` for a wrong size."""
         network = unwrap_module(self.denoiser)
         config = network.config
+        if height is None and width is None and len(self.sample_shape) != 3:
+            return self.sample_shape
         if height is None or width is None:
             _, default_height, default_width = self.sample_shape
             height = default_height * self.vae_scale_factor if height is None else height

@@ -31,6 +31,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..models.networks import NETWORKS
 from ..models.pixel_autoencoder import can_be_identity, set_identity
 from .base import FlowMatchPipelineBase
 from .components import check_one_network, check_sd3_components, has_weights
@@ -243,13 +244,18 @@ def _start_as_identity(model: ModelMixin) -> bool:
 
 def untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
     """A model from its config, in evaluation mode, with random weights; library and class are of model_index.json."""
-    if library not in LIBRARIES:
-        raise ValueError(f"A model of an untrained pipeline must be from {', '.join(LIBRARIES)}, got {library!r}.")
+    own = NETWORKS.get(f"{library}.{class_name}")
+    if own is None and library not in LIBRARIES:
+        raise ValueError(
+            f"The {class_name} of an untrained pipeline is from the module {library!r}, which is not one of"
+            f" {', '.join(LIBRARIES)}: import the module that calls `diffusers_fm.register_network({class_name})`"
+            " before, in a training script with --import_modules."
+        )
     if not (folder / ModelMixin.config_name).is_file():
         raise ValueError(
             f"The pipeline's model_index.json names a {class_name}, but there is no config in {str(folder)!r}."
         )
-    model_class = getattr(importlib.import_module(library), class_name)
+    model_class: Any = getattr(importlib.import_module(library), class_name) if own is None else own
     if library == "transformers":
         return model_class(model_class.config_class.from_pretrained(folder)).eval()
     model = model_class.from_config(model_class.load_config(folder))

@@ -7,7 +7,6 @@ step, the scheduler ends the call.
 """
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,7 +14,8 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
-from diffusers.utils.torch_utils import is_compiled_module
+
+from ..models.networks import argument_names
 
 
 Tree = Any  # tensors in lists, tuples, dictionaries and model outputs, and other values
@@ -150,17 +150,6 @@ class StandIn:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call({**dict(zip(argument_names(self._component), args)), **kwargs})
-
-
-def argument_names(network: torch.nn.Module) -> list[str]:
-    """Names of the arguments of a network's forward, compiled or not; the first is its state."""
-    plain = network._orig_mod if is_compiled_module(network) else network
-    return _forward_names(type(plain))
-
-
-@functools.cache
-def _forward_names(kind: type[torch.nn.Module]) -> list[str]:
-    return list(inspect.signature(kind.forward).parameters)[1:]
 
 
 def call_pipeline(

@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..models.networks import argument_names
 from .families import REFUSED, by_name, guider_off, without_guidance
 from .network_calls import NetworkCalls, NetworkReached, OtherNetworkReached, TimeMap, stop_at_other
 from .one_step import (
@@ -20,7 +21,6 @@ from .one_step import (
     StandIn,
     T,
     Tree,
-    argument_names,
     call_pipeline,
     map_tensors,
     one_time_scheduler,

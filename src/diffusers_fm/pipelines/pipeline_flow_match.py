@@ -447,7 +447,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
 
         Args:
             images (PIL images, `np.ndarray` or `torch.Tensor`):
-                A batch as diffusers takes them, see [`encode`].
+                A batch as diffusers takes them, see [`encode`]; of samples that are no images, a tensor of shape
+                `(batch_size, *sample_shape)` as the network takes it.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, channels, height, width)`: In float32, on the pipeline's device.
@@ -455,6 +456,10 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Raises:
             ValueError: If number of channels or size do not fit the pipeline.
         """
+        if len(self.sample_shape) != 3:
+            check_noise("images", images)
+            self._check_shape("images", images, self.image_channels, 1)
+            return images.to(self._execution_device, torch.float32)
         pixels = read_images("images", images, self.image_processor).to(self._execution_device, torch.float32)
         self._check_shape("images", pixels, self.image_channels, self.vae_scale_factor)
         return pixels if self.vae is None else encode_latents(self.vae, pixels, sample=False)
@@ -462,6 +467,11 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
     def _check_shape(self, name: str, data: torch.Tensor, channels: int, factor: int) -> None:
         """Raise a `ValueError` for other pixels than the model's, with a `factor` of 1 for what the network takes."""
         shape, scale = tuple(data.shape), self.vae_scale_factor // factor
+        if len(self.sample_shape) != 3:
+            expected = (shape[0] if shape else 0, *self.sample_shape)
+            if shape != expected:
+                raise ValueError(f"`{name}` must have the shape {expected} for this pipeline, got {shape}.")
+            return
         if len(shape) == 4 and shape[1] == channels:
             self.latent_shape(shape[2] * scale, shape[3] * scale)
             return

@@ -88,6 +88,10 @@ def choose_resolution(pipeline: FlowMatchPipelineBase, resolution: int | None) -
     Raises:
         ValueError: if the model does not take such images.
     """
+    if len(pipeline.sample_shape) != 3:
+        raise ValueError(
+            f"The network takes samples of shape {pipeline.sample_shape}, which are no images: give --array_column."
+        )
     _, height, width = pipeline.sample_shape
     if height != width:
         raise ValueError(f"Training is on square images, but the model is configured for {height} x {width}.")

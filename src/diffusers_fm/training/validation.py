@@ -81,7 +81,7 @@ def validate_pipeline(
             args.eval_batch_size,
             lambda batch: data_and_labels(pipeline, batch, run.accelerator.device),
         )
-    if args.num_validation_images and run.accelerator.is_main_process:
+    if args.num_validation_images and pipeline.makes_pictures and run.accelerator.is_main_process:
         grid = sample_grid(
             pipeline, args.num_validation_images, args.num_inference_steps, args.guidance_scale, args.eval_batch_size
         )
