@@ -12,6 +12,7 @@ from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 from .pipeline_stable_diffusion_3_edit import StableDiffusion3EditPipeline
 from .replay import CapturedCall, capture
 from .stock import with_stock_scheduler
+from .stock_flow import StockFlow
 from .velocity_field import VelocityField
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "FlowMatchPipelineOutput",
     "FlowMatchUpscalePipeline",
     "StableDiffusion3EditPipeline",
+    "StockFlow",
     "VelocityField",
     "capture",
     "init_pipeline",

@@ -2,7 +2,7 @@
 """Arguments of the pipelines' calls: numbers, images, and answers of networks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -105,6 +105,32 @@ def read_images(name: str, images: Images, processor: VaeImageProcessor) -> torc
             part = part.clip(0, 1)
         read.append(part)
     return processor.preprocess(read if isinstance(images, list) else read[0])
+
+
+def read_frames(name: str, images: Images, processor: VaeImageProcessor) -> torch.Tensor:
+    """[`read_images`], or videos, as tensors of shape `(batch_size, frames, channels, height, width)`: then of shape
+    `(batch_size, channels, frames, height, width)`."""
+    if not (isinstance(images, torch.Tensor) and images.ndim == 5):
+        return read_images(name, images, processor)
+    return read_images(name, images.flatten(0, 1), processor).unflatten(0, images.shape[:2]).transpose(1, 2)
+
+
+def write_frames(
+    pixels: torch.Tensor, processor: VaeImageProcessor, output_type: str, in_range: Sequence[bool] | None = None
+) -> Any:
+    """Images of a batch of pixels, or videos of shape `(batch_size, channels, frames, height, width)`.
+
+    `in_range` says for each sample whether its values are in [-1, 1], and not in [0, 1]; by default all are.
+    """
+    changed = [True] * len(pixels) if in_range is None else list(in_range)
+    if pixels.ndim == 4:
+        return processor.postprocess(pixels, output_type, changed)
+    count = pixels.shape[2]
+    changed = [each for each in changed for _ in range(count)]
+    frames = processor.postprocess(pixels.transpose(1, 2).flatten(0, 1), output_type, changed)
+    if isinstance(frames, list):
+        return [frames[i : i + count] for i in range(0, len(frames), count)]
+    return frames.reshape(len(pixels), count, *frames.shape[1:])
 
 
 def check_finite(network: ModelMixin, *results: torch.Tensor) -> None:

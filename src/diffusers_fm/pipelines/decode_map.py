@@ -120,10 +120,9 @@ class DecodeMap:
             )
         return self.map.inverse(latents)
 
-    @torch.no_grad()
     def decode(self, state: torch.Tensor) -> torch.Tensor:
         """
-        Data for states, as the autoencoder gives them.
+        Data for states, as the autoencoder gives them; differentiable.
 
         Args:
             state (`torch.Tensor` of shape `(batch_size, ...)`):

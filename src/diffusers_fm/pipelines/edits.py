@@ -13,11 +13,20 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
 from ..applications.editing import Predict, flow_edit
-from ..models.autoencoding import decode_latents
+from ..paths import lift
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..transport import transport
 from .base import flow_end
-from .checks import Generators, Images, check_finite, check_guidance, is_number, is_whole, read_images
+from .checks import (
+    Generators,
+    Images,
+    check_finite,
+    check_guidance,
+    is_number,
+    is_whole,
+    read_frames,
+    write_frames,
+)
 
 
 EDIT_METHODS = ("flowedit", "inversion")
@@ -58,8 +67,8 @@ class EditOptions:
     solver: str
     generator: Generators
     output_type: str
-    source_guidance_scale: float
-    guidance_scale: float
+    source_guidance_scale: float | None
+    guidance_scale: float | None
 
     def __post_init__(self) -> None:
         if self.method not in EDIT_METHODS:
@@ -82,7 +91,8 @@ class EditOptions:
             )
         if self.method == "inversion" and (self.num_averages, self.num_free_steps) != (1, 0):
             raise ValueError("`num_averages` and `num_free_steps` belong to the method 'flowedit', got 'inversion'.")
-        check_guidance(source_guidance_scale=self.source_guidance_scale, guidance_scale=self.guidance_scale)
+        scales = {"source_guidance_scale": self.source_guidance_scale, "guidance_scale": self.guidance_scale}
+        check_guidance(**{name: scale for name, scale in scales.items() if scale is not None})
 
     @property
     def num_steps(self) -> int:
@@ -99,24 +109,28 @@ def edit_images(
     unchanged: torch.Tensor,
     under: tuple[Callable[[], Predict], Callable[[], Predict]],
     options: EditOptions,
-    mu: float | None,
+    timesteps: Callable[[], dict[str, Any]],
+    decode: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[Any, int]:
-    """Edit what is not `unchanged` and make images; `under` gives the network under source and target if needed."""
+    """Edit what is not `unchanged` and make images by `decode`.
+
+    `under` gives the network under source and target, and `timesteps` the arguments of `set_timesteps`, if needed.
+    """
     edited, nfe = data, 0
     if not bool(unchanged.all()):
         source, target = under[0](), under[1]()
-        edited, nfe = _edit(pipeline, scheduler, source, target, data, options, mu)
+        edited, nfe = _edit(pipeline, scheduler, source, target, data, options, timesteps())
         check_finite(network, edited)
-        edited = torch.where(unchanged[:, None, None, None], data, edited)
+        edited = torch.where(lift(unchanged, data).bool(), data, edited)
     if options.output_type == "latent":
         images = edited
     else:
-        pixels = edited if pipeline.vae is None else decode_latents(pipeline.vae, edited)
+        pixels = decode(edited)
         # Scaled to [-1, 1] and back, a number in [0, 1] may lose its last bit; an autoencoder would lose far more.
-        as_given = read_images("image", image, VaeImageProcessor(do_resize=False, do_normalize=False)).to(pixels)
-        kept = torch.where(unchanged.to(pixels.device)[:, None, None, None], as_given, pixels)
-        changed = [not same for same in unchanged.tolist()]
-        images = pipeline.image_processor.postprocess(kept, options.output_type, changed)
+        processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=0)
+        as_given = read_frames("image", image, processor).to(pixels).reshape(pixels.shape)
+        kept = torch.where(lift(unchanged, pixels).bool(), as_given, pixels)
+        images = write_frames(kept, processor, options.output_type, (~unchanged).tolist())
     pipeline.maybe_free_model_hooks()
     return images, nfe
 
@@ -128,13 +142,13 @@ def _edit(
     target: Predict,
     data: torch.Tensor,
     options: EditOptions,
-    mu: float | None,
+    timesteps: dict[str, Any],
 ) -> tuple[torch.Tensor, int]:
     """Carry data from source to target, under the pipeline's progress bar, and count calls of the network."""
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
     # A copy with a step for each timestep, whatever the solver of the scheduler.
     grid = scheduler.with_settings(solver="euler", s_churn=0.0, invert_sigmas=False)
-    grid.set_timesteps(options.num_inference_steps, mu=mu)
+    grid.set_timesteps(**timesteps)
     ratios = grid.sigmas[-options.num_steps - 1 :].tolist()
     nfe = 0
 

@@ -76,7 +76,7 @@ class NetworkCalls:
         self.seen: list[dict[str, Any]] = []
         self.outputs: list[Tree] = []
         self.cubes: list[torch.Tensor] = []
-        self.mu: float | None = None
+        self.asked: dict[str, Any] = {}
         self.differentiable = False
         self.side_times = side_times or {}
         self.sides: dict[str, NetworkCalls] = {}

@@ -56,7 +56,7 @@ class OneTimeScheduler(FlowMatchEulerDiscreteScheduler):
     def offer(self, t: float, answers: tuple[torch.Tensor, ...] = (), endless: bool = False) -> "OneTimeScheduler":
         """A copy that offers time `t` and answers steps with `answers`, the last of them for ever if `endless`."""
         one = copy.copy(self)
-        one.t, one.answers, one.endless, one.mu = t, list(answers), endless, None
+        one.t, one.answers, one.endless, one.asked = t, list(answers), endless, {}
         return one
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OneTimeScheduler":
@@ -71,11 +71,13 @@ class OneTimeScheduler(FlowMatchEulerDiscreteScheduler):
         timesteps: list[float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take note of the pipeline's shift and lay out the time, as often as the pipeline wants steps."""
+        """Take note of what the pipeline asks for and lay out the time, as often as the pipeline wants steps."""
         given = next((values for values in (timesteps, sigmas) if values is not None), None)
         count = max(num_inference_steps or 0 if given is None else len(given), 2)
         sigma = 1 - self.t if self.config["invert_sigmas"] else self.t
-        self.mu = None if mu is None else float(mu)
+        asked = {"sigmas": sigmas, "timesteps": timesteps, "mu": None if mu is None else float(mu)}
+        asked["num_inference_steps"] = num_inference_steps if given is None else None
+        self.asked = {name: value for name, value in asked.items() if value is not None}
         self.sigmas = torch.tensor([sigma] * count + [0.0], dtype=torch.float32, device=device)
         self.timesteps = self.sigmas[:-1] * self.config["num_train_timesteps"]
         self.num_inference_steps = count
@@ -130,6 +132,12 @@ def one_time_scheduler(scheduler: SchedulerMixin) -> OneTimeScheduler:
     # `from_config` would drop values that the source left at its own defaults.
     one.register_to_config(**{key: value for key, value in config.items() if not key.startswith("_")})
     return one
+
+
+def straight_scheduler(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Scheduler of the straight path, on which the network's plain answer is the velocity."""
+    shared = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+    return FlowMatchEulerDiscreteScheduler(**{name: each for name, each in scheduler.config.items() if name in shared})
 
 
 class StandIn:

@@ -171,7 +171,7 @@ class PipelineCalls(nn.Module):
         entry: str | None = None,
     ) -> Step:
         """One call of the pipeline."""
-        arguments = {**self.call, **call, "num_inference_steps": self.num_inference_steps}
+        arguments = {**self.call, "num_inference_steps": self.num_inference_steps, **call}
         if entry == "latents":
             arguments["latents"] = x_t
         scheduler = self._scheduler.offer(t, (x_t,) if entry == "step" else ())
@@ -188,8 +188,8 @@ class PipelineCalls(nn.Module):
             with torch.set_grad_enabled(calls.gradients and any(each.requires_grad for each in inputs)):
                 velocity, sample = call_pipeline(self.pipeline, replaced, arguments)
         finally:
-            calls.mu = scheduler.mu
-        return Step(velocity, sample, scheduler.mu)
+            calls.asked = scheduler.asked
+        return Step(velocity, sample, scheduler.asked.get("mu"))
 
     def _replaced(
         self, scheduler: OneTimeScheduler, visit: Callable[[dict[str, Any]], Tree], dtype: torch.dtype | None = None

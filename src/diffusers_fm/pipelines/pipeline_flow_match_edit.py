@@ -7,6 +7,7 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..applications.editing import Predict
+from ..models.autoencoding import decode_latents
 from .base import FlowMatchPipelineOutput, NetworkField
 from .checks import Generators, Images, Labels, check_output
 from .edits import EditOptions, FlowMatchInversionOutput, edit_images, invert
@@ -117,7 +118,19 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
             lambda: self._under(labels, guidance_scale),
         )
         network, unchanged = unwrap_module(self.denoiser), source_labels == labels
-        images, nfe = edit_images(self, network, self.scheduler, image, data, unchanged, under, options, mu)
+        timesteps = {"num_inference_steps": num_inference_steps, "mu": mu}
+        images, nfe = edit_images(
+            self,
+            network,
+            self.scheduler,
+            image,
+            data,
+            unchanged,
+            under,
+            options,
+            lambda: timesteps,
+            lambda data: data if self.vae is None else decode_latents(self.vae, data),
+        )
         return FlowMatchPipelineOutput(images=images, nfe=nfe) if return_dict else (images, nfe)
 
     @torch.no_grad()

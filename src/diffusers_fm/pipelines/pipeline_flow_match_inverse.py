@@ -5,26 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers.image_processor import VaeImageProcessor
 
-from ..applications.inverse_problems import COVARIANCES, LinearMeasurement, data_variance, guide, project
+from ..applications.inverse_problems import LinearMeasurement
 from ..applications.operators import LinearOperator, MaskOperator, check_operator
 from ..models.autoencoding import decode_latents, encode_latents
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .base import FlowMatchPipelineOutput, NetworkField
-from .checks import Callback, Generators, Images, Labels, is_number, is_whole, read_images
+from .checks import Callback, Generators, Images, Labels, is_whole
+from .measurements import InverseOptions, MeasuredEstimate, estimate_scheduler, masked_images, meet, size_text
 from .pipeline_flow_match import FlowMatchPipeline
 from .sampling import SamplingCall, SamplingOptions
-
-
-METHODS = ("projection", "guided")
-
-# A measurement without noise is met to this, in pixels of [-1, 1], or as nearly as a number of rounds allows.
-MET = 1e-5
-ROUNDS = 100
 
 
 @dataclass
@@ -153,13 +145,12 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         )
         device = self._execution_device
         sigma_data = self.scheduler.sigma_data if sigma_data is None else sigma_data
-        _check_options(method, covariance, noise_level, sigma_data)
-        for name, value in (
-            ("num_covariance_iterations", num_covariance_iterations),
-            ("num_images_per_measurement", num_images_per_measurement),
-        ):
-            if not is_whole(value):
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        inverse = InverseOptions(method, covariance, noise_level, sigma_data, num_covariance_iterations)
+        if not is_whole(num_images_per_measurement):
+            raise ValueError(
+                "`num_images_per_measurement` must be a whole number of at least 1, got"
+                f" {num_images_per_measurement!r}."
+            )
         copies = num_images_per_measurement
         if image is not None or mask_image is not None:
             if measurement is not None or operator is not None:
@@ -187,32 +178,20 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         latents = self.prepare_latents((batch_size, *shape), device, generator, latents)
         self._lay_out(scheduler, latents, options)
         times = scheduler.time(to_float64(scheduler.timesteps))
-        path, prediction_type = scheduler.path, self.scheduler.config.prediction_type
-        path.coefficients(times, prediction_type, "sample")
+        estimate = MeasuredEstimate(scheduler.path, self.scheduler.config.prediction_type, measured, inverse, times)
 
         # 3. Integration from noise to data
-        num_backward = 0
-
-        def estimate(x_t: torch.Tensor, i: int) -> torch.Tensor:
-            nonlocal num_backward
-            t, network = times[i], NetworkField(self, self.guidance_scale)
-
-            def denoise(x_t: torch.Tensor) -> torch.Tensor:
-                return path.convert(network(x_t, t.to(x_t), *args), x_t, t, prediction_type, "sample")
-
-            if method == "projection":
-                return project(denoise(x_t), measured, data_variance(path, t, sigma_data).item())
-            data, backward = guide(denoise, x_t, t, path, measured, covariance, sigma_data, num_covariance_iterations)
-            num_backward += backward
-            return data
+        def answer(x_t: torch.Tensor, i: int) -> torch.Tensor:
+            network = NetworkField(self, self.guidance_scale)
+            return estimate(lambda x_t, t: network(x_t, t.to(x_t), *args), x_t, i)
 
         with self._begin(SamplingCall(self.scheduler, guidance_scale, len(times))):
-            latents, nfe = self._sample(scheduler, estimate, latents, options)
+            latents, nfe = self._sample(scheduler, answer, latents, options)
+        num_backward = estimate.num_backward
 
         # 4. Images, which meet the measurement
         pixels = latents if self.vae is None else decode_latents(self.vae, latents)
-        pixels = self._meet(pixels, measured, clip=output_type != "latent")
-        residuals = (measurement - operator.forward(pixels)).abs().flatten(1).amax(1)
+        pixels, residuals = meet(pixels, measured, clip=output_type != "latent")
         if output_type == "latent":
             images = pixels if self.vae is None else latents
         else:
@@ -229,43 +208,11 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
     ) -> tuple[torch.Tensor, MaskOperator]:
         """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting, as in a call."""
-        if image is None or mask_image is None:
-            missing = "image" if image is None else "mask_image"
-            raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`.")
-        as_mask = VaeImageProcessor(do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-        pixels = read_images("image", image, self.image_processor).to(self._execution_device, torch.float32)
-        # Masks are often Boolean.
-        if isinstance(mask_image, np.ndarray):
-            mask_image = mask_image.astype(np.float32)
-        elif isinstance(mask_image, torch.Tensor):
-            mask_image = mask_image.float()
-        unknown = read_images("mask_image", mask_image, as_mask).to(self._execution_device, torch.float32)
-        if unknown.shape[-2:] != pixels.shape[-2:]:
-            raise ValueError(
-                f"`mask_image` must have the size of `image`, {_size(pixels)}, got {_size(unknown)} (height x width)."
-            )
-        if unknown.shape[1] != 1 or len(unknown) not in (1, len(pixels)):
-            raise ValueError(
-                f"`mask_image` must be one mask, or one for each of the {len(pixels)} images, of one channel, got "
-                f"{len(unknown)} of {unknown.shape[1]}."
-            )
-        pixels, unknown = (x.expand(len(pixels), *x.shape[1:]) for x in (pixels, unknown))
-        pixels, unknown = (x.repeat_interleave(num_images_per_image, 0) for x in (pixels, unknown))
-        operator = MaskOperator(1 - unknown)
-        return operator.forward(pixels), operator
+        return masked_images(image, mask_image, self.image_processor, self._execution_device, num_images_per_image)
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
-        if eta is not None and not is_number(eta):
-            raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
-        if eta is None:
-            eta = 1.0 if solver in (None, "euler") else 0.0
-        changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}
-        if eta > 0:
-            changes |= {"sampling_path": "ot", "s_churn": 0.0, "solver": "euler"}
-        if solver is not None:
-            changes["solver"] = solver
-        return self.scheduler.with_settings(**changes)
+        return estimate_scheduler(self.scheduler, eta, solver)
 
     def _autoencoder(self) -> tuple[Callable[..., torch.Tensor] | None, Callable[..., torch.Tensor] | None]:
         vae = self.vae
@@ -281,35 +228,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         )
         if given != tuple(measurement.shape[-2:]):
             raise ValueError(
-                f"`height` and `width` must be those of `image`, {_size(measurement)}, got {given[0]} x {given[1]}."
+                f"`height` and `width` must be those of `image`, {size_text(measurement)}, got"
+                f" {given[0]} x {given[1]}."
             )
         return given
-
-    @staticmethod
-    def _meet(pixels: torch.Tensor, measured: LinearMeasurement, clip: bool) -> torch.Tensor:
-        """The nearest images that meet a measurement without noise; clipped ones by alternating projections."""
-        for _ in range(ROUNDS):
-            if measured.noise_level == 0.0:
-                pixels = pixels + measured.explain(pixels, 1.0)
-            if not clip:
-                break
-            pixels = pixels.clamp(-1, 1)
-            error = (measured.value - measured.operator.forward(pixels)).abs().max()
-            if measured.noise_level > 0.0 or bool(error < MET):
-                break
-        return pixels
-
-
-def _size(x: torch.Tensor) -> str:
-    return f"{x.shape[-2]} x {x.shape[-1]}"
-
-
-def _check_options(method: str, covariance: str, noise_level: float, sigma_data: float) -> None:
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {list(METHODS)}, got {method!r}.")
-    if covariance not in COVARIANCES:
-        raise ValueError(f"`covariance` must be one of {list(COVARIANCES)}, got {covariance!r}.")
-    if not (is_number(noise_level) and noise_level >= 0):
-        raise ValueError(f"`noise_level` must be a number of at least 0, got {noise_level!r}.")
-    if not (is_number(sigma_data) and sigma_data > 0):
-        raise ValueError(f"`sigma_data` must be a number above 0, got {sigma_data!r}.")

@@ -2,6 +2,7 @@
 """Captions encoded once, alone, by a pipeline's own `encode_prompt`; batches put together from them."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -107,6 +108,27 @@ class PromptMemo:
             raise ValueError(
                 f"Captions of different lengths of {self.name} were not put together before it lost its encoders."
             ) from error
+
+
+def remembered(encode: Callable[..., Tree]) -> Callable[..., Tree]:
+    """An `encode_prompt` that computes each of its answers once, where its arguments are plain values."""
+    names = list(inspect.signature(encode).parameters)
+    kept: dict[Any, Tree] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Tree:
+        arguments = {**dict(zip(names, args)), **kwargs}
+        key = _key(arguments)
+        try:
+            hash(key)
+        except TypeError:
+            return encode(**arguments)
+        if key not in kept:
+            # Some pipelines write into the lists that they are given.
+            copies = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+            kept[key] = encode(**copies)
+        return kept[key]
+
+    return call
 
 
 def merge(trees: list[Tree], axes: Tree, masks: Tree = None, name: str = "The pipeline") -> Tree:

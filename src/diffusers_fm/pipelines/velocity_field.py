@@ -2,6 +2,7 @@
 """A stock flow matching pipeline as a velocity field: a network of x_t and t, to train, to score and to integrate."""
 
 import contextlib
+import inspect
 import math
 from typing import Any
 
@@ -166,7 +167,6 @@ class VelocityField(PipelineCalls):
             raise ValueError(f"{type(self.pipeline).__name__} passes no `mu` to its scheduler, which needs one.")
         return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
 
-    @torch.no_grad()
     def mu(self, **call: Any) -> float | None:
         """
         Shift that the pipeline passes to its scheduler for a call, if it does.
@@ -175,11 +175,27 @@ class VelocityField(PipelineCalls):
             call:
                 As in `forward`.
         """
+        return self.timesteps(**call).get("mu")
+
+    @torch.no_grad()
+    def timesteps(self, num_inference_steps: int | None = None, **call: Any) -> dict[str, Any]:
+        """
+        Arguments that the pipeline gives to `set_timesteps` of its scheduler in a call.
+
+        Args:
+            num_inference_steps (`int`, *optional*):
+                Steps of the call; those of the field by default.
+            call:
+                As in `forward`.
+
+        Returns:
+            `dict[str, Any]`: Of `num_inference_steps`, `sigmas`, `timesteps` and `mu` those that it gives.
+        """
         self.check_names(call)
-        calls = self.calls(stop=True)
+        calls, steps = self.calls(stop=True), num_inference_steps or self.num_inference_steps
         with self.quiet(None), contextlib.suppress(NetworkReached):
-            self.run(self.probes(call)[1], call, calls)
-        return calls.mu
+            self.run(self.probes(call)[1], {**call, "num_inference_steps": steps}, calls)
+        return calls.asked
 
     def without_gradient(self, x_t: torch.Tensor, t: torch.Tensor, **call: Any) -> list[str]:
         """
@@ -251,6 +267,17 @@ class VelocityField(PipelineCalls):
             }
             for found in self._found.values()
         ]
+
+
+def guidance_call(pipeline: DiffusionPipeline, network: torch.nn.Module, scale: float) -> dict[str, Any]:
+    """Arguments of sampling with guidance, whichever name the pipeline has for its scale."""
+    names = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    embedded = bool(network.config.get("guidance_embeds", False))  # pyright: ignore[reportCallIssue]
+    name = "true_cfg_scale" if "true_cfg_scale" in names and not embedded else "guidance_scale"
+    if name not in names:
+        return {}
+    negative = {"negative_prompt": ""} if "negative_prompt" in names and scale > 1 else {}
+    return {name: scale, **negative}
 
 
 def _is_batch(value: Any, size: int) -> bool:

@@ -3,14 +3,13 @@
 
 import contextlib
 import copy
-import inspect
 import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.training_utils import offload_models
 from torch import nn
@@ -20,6 +19,7 @@ from ..data.randomness import BatchSlice
 from ..models import encode_moments
 from ..pipelines.decode_map import DecodeMap
 from ..pipelines.network_calls import NetworkReached
+from ..pipelines.one_step import straight_scheduler
 from ..pipelines.velocity_field import VelocityField
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.metrics import OneNetwork
@@ -66,7 +66,7 @@ class TrainedField(OneNetwork):
     ) -> None:
         super().__init__()
         straight = copy.copy(pipeline)
-        vars(straight)["scheduler"] = _straight(pipeline.scheduler)
+        vars(straight)["scheduler"] = straight_scheduler(pipeline.scheduler)
         self.field = VelocityField(straight, network, **call)
         # In a tuple, which hides them from the module: what is not trained has no part in its state.
         self._hidden = (pipeline, call)
@@ -94,7 +94,7 @@ class TrainedField(OneNetwork):
         """Train for another scheduler, which decides shift and scale of the times from now on."""
         self._config = scheduler.config
         self._shifts.clear()
-        self.field.set_scheduler(_straight(scheduler))
+        self.field.set_scheduler(straight_scheduler(scheduler))
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -287,10 +287,3 @@ class TrainedField(OneNetwork):
             generators = None if part is None else part.sample_generators("posterior", device)
             latents = posterior.mode() if part is None else posterior.sample(generators)
         return found.from_latents(latents.float())
-
-
-def _straight(scheduler: Any) -> FlowMatchEulerDiscreteScheduler:
-    """Scheduler of the straight path, on which the network's plain answer is the velocity."""
-    shared = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
-    config = {name: value for name, value in scheduler.config.items() if name in shared}
-    return FlowMatchEulerDiscreteScheduler(**config)

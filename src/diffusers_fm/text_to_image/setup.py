@@ -28,6 +28,7 @@ from ..data.randomness import BatchSlice, make_generator
 from ..data.streams import StreamData
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
+from ..pipelines.velocity_field import guidance_call
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
 from ..training.run import TrainingRun
@@ -296,17 +297,6 @@ def as_saved(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         return pipeline
 
 
-def guided_call(pipeline: DiffusionPipeline, network: nn.Module, scale: float) -> dict[str, Any]:
-    """Arguments of sampling with guidance, whichever name the pipeline has for its scale."""
-    names = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
-    embedded = bool(network.config.get("guidance_embeds", False))  # pyright: ignore[reportCallIssue]
-    name = "true_cfg_scale" if "true_cfg_scale" in names and not embedded else "guidance_scale"
-    if name not in names:
-        return {}
-    negative = {"negative_prompt": ""} if "negative_prompt" in names and scale > 1 else {}
-    return {name: scale, **negative}
-
-
 @torch.no_grad()
 def prompt_grid(
     pipeline: DiffusionPipeline,
@@ -343,7 +333,7 @@ def prompt_grid(
     was_training = network.training
     network.eval()
     models = [pipeline.components["vae"], *field.text.encoders]
-    options = {**call_arguments(pipeline, args), **guided_call(pipeline, network, args.guidance_scale)}
+    options = {**call_arguments(pipeline, args), **guidance_call(pipeline, network, args.guidance_scale)}
     options |= {"height": size[0], "width": size[1], "num_inference_steps": args.num_inference_steps}
     rows = []
     with offload_models(*models, device=device, offload=args.offload or args.cache_text_embeddings):
