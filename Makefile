@@ -39,6 +39,7 @@ bench:  ## measure speed, solvers and likelihoods, judge trained digits pipeline
 	python tests/benchmarks/bench_marginals.py
 	python tests/benchmarks/bench_solvers.py
 	python tests/benchmarks/bench_solvers.py --pipeline $(MODEL)
+	python tests/benchmarks/default_sampling.py $(MODEL)
 	python tests/benchmarks/digits_quality.py $(MODEL)
 	python tests/benchmarks/digits_anomalies.py $(MODEL)
 	python tests/benchmarks/digits_edit.py $(MODEL)

@@ -69,6 +69,7 @@ from diffusers_fm.evaluation.sampling import Sampler
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.hub.portable import last_part
+from diffusers_fm.pipelines.sampling import default_steps
 from diffusers_fm.training.distributed import make_accelerator
 from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
@@ -156,7 +157,7 @@ class SampleArguments(Arguments):
     _argument_group_name = "samples"
 
     num_images: Count = option(10_000, "Samples for quality; FID is customarily on 50,000.")
-    num_inference_steps: Count = option(50, "Steps of the pipeline's own solver.")
+    num_inference_steps: Count | None = option(None, "Steps of the pipeline's own solver; by default its own number.")
     guidance_scale: NotNegative = option(1.0, "Scale of classifier-free guidance; 1 is off.")
     features: str | None = option(None, "By default Inception's, if weights are at hand.", ["inception", "classifier"])
     inception_weights: str | None = option(
@@ -343,15 +344,17 @@ def main(args: ScriptArguments) -> None:
         "seed": args.seed,
     }
 
+    num_steps = args.num_inference_steps or default_steps(pipeline.scheduler)
+
     # 3. Measures
     if wanted & {"quality", "neighbours"}:
-        steps = {"num_inference_steps": args.num_inference_steps}
+        steps = {"num_inference_steps": num_steps}
         generate(store, "samples", sampler, extractor, args.num_images, batch_size, **steps)
     if "quality" in wanted and extractor is not None:
         metrics["quality"] = quality(store, "samples", "train", extractor) | {
             "features": extractor.name,
             "images": args.num_images,
-            "num_inference_steps": args.num_inference_steps,
+            "num_inference_steps": num_steps,
         }
         if held_out is not None:
             # Figures of other images of the same kind: no model need do better.

@@ -65,7 +65,7 @@ from diffusers_fm.data.arrays import load_arrays
 from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
 from diffusers_fm.data.loading import load_images
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training.arguments import TrainingArguments
+from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.objective import (
     TrainableModel,
     choose_label_dropout,
@@ -76,12 +76,14 @@ from diffusers_fm.training.objective import (
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.sampler import measure_sigma_data
+from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
 from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TrainingArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments):
+class ScriptArguments(
+    TrainingArguments, SamplingArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments
+):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_flow_matching", "Name of the run in the trackers.")
@@ -125,7 +127,12 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and picture grid of what would be saved now."""
-        return validate_pipeline(run, pipeline, held_out_data, step, grid_name)
+        sampling: dict[str, float] = {}
+        if grid_name is not None and run.accelerator.is_main_process:
+            count, classes = args.eval_batch_size, pipeline.num_classes
+            labels = [number % classes for number in range(count)] if classes else None
+            sampling = choose_sampler(run, pipeline, count, class_labels=labels, batch_size=count)
+        return validate_pipeline(run, pipeline, held_out_data, step, grid_name) | sampling
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""

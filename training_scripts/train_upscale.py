@@ -47,7 +47,7 @@ from diffusers_fm.data.loading import TrainingData, load_images
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
-from diffusers_fm.training.arguments import TrainingArguments
+from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.objective import (
     TrainableModel,
     choose_label_dropout,
@@ -58,7 +58,7 @@ from diffusers_fm.training.objective import (
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.sampler import measure_sigma_data
+from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
 from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
 from diffusers_fm.training.validation import held_out_loss
 
@@ -78,7 +78,7 @@ class UpscaleArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TrainingArguments, LabelArguments, UpscaleArguments):
+class ScriptArguments(TrainingArguments, SamplingArguments, LabelArguments, UpscaleArguments):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_upscale", "Name of the run in the trackers.")
@@ -154,6 +154,10 @@ def main(args: ScriptArguments) -> None:
             figures = held_out_loss(
                 run.accelerator, run.model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
             )
+        if grid_name is not None and run.accelerator.is_main_process:
+            batch = next(train_data.spread_batches(args.eval_batch_size, args.eval_batch_size))
+            small = low_resolution(batch, scale_factor).float() / 255
+            figures |= choose_sampler(run, pipeline, len(small), image=small, class_labels=batch.get("labels"))
         shown = train_data if held_out_data is None else held_out_data
         if run.accelerator.is_main_process and not isinstance(shown, StreamData):
             report, grid = upscaling_report(
@@ -174,7 +178,9 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        rows = {name: value for name, value in figures.items() if name.startswith("validation_loss")}
+        rows = {
+            name: value for name, value in figures.items() if name.startswith("validation_loss") or "error" in name
+        }
         if "psnr" in figures:
             rows["PSNR of a sample, of bicubic"] = f"{figures['psnr']:.2f} dB, {figures['bicubic_psnr']:.2f} dB"
             rows["SSIM of a sample, of bicubic"] = f"{figures['ssim']:.3f}, {figures['bicubic_ssim']:.3f}"

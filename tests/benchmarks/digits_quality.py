@@ -23,7 +23,7 @@ from diffusers_fm import FlowMatchPipeline
 def measure(
     folder: str,
     num_images: int = 500,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     seed: int = 0,
     guidance_scale: float = 1.0,
     solver: str | None = None,
@@ -36,8 +36,8 @@ def measure(
             The trained pipeline.
         num_images (`int`, *optional*, defaults to 500):
             Samples, equally many of each class.
-        num_inference_steps (`int`, *optional*, defaults to 50):
-            Steps of the solver.
+        num_inference_steps (`int`, *optional*):
+            Steps of the solver, by default the pipeline's own number.
         seed (`int`, *optional*, defaults to 0):
             Seed of the samples.
         guidance_scale (`float`, *optional*, defaults to 1.0):
@@ -87,7 +87,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--num_images", type=int, default=500)
-    parser.add_argument("--num_inference_steps", type=int, default=50)
+    parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance_scale", type=float, default=1.0)
     parser.add_argument("--solver")

@@ -52,6 +52,7 @@ OUR_DEFAULTS = {
     "diffusion_scale": 1.0,
     "calibration": None,
     "flow_map": None,
+    "default_num_inference_steps": None,
 }
 
 # Every key away from its default at least once, every path, prediction type, solver and spacing.
@@ -106,6 +107,7 @@ SETTINGS = {
         "sampling_path": "angle",
         "timestep_spacing": "graded",
         "sigma_data": 0.5,
+        "default_num_inference_steps": 8,
         "path": "vp",
     },
     "dpmpp": {"solver": "dpmpp_2m", "path": "vp_discrete", "prediction_type": "epsilon"},

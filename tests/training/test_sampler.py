@@ -10,7 +10,17 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
 from tiny_pipelines import save_untrained_upscaler, tiny_pipeline, tiny_unet
-from training_runs import ROOT, command_line, load_script, make_dataset, run_script, save_untrained, train
+from training_runs import (
+    ROOT,
+    command_line,
+    load,
+    load_script,
+    make_dataset,
+    read_log,
+    run_script,
+    save_untrained,
+    train,
+)
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.models import encode_latents
@@ -76,3 +86,57 @@ def test_a_stock_configuration_stays_stock(data: Path, tmp_path: Path) -> None:
     expected = FlowMatchScheduler.from_pretrained(tmp_path / "ddpm", subfolder="scheduler").config
     found = FlowMatchScheduler.from_pretrained(output, subfolder="scheduler").config
     assert {k: v for k, v in found.items() if k[0] != "_"} == {k: v for k, v in expected.items() if k[0] != "_"}
+
+
+def test_a_run_saves_the_settings_that_it_finds(data: Path, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path / "unet", "unet-classes", path="vp")
+    options: dict[str, Any] = {"num_inference_steps": None, "eval_batch_size": 2, "validation_split": "test"}
+    output = train(folder, data, tmp_path / "run", num_validation_images=1, checkpointing_steps=2, **options)
+    pipeline = load(output)
+    config = pipeline.scheduler.config
+    steps = config.default_num_inference_steps
+    assert pipeline(class_labels=[0, 1]).nfe == steps * pipeline.scheduler.order < 50
+    assert pipeline(class_labels=[0, 1], num_inference_steps=5).nfe == 5
+    assert pipeline(class_labels=[0, 1], solver="euler").nfe == 50
+    ((_, error, baseline),) = read_log(output, "sampling_error", "euler_error")
+    assert error < baseline
+    card = (output / "README.md").read_text()
+    assert f"| sampling | `{config.solver}`, {steps} steps by default; relative error {error:.2g}, of 50 Euler" in card
+    assert "num_inference_steps=" not in card.partition("```python")[2].partition("```")[0]
+
+    # Resumed half-way, it finds the same.
+    (output / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    again = train(
+        folder, data, tmp_path / "again", resume_from_checkpoint=tmp_path / "checkpoint-2", num_validation_images=1,
+        checkpointing_steps=2, **options,
+    )  # fmt: skip
+    assert load(again).scheduler.config == config
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"solver": "heun", "num_inference_steps": 7}, ("heun", "ot", "trailing", 7)),
+        ({"solver": "ab2", "num_inference_steps": 7}, ("ab2", "angle", "graded", 7)),
+        ({"num_inference_steps": 7}, ("euler", "ot", "trailing", 7)),
+        (
+            {"calibrate_steps": 4, "num_inference_steps": None, "eval_batch_size": 4},
+            ("calibrated", "angle", "graded", 4),
+        ),
+    ],
+)
+def test_settings_of_the_command_line_are_saved(
+    data: Path, tmp_path: Path, options: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    output = train(save_untrained(tmp_path / "unet", "unet"), data, tmp_path / "run", max_train_steps=1, **options)
+    pipeline = load(output)
+    names = ("solver", "sampling_path", "timestep_spacing", "default_num_inference_steps")
+    assert tuple(pipeline.scheduler.config[name] for name in names) == expected
+    assert pipeline().nfe == expected[-1] * pipeline.scheduler.order
+
+
+def test_a_folder_that_says_how_to_sample_is_not_searched(data: Path, tmp_path: Path) -> None:
+    folder = save_untrained(tmp_path / "unet", "unet", solver="heun")
+    output = train(folder, data, tmp_path / "run", max_train_steps=1, num_inference_steps=None)
+    config = load(output).scheduler.config
+    assert (config.solver, config.default_num_inference_steps) == ("heun", None)

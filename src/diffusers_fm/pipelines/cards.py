@@ -11,6 +11,7 @@ from ..hub.cards import CardContent
 from ..registry import full_name, is_own
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import TABLEAUX
+from .sampling import default_steps
 
 
 IMPORT = f"import diffusers_fm  # {INSTALL} in a clone of it; teaches diffusers the scheduler and the pipeline"
@@ -47,7 +48,7 @@ def pipeline_content(
         kind, imports = f"An image upscaler, {scale_factor} times to each side,", "import PIL.Image\nimport torch"
         words = ['PIL.Image.open("low_resolution.png")', *(["class_labels=[0]"] if num_classes else [])]
     task = "unconditional-image-generation" if scale_factor is None else "image-to-image"
-    words += [f"num_inference_steps={num_inference_steps}"]
+    words += [f"num_inference_steps={num_inference_steps}"] if num_inference_steps != default_steps(scheduler) else []
     words += [f"guidance_scale={guidance_scale:g}"] if guidance_scale != 1.0 else []
     shape = " x ".join(map(str, sample_shape))
     result = 'images = pipeline({words}).images\nimages[0].save("sample.png")'
@@ -107,8 +108,10 @@ def solver_rows(scheduler: FlowMatchScheduler, num_inference_steps: int) -> list
     nfe = num_inference_steps * scheduler.order
     own = {"solver": f"`{config.solver}` (as saved)", "settings": f"{config.sampling_path}, {config.timestep_spacing}"}
     rows: list[dict[str, str | int]] = [{**own, "steps": num_inference_steps, "NFE": nfe}]
-    # Other solvers of a few-step model sample its flow, for which it was not saved.
-    for solver, settings, share in () if config.solver == "flow_map" else OTHER_SOLVERS:
+    # Other solvers of a few-step model sample its flow, for which it was not saved; those of a pipeline with settings
+    # that were found for it need more calls.
+    others = () if config.solver == "flow_map" or config.default_num_inference_steps is not None else OTHER_SOLVERS
+    for solver, settings, share in others:
         stages = TABLEAUX[solver].stages if solver in TABLEAUX else 1
         steps = max(1, round(share * nfe / stages))
         if solver != config.solver:

@@ -38,6 +38,7 @@ from ..models.networks import argument_names, call_network, is_registered
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .cards import pipeline_content
 from .checks import Labels, is_whole
+from .sampling import default_steps
 
 
 # How far from an end the flow begins where the network's answer leaves the velocity without a limit there, and the
@@ -334,7 +335,9 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             name = str(pretrained_model_name_or_path)
             raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
 
-    def card_content(self, repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0) -> CardContent:
+    def card_content(
+        self, repo_id: str, num_inference_steps: int | None = None, guidance_scale: float = 1.0
+    ) -> CardContent:
         """Content of a model card, with the settings of its example; `dataclasses.replace` adds to it."""
         return pipeline_content(
             self.denoiser,
@@ -342,7 +345,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             self.sample_shape,
             self.num_classes,
             repo_id,
-            num_inference_steps,
+            num_inference_steps or default_steps(self.scheduler),
             guidance_scale,
             latent=self.vae is not None,
             scale_factor=self.config.get("scale_factor"),

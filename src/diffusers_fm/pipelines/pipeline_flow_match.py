@@ -123,7 +123,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
                 off, 0 draws from the null class, that is, without a class. Values other than 1 double the batch of a
                 call.
             num_inference_steps (`int`, *optional*):
-                Number of solver steps, by default 50, or what the scheduler's `flow_map` says of a few-step model.
+                Number of solver steps, by default the scheduler's `default_num_inference_steps`, or 50.
                 Each takes `scheduler.order` calls of the network, the last one fewer where a path ends in a single
                 straight step.
             sigmas (`list[float]`, *optional*):

@@ -201,6 +201,8 @@ class FlowMatchAudioPipeline(FlowMatchPipeline):
         audios = self.log_mel.decode(2 * spectrograms - 1)[:, None]
         return audios.cpu().numpy() if output_type == "np" else audios
 
-    def card_content(self, repo_id: str, num_inference_steps: int = 50, guidance_scale: float = 1.0) -> CardContent:
+    def card_content(
+        self, repo_id: str, num_inference_steps: int | None = None, guidance_scale: float = 1.0
+    ) -> CardContent:
         """Content of a model card, see [`FlowMatchPipeline`]."""
         return audio_content(super().card_content(repo_id, num_inference_steps, guidance_scale), repo_id)

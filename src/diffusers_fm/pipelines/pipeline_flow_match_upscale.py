@@ -250,7 +250,7 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         noise_level: float = 0.0,
         num_images_per_prompt: int = 1,
         guidance_scale: float = 1.0,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         sigmas: list[float] | None = None,
         timesteps: list[float] | None = None,
         mu: float | None = None,

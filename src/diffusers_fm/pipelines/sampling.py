@@ -6,9 +6,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
@@ -68,13 +69,17 @@ class SamplingOptions:
         mu, given = self.mu, self.sigmas is not None or self.timesteps is not None
         if mu is None and scheduler.config.use_dynamic_shifting:
             mu = default_mu(scheduler, tuple(latents.shape[1:]), patch_size)
-        steps = self.num_inference_steps
-        if steps is None:
-            few = (scheduler.config.flow_map or {}).get("num_inference_steps", 50)
-            steps = few if scheduler.config.solver == "flow_map" else 50
+        steps = default_steps(scheduler) if self.num_inference_steps is None else self.num_inference_steps
         steps = None if given else steps
         scheduler.set_timesteps(steps, device=latents.device, sigmas=self.sigmas, timesteps=self.timesteps, mu=mu)
         scheduler.set_begin_index(0)
+
+
+def default_steps(scheduler: SchedulerMixin) -> int:
+    """Number of steps of a scheduler where none is given: what its configuration says, or 50."""
+    config: Any = scheduler.config  # pyright: ignore[reportAttributeAccessIssue]
+    few = (config.get("flow_map") or {}) if config.get("solver") == "flow_map" else {}
+    return config.get("default_num_inference_steps") or few.get("num_inference_steps", 50)
 
 
 def default_mu(scheduler: FlowMatchScheduler, shape: tuple[int, ...], patch_size: int) -> float:

@@ -7,7 +7,6 @@ here they are fitted by least squares to fine trajectories of the network itself
 before have left (non-stationary solvers: Shaul et al., arXiv 2403.01329). The times of the calls are searched.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
 
-from ..coordinates import Coordinates, angle_of_ratio, ratio_of_angle
+from ..coordinates import angle_of_ratio, ratio_of_angle
 from ..precision import to_float64
 from .multistep import adams_increments
 from .scheduling_flow_match import FlowMatchScheduler
+from .watchers import Recorder, Run, Watcher
 
-
-Run = Callable[[FlowMatchScheduler, int, int], Any]
 
 # Least squares are pulled towards the weights of abm3 by this share of the mean square of a column: enough for columns
 # that are multiples of each other, too little to keep the fit from small ones.
@@ -111,7 +109,12 @@ def calibrate(
     config: dict[str, Any] = {
         **scheduler.config,
         **{"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False},
-        **{"use_exponential_sigmas": False, "use_beta_sigmas": False, "calibration": None},
+        **{
+            "use_exponential_sigmas": False,
+            "use_beta_sigmas": False,
+            "calibration": None,
+            "default_num_inference_steps": None,
+        },
         **{"solver": "abm3", "sampling_path": "angle", "timestep_spacing": "graded"},
     }
     calls = 0
@@ -119,13 +122,10 @@ def calibrate(
     def watch(watcher: Any, steps: int, seed: int) -> Any:
         nonlocal calls
         watcher.path = scheduler.path
-        run(watcher, steps, seed)
-        if watcher.turns != steps:
-            raise ValueError(f"`run` must make one sampling loop of {steps} steps, got {watcher.turns} turns.")
-        calls += steps
+        calls += watcher.watch(run, steps, seed)
         return watcher
 
-    fitted, tested = (watch(_Recorder.from_config(config), reference_steps, seed) for seed in (0, 1))
+    fitted, tested = (watch(Recorder.from_config(config), reference_steps, seed) for seed in (0, 1))
     entries: dict[str, dict[str, Any]] = {}
     errors: dict[int, dict[str, float]] = {}
     for count in counts:
@@ -133,14 +133,14 @@ def calibrate(
         def attempt(shape: Sequence[float], count: int = count) -> tuple[float, _Fitter]:
             fitter: Any = _Fitter.from_config(config)
             fitter.prepare(_angles(scheduler, count, shape), history, fitted)
-            return fitted.error(watch(fitter, count, 0).end), fitter
+            return watch(fitter, count, 0).error(fitted.end), fitter
 
         best = _search(attempt, max_runs, from_prior=scheduler.path.prior_std != 1.0)
         entries[str(count)] = {"sigmas": best.called_at, "keep": best.keep, "weights": best.weights}
         calibrated = config | {"solver": "calibrated", "calibration": {str(count): entries[str(count)]}}
         errors[count] = {
-            "calibrated": tested.error(watch(_Recorder.from_config(calibrated), count, 1).end),
-            "abm3": tested.error(watch(_Recorder.from_config(config), count, 1).end),
+            "calibrated": watch(Recorder.from_config(calibrated), count, 1).error(tested.end),
+            "abm3": watch(Recorder.from_config(config), count, 1).error(tested.end),
         }
     result: Any = type(scheduler).from_config(config, solver="calibrated", calibration=entries)
     return Calibration(result, errors, calls)
@@ -180,78 +180,10 @@ def _search(
     return best
 
 
-class _Watcher(FlowMatchScheduler):
-    """A scheduler that keeps to its own grid, whatever a pipeline gives, and takes notes."""
-
-    turns: int = 0
-    end: torch.Tensor
-    called_at: list[float] | None = None
-
-    def __copy__(self) -> "_Watcher":
-        """Itself: pipelines sample with copies of their scheduler, and notes are to be found here."""
-        return self
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        timesteps: Any = None,
-    ) -> None:
-        if timesteps is not None:
-            raise ValueError(
-                "A pipeline whose timesteps are not those of its grid cannot be calibrated, got `timesteps`."
-            )
-        given = num_inference_steps if sigmas is None else len(sigmas)
-        super().set_timesteps(given if self.called_at is None else None, device=device, sigmas=self.called_at)
-
-    def normalised(self, sample: torch.Tensor) -> torch.Tensor:
-        """The sample of this turn in the angle's coordinates; the first one is noise as it is at t = 1."""
-        t = torch.tensor(self._stages[self.turns].t if self.turns else 1.0, dtype=torch.float64)
-        return to_float64(sample) / self.scale(self.path.alpha(t), self.path.sigma(t))
-
-    def scale(self, alpha: Any, sigma: Any) -> float:
-        coordinates = Coordinates(self.path, "angle", self.sigma_data)
-        return float(coordinates.scale(*(torch.as_tensor(value, dtype=torch.float64) for value in (alpha, sigma))))
-
-
-class _Recorder(_Watcher):
-    """Keeps the trajectory of a loop."""
-
-    def step(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.turns == 0:
-            self.points: list[torch.Tensor] = []
-        self.points.append(self.normalised(sample).to(torch.promote_types(sample.dtype, torch.float32)))
-        result = super().step(model_output, timestep, sample, *args, **kwargs)
-        self.end = result[0].clone()
-        self.turns += 1
-        return result
-
-    def at(self, angle: float) -> torch.Tensor:
-        """The trajectory at an angle, by the polynomial through the four nearest points."""
-        if angle == 0.0:
-            return to_float64(self.end) / self.scale(1.0, 0.0)
-        ratios = torch.tensor([stage.ratio for stage in self._stages], dtype=torch.float64)
-        angles = angle_of_ratio(ratios, self.sigma_data)
-        first = min(max(int((angles > angle).sum()) - 2, 0), len(angles) - 4)
-        nodes = angles[first : first + 4].tolist()
-        result = torch.zeros_like(self.points[0], dtype=torch.float64)
-        for i, node in enumerate(nodes):
-            weight = math.prod((angle - other) / (node - other) for other in nodes if other != node)
-            result += weight * self.points[first + i]
-        return result
-
-    def error(self, end: torch.Tensor) -> float:
-        """The relative error of another loop's end; infinite if it is not finite."""
-        error = float((to_float64(end) - to_float64(self.end)).norm() / to_float64(self.end).norm())
-        return error if math.isfinite(error) else math.inf
-
-
-class _Fitter(_Watcher):
+class _Fitter(Watcher):
     """Finds the weights of each step when it comes to it, by least squares on a reference."""
 
-    def prepare(self, angles: list[float], history: int, reference: _Recorder) -> None:
+    def prepare(self, angles: list[float], history: int, reference: Recorder) -> None:
         self.angles, self.history, self.reference = [*angles, 0.0], history, reference
         self.called_at = ratio_of_angle(torch.tensor(angles, dtype=torch.float64), self.sigma_data).tolist()
         high = angle_of_ratio(torch.tensor(self.path.ratio_max, dtype=torch.float64), self.sigma_data).item()

@@ -127,6 +127,9 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             Of a network that is conditioned on the end of its step: `first_block`, the first block of a transformer
             that gets it; `num_inference_steps`, the number of calls that it draws best in; `guidance_scale`, the
             guidance that it has learned.
+        default_num_inference_steps (`int`, *optional*):
+            Number of steps that pipelines of this package make if none is given; 50 if it is `None`. It belongs to
+            the solver, as [`~schedulers.recommendation.recommend`] finds both.
 
     Raises:
         ValueError: If a value is not one of those above, or two of them exclude each other.
@@ -171,6 +174,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         diffusion_scale: float = 1.0,
         calibration: Mapping[str, Any] | None = None,
         flow_map: Mapping[str, Any] | None = None,
+        default_num_inference_steps: int | None = None,
     ):
         check_settings(self.config)
         if "_use_default_values" in self.config:
@@ -265,7 +269,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
 
         Settings that belong to the solver leave with it, unless `changes` has them: a calibration, `clip_sample`,
         `eta`, `stochastic_sampling` and `s_churn` where the new solver has no use for them, and coordinates that it
-        does not work in.
+        does not work in. With `default_num_inference_steps` the coordinates and the grid leave that it was found for.
 
         Args:
             changes: Settings of the scheduler, such as `solver="heun"`.

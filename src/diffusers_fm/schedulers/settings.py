@@ -71,10 +71,30 @@ def check_flow_map(flow_map: Any) -> None:
         raise ValueError(f"`guidance_scale` of `flow_map` must be a number above 0, got {scale!r}.")
 
 
+def check_default_steps(steps: Any, calibration: Mapping[str, Any]) -> None:
+    """Check the number of steps that a scheduler's configuration has."""
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"`default_num_inference_steps` must be an integer of at least 1, or None, got {steps!r}.")
+    if steps is not None and calibration and str(steps) not in map(str, calibration):
+        raise ValueError(
+            f"`default_num_inference_steps` must be one that was calibrated, {sorted(map(int, calibration))}, got"
+            f" {steps}."
+        )
+
+
 def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of the present solver that a change of solver or coordinates takes away, at values that do nothing."""
-    now = {**config, **changes}
     leaving: dict[str, Any] = {}
+    if config["default_num_inference_steps"] is not None:
+        if changes.get("sampling_path", config["sampling_path"]) != config["sampling_path"]:
+            leaving = {"default_num_inference_steps": None}
+        if changes.get("solver", config["solver"]) != config["solver"]:
+            leaving = {
+                "default_num_inference_steps": None,
+                "sampling_path": "angle" if changes["solver"] == "calibrated" else "ot",
+                "timestep_spacing": "trailing",
+            }
+    now = {**config, **leaving, **changes}
     by_estimates = any(changes.get(name) for name in BY_ESTIMATES)
     if now["sampling_path"] != "ot" and (now["solver"] in STRAIGHT_ONLY or by_estimates):
         leaving["sampling_path"] = now["sampling_path"] = changes.get("sampling_path", "ot")
@@ -149,6 +169,7 @@ def check_settings(config: Any) -> None:
             "The solver 'calibrated', a `calibration` and `sampling_path` 'angle' go together, got the solver "
             f"{solver!r}, {'a' if calibration else 'no'} calibration and {coordinates!r}."
         )
+    check_default_steps(config.default_num_inference_steps, calibration or {})
     changes = [name for name in GRID_CHANGES if config[name]] + ["shift"] * (config.shift != 1.0)
     if solver == "calibrated" and changes:
         raise ValueError(

@@ -26,6 +26,7 @@ from ..arguments import (
 from ..couplings import COUPLINGS
 from ..data.arguments import DataArguments
 from ..losses import WEIGHTINGS
+from ..schedulers.recommendation import SOLVERS
 from ..timesteps import DENSITIES
 from .distributed import check_tracker
 from .ema import MAX_SIGMA_REL
@@ -210,9 +211,30 @@ class ValidationArguments(Arguments):
 
     validation_steps: Count = option(500, "Steps between held-out losses and picture grids.")
     num_validation_images: Size = option(4, "Pictures in a grid, for each class; 0 for no grids.", source=EXAMPLES)
-    num_inference_steps: Count = option(50, "Solver steps of the pictures.", source="diffusers' pipelines")
+    num_inference_steps: Count | None = option(
+        None, "Solver steps of the pictures and, if the scheduler is ours, of the saved pipeline by default."
+    )
     guidance_scale: NotNegative = option(1.0, "Guidance of the pictures; 1 is off.")
     eval_batch_size: Count = option(64, "Samples at once in validation.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments(Arguments):
+    """Sampling of the saved pipeline."""
+
+    _argument_group_name = "sampling"
+
+    solver: str | None = option(
+        None,
+        "Solver of the saved pipeline. Without it and --num_inference_steps, a search at the end of training finds"
+        " both, where the scheduler is ours and says nothing else.",
+        list(SOLVERS),
+    )
+    calibrate_steps: list[Count] = option([], "Numbers of steps to fit at the end of training; saved.")
+
+    def check(self) -> None:
+        if self.solver is not None and self.calibrate_steps:
+            raise ValueError(f"--calibrate_steps fits a solver of its own: leave out --solver {self.solver}.")
 
 
 @dataclass(frozen=True, kw_only=True)

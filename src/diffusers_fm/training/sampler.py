@@ -11,9 +11,15 @@ from accelerate.utils import broadcast_object_list
 
 from ..data.cache import DryAccelerator
 from ..data.loading import TrainingData
+from ..data.randomness import make_generator
+from ..pipelines.base import FlowMatchPipelineBase
 from ..precision import to_float64
+from ..schedulers.recommendation import recommend, solver_settings
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..schedulers.settings import BY_ESTIMATES, GRIDS
+from .metrics import rounded
 from .run import TrainingRun
+from .validation import EVALUATION_SEED, quiet_copy
 
 
 logger = logging.getLogger(__name__)
@@ -21,12 +27,14 @@ logger = logging.getLogger(__name__)
 # Samples that the standard deviation of the data is measured on.
 NUM_MEASURED = 512
 
-SETTINGS = frozenset(inspect.signature(FlowMatchScheduler.__init__).parameters)
+DEFAULTS = {name: each.default for name, each in inspect.signature(FlowMatchScheduler.__init__).parameters.items()}
+# A scheduler in which these are as made afresh says nothing on how to sample.
+CHOSEN = ("solver", "sampling_path", "timestep_spacing", "s_churn", "invert_sigmas", *BY_ESTIMATES, *GRIDS)
 
 
 def is_stock(scheduler: FlowMatchScheduler) -> bool:
     """Whether a scheduler was made of a configuration of diffusers' own, and stays as it is."""
-    foreign = [name for name in scheduler.config if name not in SETTINGS and not name.startswith("_")]
+    foreign = [name for name in scheduler.config if name not in DEFAULTS and not name.startswith("_")]
     return bool(foreign) or scheduler.config.timestep_spacing == "linspace"
 
 
@@ -80,3 +88,55 @@ def measure_sigma_data(
         return
     logger.info("Standard deviation of the data: %g, saved as `sigma_data`.", sigma_data)
     pipeline.scheduler = scheduler.with_settings(sigma_data=sigma_data)
+
+
+def choose_sampler(
+    run: TrainingRun[Any], pipeline: FlowMatchPipelineBase, num_samples: int, **call: Any
+) -> dict[str, float]:
+    """
+    Settings by which the trained pipeline samples from now on: those of the arguments, or the recommended ones.
+
+    `--num_inference_steps` is saved as it is, with `--solver` or the scheduler's own. Without it, a scheduler of ours
+    that is as made afresh gets what [`~schedulers.recommendation.recommend`] finds, as do `--solver` and
+    `--calibrate_steps`. Others stay as they are. The main process calls it.
+
+    Args:
+        run ([`TrainingRun`]):
+            With the arguments.
+        pipeline ([`~pipelines.base.FlowMatchPipelineBase`]):
+            Pipeline, whose scheduler is replaced.
+        num_samples (`int`):
+            Samples of a trial.
+        call:
+            Arguments of the pipeline's call, for so many samples.
+
+    Returns:
+        `dict[str, float]`: `sampling_error` and `euler_error`, if there was a search.
+    """
+    args, scheduler, steps = run.args, pipeline.scheduler, run.args.num_inference_steps
+    asked = args.solver is not None or bool(args.calibrate_steps)
+    says_nothing = scheduler.config.default_num_inference_steps is None and all(
+        scheduler.config[name] == DEFAULTS[name] for name in CHOSEN
+    )
+    if not asked and (is_stock(scheduler) or not (says_nothing or steps)):
+        return {}
+    if steps is not None and not args.calibrate_steps:
+        settings = solver_settings(args.solver) if args.solver is not None else {}
+        pipeline.scheduler = scheduler.with_settings(**settings, default_num_inference_steps=steps)
+        return {}
+    with quiet_copy(pipeline) as sampler:
+
+        def sample(candidate: FlowMatchScheduler, num_inference_steps: int, seed: int) -> None:
+            sampler.scheduler = candidate
+            sampler(  # pyright: ignore[reportCallIssue]
+                **call,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=args.guidance_scale,
+                generator=[make_generator(EVALUATION_SEED, "sampler", seed, i) for i in range(num_samples)],
+                output_type="latent",
+            )
+
+        found = recommend(sample, scheduler, solver=args.solver, calibrate_steps=args.calibrate_steps)
+    pipeline.scheduler = found.scheduler
+    logger.info("Sampling by default: %s.", found)
+    return {"sampling_error": rounded(found.error), "euler_error": rounded(found.baseline)}

@@ -116,7 +116,7 @@ def upscaling_report(
     data: ImageData,
     num_images: int,
     num_rows: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     guidance_scale: float = 1.0,
     noise_level: float = 0.0,
     batch_size: int = 64,
@@ -133,8 +133,8 @@ def upscaling_report(
             Images to measure.
         num_rows (`int`):
             Rows of the picture: low resolution, bicubic, two samples, original; 0 for none.
-        num_inference_steps (`int`):
-            Steps of the solver.
+        num_inference_steps (`int`, *optional*):
+            Steps of the solver; `None` for the scheduler's own number.
         guidance_scale (`float`, *optional*, defaults to 1.0):
             Scale of classifier-free guidance, 1 is off.
         noise_level (`float`, *optional*, defaults to 0.0):

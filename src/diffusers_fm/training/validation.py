@@ -215,7 +215,7 @@ def quiet_copy(pipeline: PipelineT) -> Iterator[PipelineT]:
 def sample_grid(
     pipeline: FlowMatchPipeline,
     num_images: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None,
     guidance_scale: float = 1.0,
     batch_size: int = 64,
 ) -> PIL.Image.Image:
@@ -227,8 +227,8 @@ def sample_grid(
             What is sampled. Its scheduler is left as it is.
         num_images (`int`):
             Pictures of each class, or of all without classes.
-        num_inference_steps (`int`):
-            Steps of the solver.
+        num_inference_steps (`int`, *optional*):
+            Steps of the solver; `None` for the scheduler's own number.
         guidance_scale (`float`, *optional*, defaults to 1.0):
             Scale of classifier-free guidance, 1 is off.
         batch_size (`int`, *optional*, defaults to 64):
