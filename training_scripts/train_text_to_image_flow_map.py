@@ -48,6 +48,7 @@ from diffusers_fm.text_to_image.setup import (
 )
 from diffusers_fm.training.flow_maps import (
     FlowMapArguments,
+    draw_guidance,
     draw_intervals,
     flow_map_facts,
     interval_losses,
@@ -69,6 +70,8 @@ class ScriptArguments(TextToImageArguments, FlowMapArguments):
     def check(self) -> None:
         if self.save_stock:
             raise ValueError("--save_stock does not go with a flow map, which needs diffusers-fm's scheduler.")
+        if self.learned_guidance_max is not None and any(word.startswith("guidance_scale=") for word in self.call):
+            raise ValueError("--call guidance_scale does not go with --learned_guidance_max, which draws the scales.")
 
 
 def main(args: ScriptArguments) -> None:
@@ -124,13 +127,17 @@ def main(args: ScriptArguments) -> None:
     )
 
     def velocity_of(
-        trained: Callable[..., torch.Tensor], captions: Sequence[str], dropped: torch.Tensor | None
+        trained: Callable[..., torch.Tensor],
+        captions: Sequence[str],
+        dropped: torch.Tensor | None,
+        guidance: torch.Tensor | None,
     ) -> AverageVelocity:
         """Average velocity in the straight coordinates for captions, of which each call names rows."""
 
         def predict(x_t: torch.Tensor, r: torch.Tensor, t: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
             part_dropped = None if dropped is None else dropped[rows]
-            return trained(x_t, t, [captions[row] for row in rows.tolist()], size, part_dropped, r)
+            part_guidance = None if guidance is None else guidance[rows]
+            return trained(x_t, t, [captions[row] for row in rows.tolist()], size, part_dropped, r, part_guidance)
 
         return average_velocity(predict, path, prediction_type, scheduler.timestep_scale)
 
@@ -155,11 +162,13 @@ def main(args: ScriptArguments) -> None:
                     x, _ = path.to_straight(path.sample(data, noise, start), start)
 
                     rows = torch.arange(len(x))
-                    u = velocity_of(wrapped, captions, dropped)
-                    flow = wrapped if frozen is None else frozen
-                    conditional = partial(velocity_of(flow, captions, dropped), x, t, t, rows)
-                    unconditional = partial(velocity_of(flow, [""] * len(x), None), x, t, t, rows)
-                    velocity = learned_velocity(args, noise - data, conditional, unconditional)
+                    guidance = draw_guidance(args, part)
+                    u = velocity_of(wrapped, captions, dropped, guidance)
+                    # A teacher was trained without guidance to be given.
+                    flow, given = (wrapped, guidance) if frozen is None else (frozen, None)
+                    conditional = partial(velocity_of(flow, captions, dropped, given), x, t, t, rows)
+                    unconditional = partial(velocity_of(flow, [""] * len(x), None, given), x, t, t, rows)
+                    velocity = learned_velocity(args, noise - data, conditional, unconditional, guidance)
                     losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, (rows,))
                     run.backward(start, losses)
         run.finish()

@@ -309,7 +309,10 @@ def flow_map_loss(
 
 
 def guided_velocity(
-    velocity: torch.Tensor, conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float
+    velocity: torch.Tensor,
+    conditional: torch.Tensor,
+    unconditional: torch.Tensor,
+    guidance_scale: float | torch.Tensor,
 ) -> torch.Tensor:
     """
     Target that bakes classifier-free guidance in: `v + (1 - 1 / w) (u_c - u_0)` (arXiv 2512.02012).
@@ -323,8 +326,8 @@ def guided_velocity(
             `u(x, t, t)` of the network that learns, with the condition and without gradient.
         unconditional (`torch.Tensor` of shape `(batch_size, ...)`):
             The same without the condition.
-        guidance_scale (`float`):
-            w, above 0; 1 changes nothing.
+        guidance_scale (`float` or `torch.Tensor` of shape `(batch_size,)`):
+            w, above 0, of all samples or of each; 1 changes nothing. A network that is given w learns all scales.
 
     Returns:
         `torch.Tensor`: The target, of the shape of `velocity`.
@@ -332,9 +335,11 @@ def guided_velocity(
     Raises:
         ValueError: If the scale is not above 0.
     """
-    if not 0 < guidance_scale < math.inf:
+    scale = torch.as_tensor(guidance_scale)
+    if not bool(((scale > 0) & torch.isfinite(scale)).all()):
         raise ValueError(f"`guidance_scale` must be a number above 0, got {guidance_scale!r}.")
-    return velocity + (1 - 1 / guidance_scale) * (conditional - unconditional)
+    part = (1 - 1 / scale).to(velocity)
+    return velocity + (lift(part, velocity) if part.ndim else part) * (conditional - unconditional)
 
 
 def sample_intervals(

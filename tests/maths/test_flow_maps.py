@@ -336,6 +336,10 @@ def test_guided_target_has_guidance_as_its_fixed_point() -> None:
     velocity, unconditional = torch.tensor([0.7, -0.2]), torch.tensor([0.1, 0.4])
     guided = unconditional + 2.5 * (velocity - unconditional)
     torch.testing.assert_close(guided_velocity(velocity, guided, unconditional, 2.5), guided)
+    # A scale for each row.
+    rows = (torch.stack([value, value]) for value in (velocity, guided, unconditional))
+    targets = guided_velocity(*rows, torch.tensor([2.5, 1.0]))
+    torch.testing.assert_close(targets, torch.stack([guided, velocity]))
     with pytest.raises(ValueError, match="`guidance_scale` must be a number above 0, got 0"):
         guided_velocity(velocity, guided, unconditional, 0)
 

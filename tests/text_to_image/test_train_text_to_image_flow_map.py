@@ -2,6 +2,7 @@
 """Flow maps of text-to-image pipelines: what comes out, what does not matter, and what is refused."""
 
 import re
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3, train_text_to_image
 from training_runs import ROOT, assert_same_weights, environment, launch, load_script, weights
 
-from diffusers_fm import with_flow_map
+from diffusers_fm import init_pipeline, with_flow_map
 from diffusers_fm.flow_maps import OBJECTIVES
+from diffusers_fm.models.interval import IntervalConditioning
+from diffusers_fm.pipelines.velocity_field import VelocityField
+from diffusers_fm.text_to_image.flow_map import IntervalField
 
 
 SCRIPT = ROOT / "training_scripts" / "train_text_to_image_flow_map.py"
@@ -38,13 +42,11 @@ def draw(pipeline: Any, **options: Any) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline(
         "a red square",
-        height=16,
-        width=16,
         num_inference_steps=2,
         max_sequence_length=16,
         output_type="pt",
         generator=torch.Generator().manual_seed(0),
-        **{"guidance_scale": 1.0, **options},
+        **{"height": 16, "width": 16, "guidance_scale": 1.0, **options},
     ).images
 
 
@@ -105,3 +107,58 @@ def test_what_cannot_be_trained_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         train(model, data, tmp_path / "run", **options)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configurations of a FLUX that is given its guidance."""
+    folder = tmp_path_factory.mktemp("told") / "flux"
+    shutil.copytree(ROOT / "pipelines" / "flux-tiny", folder)
+    file = folder / "transformer" / "config.json"
+    file.write_text(file.read_text().replace('"guidance_embeds": false', '"guidance_embeds": true'))
+    return folder
+
+
+def test_guidance_is_an_input(told: Path, data: Path, tmp_path: Path) -> None:
+    """A stock FLUX pipeline chooses the scale of its map by `guidance_scale`, in one call of the network a step."""
+    options = {"learned_guidance_max": 4.0, "interval_warmup_steps": 0, "num_validation_images": 0, "resolution": 8}
+    output_dir = train(told, data, tmp_path / "run", learning_rate=1e-2, **options)
+    assert "1 to 4, which `guidance_scale` chooses" in ModelCard.load(output_dir / "README.md").text
+    pipeline = with_flow_map(FluxPipeline.from_pretrained(output_dir))
+    one, same, other = (draw(pipeline, height=8, width=8, guidance_scale=scale) for scale in (1.5, 1.5, 4.0))
+    assert torch.equal(one, same)
+    assert (one - other).abs().max() > 1e-4
+
+
+def test_each_sample_gets_its_own_guidance(told: Path) -> None:
+    """The network answers as in the pipeline's own call at that scale."""
+    pipeline = init_pipeline(told, seed=0)
+    torch.manual_seed(1)
+    for parameter in pipeline.transformer.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    call = {"max_sequence_length": 16}
+    field = IntervalField(pipeline, "transformer", call)
+    IntervalConditioning(pipeline.transformer)
+    x, t = torch.randn(2, *field.decode_map((8, 8)).map.x_shape), torch.tensor([300.0, 700.0])
+    scales = torch.tensor([1.5, 4.0])
+    captions = ["a three", "a five"]
+    together = field(x, t, captions, (8, 8), None, None, scales)
+    for row, scale in enumerate(scales.tolist()):
+        stock = VelocityField(pipeline, "transformer", guidance_scale=scale, **call)
+        alone = stock(x[row : row + 1], t[row : row + 1] / 1000, prompt=captions[row], height=8, width=8)
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-5)
+    assert (together - field(x, t, captions, (8, 8))).abs().max() > 1e-3
+
+
+def test_guidance_as_an_input_is_refused(model: Path, told: Path, data: Path, tmp_path: Path) -> None:
+    for folder, options, message in (
+        (model, {}, "--learned_guidance_max 4 needs a network with `guidance_embeds`, and this SD3Transformer2DModel"),
+        (
+            told,
+            {"learned_guidance_scale": 2.0},
+            "--learned_guidance_scale 2 does not go with --learned_guidance_max 4",
+        ),
+        (told, {"call": "guidance_scale=2"}, "--call guidance_scale does not go with --learned_guidance_max"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train(folder, data, tmp_path / "run", learned_guidance_max=4.0, **options)

@@ -22,7 +22,7 @@ from ..flow_maps import (
     sample_intervals,
 )
 from ..models.interval import IntervalConditioning, IntervalEmbedding
-from ..paths import ConditionalPath
+from ..paths import ConditionalPath, lift
 from ..pipelines.base import FlowMatchPipelineBase
 from ..pipelines.flow_map import condition_network
 from ..precision import to_float64
@@ -69,6 +69,9 @@ class FlowMapArguments(Arguments):
     flow_teacher: bool = option(False, "Learn the velocity of the pipeline as it was, in place of noise - data.")
     ema_teacher: bool = option(False, "Targets by the averaged weights; needs --use_ema.")
     learned_guidance_scale: Positive = option(1.0, "Guidance to learn; 1 is none.", source="arXiv 2512.02012")
+    learned_guidance_max: Annotated[float, Range(1, open_low=True)] | None = option(
+        None, "Learn guidance of every scale from 1 to this, which the network is given; it needs an embedding for it."
+    )
 
     def check(self) -> None:
         if not isinstance(self, TrainingArguments):
@@ -77,6 +80,11 @@ class FlowMapArguments(Arguments):
             raise ValueError(f"--weighting_scheme must be none for a flow map, got {self.weighting_scheme}.")
         if self.ema_teacher and not self.use_ema:
             raise ValueError("--ema_teacher needs --use_ema.")
+        if self.learned_guidance_max is not None and self.learned_guidance_scale != 1.0:
+            raise ValueError(
+                f"--learned_guidance_scale {self.learned_guidance_scale:g} does not go with --learned_guidance_max"
+                f" {self.learned_guidance_max:g}: the map learns one scale, or all of them."
+            )
 
 
 class IntervalModel(TrainableModel):
@@ -129,6 +137,11 @@ def set_flow_map(
     args: Any, network: nn.Module, scheduler: FlowMatchScheduler, embedding: nn.Module | None = None
 ) -> FlowMatchScheduler:
     """Condition a network on the end of a step: by its last blocks, or by a second time embedding of a UNet."""
+    if args.learned_guidance_max is not None and not network.config.get("guidance_embeds"):
+        raise ValueError(
+            f"--learned_guidance_max {args.learned_guidance_max:g} needs a network with `guidance_embeds`, and this"
+            f" {type(network).__name__} has none: use --learned_guidance_scale."
+        )
     known = scheduler.config.flow_map or {}
     flow_map = {
         **({"first_block": args.first_block} if args.first_block is not None else known),
@@ -163,7 +176,11 @@ def draw_intervals(
 
 @torch.no_grad()
 def learned_velocity(
-    args: FlowMapArguments, velocity: torch.Tensor, conditional: Velocity, unconditional: Velocity | None = None
+    args: FlowMapArguments,
+    velocity: torch.Tensor,
+    conditional: Velocity,
+    unconditional: Velocity | None = None,
+    guidance: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Velocity that a flow map learns where r = t: noise - data or the teacher's, with the guidance to be learned.
@@ -177,6 +194,8 @@ def learned_velocity(
             Gives the flow's velocity, of the teacher if there is one, else of the network that learns.
         unconditional (`Callable`, *optional*):
             Gives the same without the condition; without it there is no guidance.
+        guidance (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+            Scales of [`draw_guidance`], in place of `learned_guidance_scale`.
 
     Returns:
         `torch.Tensor` of the shape of `velocity`.
@@ -184,14 +203,23 @@ def learned_velocity(
     scale = args.learned_guidance_scale
     if args.flow_teacher:
         velocity = conditional()
-    if scale == 1.0 or unconditional is None:
+    if unconditional is None or (guidance is None and scale == 1.0):
         return velocity
     null = unconditional()
-    return (
-        null + scale * (velocity - null)
-        if args.flow_teacher
-        else guided_velocity(velocity, conditional(), null, scale)
-    )
+    scales = torch.full(velocity.shape[:1], scale) if guidance is None else guidance
+    if args.flow_teacher:
+        return null + lift(scales.to(velocity), velocity) * (velocity - null)
+    return guided_velocity(velocity, conditional(), null, scales)
+
+
+def draw_guidance(args: FlowMapArguments, part: BatchSlice) -> torch.Tensor | None:
+    """
+    Scales of guidance for a part of a batch, uniform in their logarithm from 1 to `learned_guidance_max` (arXiv
+    2512.02012): `(batch_size,)` on the CPU, or `None` for a map that is not given its guidance.
+    """
+    if args.learned_guidance_max is None:
+        return None
+    return args.learned_guidance_max ** part.uniform("guidance")
 
 
 def interval_losses(
@@ -227,6 +255,8 @@ def interval_losses(
 def flow_map_facts(args: Any) -> dict[str, str]:
     """Rows of a card: the method and the calls of the network."""
     facts = {"method": METHODS[args.objective], "calls of the network": f"{args.num_inference_steps} by default"}
+    if args.learned_guidance_max is not None:
+        facts["learned guidance"] = f"1 to {args.learned_guidance_max:g}, which `guidance_scale` chooses"
     if args.learned_guidance_scale != 1.0:
         facts["learned guidance"] = f"{args.learned_guidance_scale:g}; sample with `guidance_scale` 1"
     return facts
