@@ -137,7 +137,8 @@ def set_flow_map(
     args: Any, network: nn.Module, scheduler: FlowMatchScheduler, embedding: nn.Module | None = None
 ) -> FlowMatchScheduler:
     """Condition a network on the end of a step: by its last blocks, or by a second time embedding of a UNet."""
-    if args.learned_guidance_max is not None and not network.config.get("guidance_embeds"):
+    config: Any = network.config
+    if args.learned_guidance_max is not None and not config.get("guidance_embeds"):
         raise ValueError(
             f"--learned_guidance_max {args.learned_guidance_max:g} needs a network with `guidance_embeds`, and this"
             f" {type(network).__name__} has none: use --learned_guidance_scale."
