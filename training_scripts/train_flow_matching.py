@@ -61,9 +61,8 @@ import torch
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentArguments, PairArguments
-from diffusers_fm.data.arrays import load_arrays
 from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
-from diffusers_fm.data.loading import load_images
+from diffusers_fm.data.loading import load_arrays, load_images
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.objective import (
@@ -99,7 +98,8 @@ def main(args: ScriptArguments) -> None:
     pipeline = run.init_pipeline(FlowMatchPipeline)
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
-    resolution = 0 if args.array_column else choose_resolution(pipeline, args.resolution)
+    arrays = args.array_column or args.noise_column
+    resolution = 0 if arrays else choose_resolution(pipeline, args.resolution)
     path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
     prediction_type = pipeline.scheduler.config.prediction_type
     if pipeline.vae is not None:
@@ -109,12 +109,11 @@ def main(args: ScriptArguments) -> None:
 
     # 2. Data
     with run.accelerator.main_process_first():
-        images = None if args.array_column else load_images(args, pipeline, resolution)
-        train_data, held_out_data = images or load_arrays(args, pipeline)
+        data_sets: Any = load_arrays(args, pipeline) if arrays else load_images(args, pipeline, resolution)
+    train_data, held_out_data = data_sets
     size = f" of side {resolution}" if resolution else ""
     if args.cache_latents:
         folder = precomputed_folder(args, run.output_dir)
-        data_sets = (train_data, held_out_data)
         cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
     measure_sigma_data(run, pipeline, train_data, lambda batch: latents_of_batch(pipeline, batch, device))
 

@@ -43,7 +43,7 @@ from diffusers_fm.arguments import Arguments, Fraction, Free, Size, option, run_
 from diffusers_fm.data.arguments import LabelArguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import normalize
-from diffusers_fm.data.loading import TrainingData, load_images
+from diffusers_fm.data.loading import load_images
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
@@ -93,7 +93,7 @@ class ScriptArguments(TrainingArguments, SamplingArguments, LabelArguments, Upsc
 
 def load_data(
     args: ScriptArguments, pipeline: FlowMatchUpscalePipeline, resolution: int
-) -> tuple[TrainingData, ImageData | None]:
+) -> tuple[ImageData | StreamData, ImageData | None]:
     """The images to train on, and those held out, with low-resolution ones of their own if there is a column."""
     factor = pipeline.config.scale_factor
     if resolution % factor:

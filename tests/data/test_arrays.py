@@ -59,7 +59,7 @@ def test_rows_that_are_no_samples_are_named(arrays: Any, sentence: str) -> None:
 
 def test_columns_and_arguments() -> None:
     dataset = rows(VOLUMES.tolist(), label=[0, None, 1, 1, 1])
-    with pytest.raises(ValueError, match=r"--array_column 'wave' is none of the columns \['array', 'label'\]"):
+    with pytest.raises(ValueError, match=r"'wave' is none of the columns \['array', 'label'\]"):
         ArrayData(dataset, "wave", (2, 3, 4))
     with pytest.raises(ValueError, match="Row 1 has no label in the column 'label'"):
         ArrayData(dataset, "array", (2, 3, 4), "label", 2)

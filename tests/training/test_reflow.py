@@ -24,8 +24,7 @@ from training_runs import (
 from training_runs import script as training
 
 from diffusers_fm.arguments import parse_arguments
-from diffusers_fm.data.loading import load_images
-from diffusers_fm.data.pairs import PairData
+from diffusers_fm.data.loading import load_arrays
 
 
 SCRIPT = ROOT / "training_scripts" / "draw_pairs.py"
@@ -133,8 +132,7 @@ def pair_options(**options: object) -> dict[str, object]:
 def test_batches_are_pairs_and_no_noise_is_drawn(folder: Path, pairs: Path, tmp_path: Path) -> None:
     pipeline = load(folder)
     line = command_line(folder, pairs, tmp_path, **pair_options())
-    data, held_out = load_images(parse_arguments(training.ScriptArguments, line), pipeline, 8)
-    assert isinstance(data, PairData)
+    data, held_out = load_arrays(parse_arguments(training.ScriptArguments, line), pipeline)
     assert held_out is None and len(data) == 20
     assert list(pipeline.config.id2label.values()) == list(NAMES.values())
     batch = data[np.array([[0, 3], [1, 0]])]
@@ -175,7 +173,7 @@ def test_a_resumed_run_on_pairs_is_an_uninterrupted_one(folder: Path, pairs: Pat
 
 def test_a_dry_run_counts_pairs(folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_script(training, command_line(folder, pairs, tmp_path / "run", dry_run=True, **pair_options()))
-    assert "20 pairs of noise and sample" in capsys.readouterr().out
+    assert "20 arrays of 1 x 8 x 8, each with its noise" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -184,8 +182,8 @@ def test_a_dry_run_counts_pairs(folder: Path, pairs: Path, tmp_path: Path, capsy
         ({"coupling": "minibatch_ot"}, "--coupling minibatch_ot does not go with --noise_column"),
         ({"streaming": True}, "--streaming True does not go with --noise_column"),
         ({"random_flip": True}, "--random_flip True does not go with --noise_column"),
-        ({"noise_column": "label"}, "The column 'label' must hold arrays of the shape (1, 8, 8)"),
-        ({"image_column": "image"}, "The column 'image' must hold arrays of the shape (1, 8, 8)"),
+        ({"noise_column": "label"}, "Row 0 of 'label' must have the shape (1, 8, 8), got the shape ()"),
+        ({"image_column": "image"}, "'image' is none of the columns ['noise', 'sample', 'label']"),
         ({"label_column": "class"}, "no label column 'class'"),
     ],
 )

@@ -9,12 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ..pipelines.base import FlowMatchPipelineBase
 from .cache import content_key
 from .images import FINGERPRINT_ROWS
-from .loading import adopt_class_names, open_splits
 from .randomness import make_generator
-from .sources import class_names, read_labels
+from .sources import read_labels
 
 
 class ArrayData(Dataset):
@@ -32,6 +30,8 @@ class ArrayData(Dataset):
             Column of the labels, and classes of the model.
         seed (`int`, *optional*, defaults to 0), max_samples (`int`, *optional*):
             Use so many rows, chosen at random by the seed.
+        noise_column (`str`, *optional*):
+            Column of noise of that shape, which belongs to the arrays: pairs for reflow.
 
     Raises:
         ValueError: if the data set is empty, a column is missing, or a row is not of that shape or not finite.
@@ -48,11 +48,14 @@ class ArrayData(Dataset):
         num_classes: int = 0,
         seed: int = 0,
         max_samples: int | None = None,
+        noise_column: str | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError("The data set is empty.")
-        if column not in dataset.column_names:
-            raise ValueError(f"--array_column {column!r} is none of the columns {dataset.column_names}.")
+        self._columns = {"data": column} if noise_column is None else {"data": column, "noise": noise_column}
+        for name in self._columns.values():
+            if name not in dataset.column_names:
+                raise ValueError(f"{name!r} is none of the columns {dataset.column_names}.")
         if max_samples is not None and max_samples < len(dataset):
             order = torch.randperm(len(dataset), generator=make_generator(seed, "max_samples")).numpy()
             dataset = dataset.select(np.sort(order[:max_samples]))
@@ -60,7 +63,8 @@ class ArrayData(Dataset):
         missing = [] if self.labels is None else np.flatnonzero(self.labels == -1)[:1].tolist()
         if missing:
             raise ValueError(f"Row {missing[0]} has no label in the column {label_column!r}.")
-        self._dataset, self._column, self._shape = dataset.with_format("numpy", columns=[column]), column, shape
+        self._shape = shape
+        self._dataset = dataset.with_format("numpy", columns=list(self._columns.values()))
         self._read(np.arange(1))
 
     def __len__(self) -> int:
@@ -74,12 +78,14 @@ class ArrayData(Dataset):
     @property
     def description(self) -> str:
         """Number and shape of the arrays, for the log."""
-        return f"{len(self)} arrays of {' x '.join(map(str, self._shape))}"
+        noise = ", each with its noise" if "noise" in self._columns else ""
+        return f"{len(self)} arrays of {' x '.join(map(str, self._shape))}{noise}"
 
     def fingerprint(self) -> dict[str, Any]:
         """Facts that identify the data of a resumed run, with the contents of `FINGERPRINT_ROWS` samples."""
         rows = np.unique(np.linspace(0, len(self) - 1, FINGERPRINT_ROWS).astype(np.int64))
-        facts: dict[str, Any] = {"samples": len(self), "arrays": content_key(self._read(rows).tobytes())}
+        contents = [array.tobytes() for array in self._read(rows).values()]
+        facts: dict[str, Any] = {"samples": len(self), "arrays": content_key(*contents)}
         return facts if self.labels is None else {**facts, "labels": content_key(self.labels.tobytes())}
 
     def size(self, index: int) -> tuple[int, ...]:
@@ -105,17 +111,21 @@ class ArrayData(Dataset):
                 Epoch and number of each sample.
 
         Returns:
-            `dict[str, Any]`: `data`, float32 of shape `(batch_size, channels, ...)`; with labels, `labels`, int64 of
-            shape `(batch_size,)`.
+            `dict[str, Any]`: `data` and perhaps `noise`, float32 of shape `(batch_size, channels, ...)`; with labels,
+            `labels`, int64 of shape `(batch_size,)`.
         """
-        batch: dict[str, Any] = {"data": torch.from_numpy(self._read(keys[:, 1]))}
+        batch: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self._read(keys[:, 1]).items()}
         if self.labels is not None:
             batch["labels"] = torch.from_numpy(self.labels[keys[:, 1]])
         return batch
 
-    def _read(self, rows: np.ndarray) -> np.ndarray:
-        """Arrays of some rows, float32."""
-        values = self._dataset[rows][self._column]
+    def _read(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays of some rows, float32, and their noise."""
+        values = self._dataset[rows]
+        return {name: self._checked(rows, column, values[column]) for name, column in self._columns.items()}
+
+    def _checked(self, rows: np.ndarray, column: str, values: Any) -> np.ndarray:
+        """Arrays of a column as one, float32."""
         arrays = []
         for row, value in zip(rows.tolist(), values):
             try:
@@ -124,9 +134,9 @@ class ArrayData(Dataset):
             except (ValueError, TypeError):
                 array, found = np.empty(0), "no numbers of one shape"
             if array.shape not in (self._shape, self._shape[self._shape[0] == 1 :]):
-                raise ValueError(f"Row {row} of {self._column!r} must have the shape {self._shape}, got {found}.")
+                raise ValueError(f"Row {row} of {column!r} must have the shape {self._shape}, got {found}.")
             if not np.isfinite(array).all():
-                raise ValueError(f"Row {row} of {self._column!r} holds values that are not finite.")
+                raise ValueError(f"Row {row} of {column!r} holds values that are not finite.")
             arrays.append(array.reshape(self._shape))
         return np.stack(arrays)
 
@@ -135,30 +145,3 @@ def _float32(value: Any) -> np.ndarray:
     """Nested lists and arrays of numbers as one array."""
     array = np.asarray(value)
     return (np.stack([_float32(part) for part in array]) if array.dtype == object else array).astype(np.float32)
-
-
-def load_arrays(args: Any, pipeline: FlowMatchPipelineBase) -> tuple[ArrayData, ArrayData | None]:
-    """
-    Arrays and labels to train on, and those held out, if there is a split of them.
-
-    Args:
-        args ([`DataArguments`], [`ArrayArguments`] and [`LabelArguments`]):
-            With `seed`.
-        pipeline ([`FlowMatchPipelineBase`]):
-            Takes over the names of the classes.
-
-    Returns:
-        `tuple[ArrayData, ArrayData | None]`: both.
-
-    Raises:
-        ValueError: if there is no such data, or it does not fit the network.
-    """
-    train_split, held_out_split = open_splits(args)
-    label_column = args.label_column if pipeline.num_classes else None
-    if label_column is not None and label_column in (train_split.features or {}):
-        adopt_class_names(pipeline, class_names(train_split, label_column))
-    common = (args.array_column, pipeline.sample_shape, label_column, pipeline.num_classes)
-    train_data = ArrayData(train_split, *common, args.seed, args.max_train_samples)  # type: ignore[arg-type]
-    if held_out_split is None:
-        return train_data, None
-    return train_data, ArrayData(held_out_split, *common, 0, args.max_validation_samples)

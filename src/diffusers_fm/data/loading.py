@@ -11,9 +11,9 @@ import datasets
 
 from ..pipelines import FlowMatchAudioPipeline
 from ..pipelines.base import FlowMatchPipelineBase
-from .arguments import DataArguments, PairArguments, rgb
+from .arguments import DataArguments, rgb
+from .arrays import ArrayData
 from .images import ImageData
-from .pairs import PairData
 from .sounds import SoundTransform
 from .sources import (
     AnyDataset,
@@ -33,7 +33,7 @@ from .transforms import ImageTransform
 
 logger = logging.getLogger(__name__)
 
-TrainingData = ImageData | StreamData | PairData
+TrainingData = ImageData | StreamData | ArrayData
 
 # Column of the caption that is that of all images.
 CAPTION = "instance_prompt"
@@ -150,11 +150,10 @@ def load_images(
     resolution: int,
     make_data: Callable[..., ImageData] = ImageData,
     multiple: int = 1,
-) -> tuple[TrainingData, ImageData | None]:
+) -> tuple[ImageData | StreamData, ImageData | None]:
     """
     Images and labels for a pipeline, which takes over the names of their classes; sounds, as spectrograms, for a
-    [`FlowMatchAudioPipeline`]. Arguments and errors are those of [`make_datasets`]; with `noise_column`
-    ([`~arguments.PairArguments`]) the rows are pairs of noise and sample.
+    [`FlowMatchAudioPipeline`]. Arguments and errors are those of [`make_datasets`].
     """
     make_transform: Callable[..., ImageTransform] = ImageTransform
     wanted, other = datasets.Image, datasets.Audio
@@ -173,13 +172,37 @@ def load_images(
             adopt_class_names(pipeline, class_names(split, label_column))
 
     columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}
-    if isinstance(args, PairArguments) and args.noise_column is not None:
-        split: Any = open_splits(args)[0]
-        pairs = PairData(split, pipeline.sample_shape, args.noise_column, args.image_column, **columns)
-        check(split)
-        return pairs, None
     columns["make_transform"] = make_transform
     return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
+
+
+def load_arrays(args: Any, pipeline: FlowMatchPipelineBase) -> tuple[ArrayData, ArrayData | None]:
+    """
+    Arrays and labels to train on, and those held out, if there is a split of them; with `noise_column`, pairs of noise
+    and sample, none of which is held out.
+
+    Args:
+        args ([`DataArguments`], [`ArrayArguments`], [`PairArguments`] and [`LabelArguments`]):
+            With `seed`.
+        pipeline ([`FlowMatchPipelineBase`]):
+            Takes over the names of the classes.
+
+    Returns:
+        `tuple[ArrayData, ArrayData | None]`: both.
+
+    Raises:
+        ValueError: if there is no such data, or it does not fit the network.
+    """
+    train_split, held_out_split = open_splits(args)
+    label_column = args.label_column if pipeline.num_classes else None
+    if label_column is not None and label_column in (train_split.features or {}):
+        adopt_class_names(pipeline, class_names(train_split, label_column))
+    common = (args.array_column or args.image_column, pipeline.sample_shape, label_column, pipeline.num_classes)
+    train: Any = train_split
+    train_data = ArrayData(train, *common, args.seed, args.max_train_samples, args.noise_column)
+    if held_out_split is None or args.noise_column is not None:
+        return train_data, None
+    return train_data, ArrayData(held_out_split, *common, 0, args.max_validation_samples)
 
 
 def adopt_class_names(pipeline: FlowMatchPipelineBase, names: dict[int, str] | None) -> None:

@@ -159,7 +159,7 @@ class TrainingRun(Generic[A]):
         Args:
             model (`nn.Module`):
                 All that is trained: its parameters that require gradients.
-            data ([`ImageData`], [`StreamData`] or [`PairData`]):
+            data ([`ImageData`], [`StreamData`] or [`ArrayData`]):
                 Data to train on.
             validate (`Callable`):
                 Called as `validate(step, grid_name)` by every process, with the averaged weights in the model, every

@@ -44,7 +44,7 @@ def standard_deviation(data: TrainingData, encode: Callable[[dict[str, Any]], to
     Standard deviation of data as the flow sees it, over the values of all pixels and channels.
 
     Args:
-        data ([`ImageData`], [`StreamData`] or [`PairData`]):
+        data ([`ImageData`], [`StreamData`] or [`ArrayData`]):
             Data set, of which `NUM_MEASURED` samples are read, always the same.
         encode (`Callable`):
             Called as `encode(batch)`: pixels in [-1, 1] or latents, of shape `(batch_size, ...)`.
