@@ -440,6 +440,10 @@ def test_several_processes_that_would_run_as_one_are_refused(
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP of version 1 is not supported.*use FSDP2"):
         train(folder, data, tmp_path / "run")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed needs GPUs, and on the CPU accelerate runs without it"):
+        train(folder, data, tmp_path / "run")
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path, data: Path, tmp_path: Path) -> None:

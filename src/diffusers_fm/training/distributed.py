@@ -84,9 +84,12 @@ def make_accelerator(
     if report_to is None:
         report_to = "tensorboard" if is_tensorboard_available() else "none"
     plugin = fsdp_plugin(mixed_precision)
+    cpu = use_cpu or not torch.accelerator.is_available()
+    if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError("DeepSpeed needs GPUs, and on the CPU accelerate runs without it: launch without DeepSpeed.")
     # Without `cpu=True` accelerate runs several CPU processes as so many independent runs of one.
     accelerator = Accelerator(
-        cpu=use_cpu or not torch.accelerator.is_available(),
+        cpu=cpu,
         mixed_precision=mixed_precision,
         dynamo_backend="inductor" if torch_compile else None,
         fsdp_plugin=plugin,
