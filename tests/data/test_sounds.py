@@ -13,7 +13,8 @@ import torch
 from tiny_pipelines import NUM_CLASSES, tiny_unet
 from training_runs import command_line, load, run_script, script
 
-from diffusers_fm import FlowMatchAudioPipeline, FlowMatchScheduler
+from diffusers_fm import FlowMatchAudioPipeline, FlowMatchScheduler, init_pipeline
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.data.sounds import SoundTransform, read_sound
 from diffusers_fm.data.sources import load_splits
 from diffusers_fm.spectrograms import LogMel
@@ -141,3 +142,15 @@ def test_columns_of_another_kind_are_refused(sounds: Path, untrained: Path, tmp_
         pipeline, data = (Path(__file__).parents[2] / path for path in (pipeline, data))
         with pytest.raises(ValueError, match=message):
             run_script(script, command_line(pipeline, data, tmp_path / "no", image_column=column))
+
+
+def test_recipe_of_the_spoken_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SPOKEN_DIGITS.parents[1])
+    args = parse_arguments(script.ScriptArguments, ["--config", "pipelines/unet-spoken-digits/training.json"])
+    pipeline = init_pipeline(args.pretrained_model_name_or_path, seed=0)
+    assert isinstance(pipeline, FlowMatchAudioPipeline)
+    assert (args.dataset_name, args.image_column) == ("data/spoken-digits", "audio")
+    count = f"{sum(weight.numel() for weight in pipeline.unet.parameters()):,}"
+    assert f"| `unet` | `UNet2DModel` | {count} |" in Path("pipelines/unet-spoken-digits/README.md").read_text()
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline([7], guidance_scale=2.0, num_inference_steps=1).audios.shape == (1, 1, 4096)
