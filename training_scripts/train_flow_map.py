@@ -33,9 +33,9 @@ import torch
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Count, Free, option, run_script
-from diffusers_fm.data.arguments import LabelArguments, LatentArguments
+from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentArguments, PairArguments
 from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
-from diffusers_fm.data.loading import load_images
+from diffusers_fm.data.loading import load_arrays, load_images
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.training.arguments import TrainingArguments
 from diffusers_fm.training.flow_maps import (
@@ -55,7 +55,9 @@ from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TrainingArguments, FlowMapArguments, LatentArguments, LabelArguments):
+class ScriptArguments(
+    TrainingArguments, FlowMapArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments
+):
     """Arguments of this script."""
 
     num_inference_steps: Count = option(4, "Calls in which the pipeline samples by default; also of the pictures.")
@@ -72,7 +74,8 @@ def main(args: ScriptArguments) -> None:
     pipeline = run.init_pipeline(FlowMatchPipeline)
     shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
-    resolution = choose_resolution(pipeline, args.resolution)
+    arrays = args.array_column or args.noise_column
+    resolution = 0 if arrays else choose_resolution(pipeline, args.resolution)
     path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
     prediction_type = pipeline.scheduler.config.prediction_type
     if pipeline.vae is not None:
@@ -86,10 +89,11 @@ def main(args: ScriptArguments) -> None:
 
     # 2. Data
     with run.accelerator.main_process_first():
-        train_data, held_out_data = load_images(args, pipeline, resolution)
+        data_sets: Any = load_arrays(args, pipeline) if arrays else load_images(args, pipeline, resolution)
+    train_data, held_out_data = data_sets
+    size = f" of side {resolution}" if resolution else ""
     if args.cache_latents:
         folder = precomputed_folder(args, run.output_dir)
-        data_sets = (train_data, held_out_data)
         cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
 
     # 3. Model
@@ -117,7 +121,7 @@ def main(args: ScriptArguments) -> None:
         validate,
         export,
         f"Flow map by {args.objective} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
-        f" {prediction_type}; {train_data.description} of side {resolution}, {len(held_out_data or [])} held out.",
+        f" {prediction_type}; {train_data.description}{size}, {len(held_out_data or [])} held out.",
     )
 
     def velocity_of(network: Callable[..., torch.Tensor]) -> AverageVelocity:
@@ -151,7 +155,7 @@ def main(args: ScriptArguments) -> None:
                         labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
                     conditions = () if labels is None else (labels,)
 
-                    noise = run.draw_noise(part, data, labels)
+                    noise = batch["noise"].to(device) if "noise" in batch else run.draw_noise(part, data, labels)
                     start, r, t = draw_intervals(args, path, part, shift, step)
                     x, _ = path.to_straight(path.sample(data, noise, start), start)
 

@@ -4,6 +4,7 @@
 import re
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import datasets
 import numpy as np
@@ -28,6 +29,7 @@ from diffusers_fm.data.loading import load_arrays
 
 
 SCRIPT = ROOT / "training_scripts" / "draw_pairs.py"
+FLOW_MAP = ROOT / "training_scripts" / "train_flow_map.py"
 script = load_script(SCRIPT)
 NAMES = dict(enumerate(["circle", "cross", "square", "star", "line"]))
 
@@ -140,11 +142,14 @@ def test_batches_are_pairs_and_no_noise_is_drawn(folder: Path, pairs: Path, tmp_
     for name, column in (("noise", "noise"), ("data", "sample"), ("labels", "label")):
         assert torch.equal(batch[name], torch.from_numpy(rows[[3, 0]][column]))
     # Two runs on the same pairs differ by their seed in times and order alone: a noise of their own would show.
-    losses = [zero_loss(folder, pairs, tmp_path / str(seed), seed=seed) for seed in range(2)]
+    losses = [zero_loss(training, folder, pairs, tmp_path / str(seed), seed=seed) for seed in range(2)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    # A flow map with r = t.
+    loss = zero_loss(load_script(FLOW_MAP), folder, pairs, tmp_path / "map", seed=2, equal_share=1.0)
+    assert loss == pytest.approx(losses[0], rel=1e-6)
 
 
-def zero_loss(folder: Path, pairs: Path, output_dir: Path, **options: object) -> float:
+def zero_loss(script: ModuleType, folder: Path, pairs: Path, output_dir: Path, **options: object) -> float:
     """First loss of a batch of all pairs, by a network whose answer is zero: the mean square of noise - data."""
     network = load(folder)
     for parameter in network.unet.parameters():
@@ -158,7 +163,7 @@ def zero_loss(folder: Path, pairs: Path, output_dir: Path, **options: object) ->
         max_train_steps=1,
         **pair_options(**options),
     )
-    run_script(training, line)
+    run_script(script, line)
     return read_log(output_dir / "run", "loss")[0][1]
 
 
