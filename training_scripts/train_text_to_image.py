@@ -109,7 +109,8 @@ def main(args: ScriptArguments) -> None:
         """The trained pipeline and its card."""
         saved = as_saved(pipeline)
         saved.save_pretrained(folder)
-        card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder)
+        found = model.field.describe()
+        card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, found)
         card.save(folder / "README.md")
         clean_settings(folder)
 

@@ -112,7 +112,8 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The adapters and their card."""
         save_lora(pipeline, folder)
-        card = lora_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder, args.instance_prompt)
+        facts = (figures, folder, args.instance_prompt, model.field.describe())
+        card = lora_card(pipeline, run.args, run.repo_id, run.global_batch_size, *facts)
         card.save(folder / "README.md")
 
     wrapped = run.begin(

@@ -395,7 +395,7 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
     assert len(shards) == (2 if buckets else 1)
     with monkeypatch.context() as patch:
         for name in ("image_size", "image_file"):
-            patch.setattr(f"diffusers_fm.data.decoded.{name}", None)
+            patch.setattr(f"diffusers_fm.data.transforms.{name}", None)
         patch.setattr(ImageTransform, "decode", None)
         again = ImageData(load_splits(train_data_dir=str(tmp_path / "images"))["train"], transform, **options)
         for data in (first, again):

@@ -135,6 +135,20 @@ def test_data_are_what_the_decoder_is_given(name: str, monkeypatch: pytest.Monke
     torch.testing.assert_close(given[0], latents, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("text", "image"), [("chroma", "chroma_image"), ("z_image", "z_to_image")])
+def test_encoded_data_is_that_of_image_to_image(text: str, image: str) -> None:
+    family, field, x_t, _ = make(text)
+    sibling = RECIPES[image]()
+    call = {**VelocityField(sibling.pipeline, **sibling.call).call, **conditions(family, [0]), **sibling.own([0])}
+    # The scheduler of `stock_step` adds no noise to what the sibling prepares of its image.
+    _, state, _ = stock_step(sibling.pipeline, None, 0.5, **{**call, "strength": 1.0})
+    images = 2 * sibling.own([0])["image"] - 1
+    draws = torch.Generator().manual_seed(0)
+    encoded = DecodeMap(field, **conditions(family, [0])).encode(images, sample=True, generator=draws)
+    assert encoded.shape == x_t[:1].shape
+    torch.testing.assert_close(encoded, state, atol=1e-5, rtol=0)
+
+
 # The table
 
 

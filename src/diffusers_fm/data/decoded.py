@@ -18,7 +18,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .cache import TensorCache, content_key
-from .transforms import ImageTransform, image_file, image_size
+from .clips import frame_files
+from .transforms import ImageTransform
 from .unreadable import UnreadableImageError, reading
 
 
@@ -44,8 +45,9 @@ def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
         cells = batch[column].combine_chunks()
         for path in pc.filter(cells.field("path"), pc.is_null(cells.field("bytes"))).drop_null().to_pylist():
             try:
-                state = os.stat(path)
-                parts.append(f"{path} {state.st_size} {state.st_mtime_ns}")
+                for file in [path, *(frame_files(path) if os.path.isdir(path) else ())]:
+                    state = os.stat(file)
+                    parts.append(f"{file} {state.st_size} {state.st_mtime_ns}")
             except OSError:
                 if "://" in path:
                     return None
@@ -77,7 +79,7 @@ def read_sizes(files: datasets.Dataset, rows: np.ndarray, transform: ImageTransf
     """Heights and widths of images, int64 of shape `(num_images, 2)`, and the unreadable ones."""
     sizes = np.full((len(rows), 2), transform.resolution)
     unreadable = {}
-    read = lambda number, cell: image_size(image_file(cell, transform.folders))  # noqa: E731
+    read = lambda number, cell: transform.size_of(cell)  # noqa: E731
     for number, size in enumerate(_read_all(files, rows, read, "Reading sizes")):
         if isinstance(size, UnreadableImageError):
             unreadable[number] = size.reason

@@ -20,6 +20,10 @@ import pyarrow.parquet
 
 logger = logging.getLogger(__name__)
 
+# Videos, and pictures that may have frames, each of which is a video where videos are read.
+VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
+ANIMATED_SUFFIXES = {".apng", ".gif"}
+
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 
 # Files that make a folder the output of a run or of an evaluation.
@@ -43,7 +47,7 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in unread}
 
 
-def read_image_folder(folder: str) -> dict[str, datasets.Dataset]:
+def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Dataset]:
     """
     Splits of a folder of images, each with the columns of its metadata files, or with labels by class folders.
 
@@ -53,6 +57,8 @@ def read_image_folder(folder: str) -> dict[str, datasets.Dataset]:
     Args:
         folder (`str`):
             The folder. Links are followed.
+        clips (`bool`, *optional*, defaults to `False`):
+            Whether it is one of videos: files of them, animated pictures, and folders of frames, each of which is one.
 
     Returns:
         `dict[str, datasets.Dataset]`: the splits by name, rows in the order of the paths, images as paths.
@@ -62,10 +68,15 @@ def read_image_folder(folder: str) -> dict[str, datasets.Dataset]:
         ValueError: if splits stand beside other folders, or metadata cannot be read.
     """
     root, left_out = Path(folder).expanduser(), defaultdict[str, list[str]](list)
-    images, metadata = _walk(root, left_out)
+    images, metadata = _walk(root, left_out, image_suffixes() | (VIDEO_SUFFIXES if clips else set()))
+    if clips:
+        # Pictures that stand in a folder are its frames, unless they have frames themselves.
+        whole = {*VIDEO_SUFFIXES, *ANIMATED_SUFFIXES}
+        kept = (path if _suffix(path) in whole else posixpath.dirname(path) for path in images)
+        images = sorted({path for path in kept if path})
     if not images:
-        named = _describe(left_out)
-        raise FileNotFoundError(f"it contains no images that Pillow can read; left out are {named or 'no files'}")
+        named, kind = _describe(left_out), "videos" if clips else "images that Pillow can read"
+        raise FileNotFoundError(f"it contains no {kind}; left out are {named or 'no files'}")
     split_of, class_of = _splits_and_classes(folder, images, left_out)
     if metadata:
         table = _with_metadata(root, metadata, split_of, left_out)
@@ -94,9 +105,13 @@ def read_image_folder(folder: str) -> dict[str, datasets.Dataset]:
     return {name: rows.select(splits[name]) for name in _SPLIT_WORDS if splits[name]}
 
 
-def _walk(root: Path, left_out: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _walk(root: Path, left_out: dict[str, list[str]], suffixes: set[str]) -> tuple[list[str], list[str]]:
     """Paths below the root, in order, of images and of metadata files."""
-    images, metadata, suffixes = [], [], image_suffixes()
+    images, metadata = [], []
     if any((root / name).is_file() for name in _OUTPUT_FILES):
         raise ValueError(f"The folder of images {str(root)!r} is the output of a run: keep these apart.")
     folders, seen = [""], {os.path.realpath(root)}
@@ -108,7 +123,7 @@ def _walk(root: Path, left_out: dict[str, list[str]]) -> tuple[list[str], list[s
             left_out["folders that may not be read"].append(place)
             continue
         for entry in entries:
-            path, suffix = posixpath.join(place, entry.name), os.path.splitext(entry.name)[1].lower()
+            path, suffix = posixpath.join(place, entry.name), _suffix(entry.name)
             if entry.is_dir():
                 if not is_data_folder(entry.path):
                     left_out["folders that are hidden or the output of a run"].append(path)

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from .buckets import assign_buckets
 from .cache import content_key
 from .captions import CaptionColumn
+from .clips import frame_files
 from .decoded import MEMORY_BUDGET, column_key, read_once, read_pixels, read_sizes, unpack
 from .randomness import derive_seed, make_generator
 from .sources import check_label, image_files, read_labels
@@ -267,7 +268,7 @@ class ImageData(Dataset):
             images = self.pixels(keys)
             if mirrored.any():
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            batch["images"] = images
+            batch["images"] = self.transform.as_batch(images)
         if self._labels is not None:
             batch["labels"] = self._labels[indices]
         if self.captions is not None:
@@ -313,7 +314,10 @@ class ImageData(Dataset):
     def file_key(self, index: int) -> str:
         """Digest of the contents of an image's file."""
         file = self.file(index)
-        return content_key(file if isinstance(file, bytes) else Path(file).read_bytes())
+        if isinstance(file, bytes):
+            return content_key(file)
+        paths = frame_files(file) if Path(file).is_dir() else [Path(file)]
+        return content_key(*(path.read_bytes() for path in paths))
 
     def _cell(self, index: int) -> dict[str, Any] | None:
         return next(iter(self._files[int(self._rows[index])].values()))

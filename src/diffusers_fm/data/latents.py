@@ -120,7 +120,7 @@ def cache_latents(
     file_keys = [key for _, key in sorted(gather_object(own))]
     _share_unreadable(data)
     mirrors = (False, True) if data.transform.random_flip else (False,)
-    settings = (data.transform.channels, str(data.transform.background))
+    settings = data.transform.settings
     keys = [
         [content_key(file_key, *settings, *data.size(index), mirror) for mirror in mirrors]
         for index, file_key in enumerate(file_keys)
@@ -152,7 +152,8 @@ def cache_latents(
                         read.append(key)
                 if images:
                     with torch.no_grad():
-                        moments = encode_moments(vae, normalize(torch.cat(images)).to(accelerator.device)).cpu()
+                        pixels = normalize(data.transform.as_batch(torch.cat(images)))
+                        moments = encode_moments(vae, pixels.to(accelerator.device)).cpu()
                     writer.add(read, [[each] for each in moments])
         accelerator.wait_for_everyone()
         cache.refresh()
@@ -185,7 +186,9 @@ def _expect_latents(accelerator: DryAccelerator, data: ImageData, vae: ModelMixi
     sizes = [data.size(index) for index in range(len(data))]
     with torch.no_grad():
         moments = {
-            size: encode_moments(vae, torch.empty(1, data.transform.channels, *size, device="meta"))[0]
+            size: encode_moments(
+                vae, data.transform.as_batch(torch.empty(1, data.transform.channels, *size, device="meta"))
+            )[0]
             for size in set(sizes)
         }
     data.read_moments = lambda index, mirrored: moments[data.size(index)]

@@ -13,6 +13,7 @@ from ..pipelines import FlowMatchAudioPipeline
 from ..pipelines.base import FlowMatchPipelineBase
 from .arguments import DataArguments, rgb
 from .arrays import ArrayData
+from .clips import check_first
 from .images import ImageData
 from .sounds import SoundTransform
 from .sources import (
@@ -23,6 +24,7 @@ from .sources import (
     data_folders,
     first_rows,
     held_out_split_name,
+    image_files,
     load_splits,
     stream_splits,
     undecoded,
@@ -39,12 +41,12 @@ TrainingData = ImageData | StreamData | ArrayData
 CAPTION = "instance_prompt"
 
 
-def open_splits(args: DataArguments) -> tuple[AnyDataset, datasets.Dataset | None]:
+def open_splits(args: DataArguments, clips: bool = False) -> tuple[AnyDataset, datasets.Dataset | None]:
     """
     The split to train on, and the one held out, if there is one. With `--streaming` the first is a stream, and of the
     second the first rows are held out.
     """
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, clips)
     if not args.streaming:
         splits = load_splits(*source)
         name = args.validation_split or held_out_split_name(splits, args.train_split)
@@ -78,6 +80,7 @@ def make_datasets(
     check: Callable[[AnyDataset], None] = lambda split: None,
     caption: str | None = None,
     make_transform: Callable[..., ImageTransform] = ImageTransform,
+    clips: bool = False,
     **columns: Any,
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
@@ -102,6 +105,8 @@ def make_datasets(
             Caption of all images, in place of a column.
         make_transform (`Callable`, *optional*, defaults to [`ImageTransform`]):
             Makes what is done to each image, with the arguments of [`ImageTransform`].
+        clips (`bool`, *optional*, defaults to `False`):
+            Whether a local folder is one of videos.
         columns:
             Further arguments of [`ImageData`] and [`StreamData`].
 
@@ -111,7 +116,7 @@ def make_datasets(
     Raises:
         ValueError: if there is no such data, or it does not fit.
     """
-    train_split, held_out_split = open_splits(args)
+    train_split, held_out_split = open_splits(args, clips)
     if caption is not None:
         train_split = with_caption(train_split, caption, args.image_column)
         held_out_split = None if held_out_split is None else with_caption(held_out_split, caption, args.image_column)
@@ -125,6 +130,8 @@ def make_datasets(
         "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
     }
     transform = make_transform(resolution, channels, args.center_crop, args.random_flip, **common)
+    if clips and isinstance(train_split, datasets.Dataset) and len(train_split):
+        check_first(image_files(train_split, args.image_column)[0][args.image_column], common["folders"])
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
     if isinstance(train_split, datasets.IterableDataset):
         train_data: Any = StreamData(

@@ -30,7 +30,7 @@ from .sources import (
     undecoded,
     with_features,
 )
-from .transforms import ImageTransform, image_file, image_size
+from .transforms import ImageTransform
 from .unreadable import UnreadableImageError, reading
 
 
@@ -184,7 +184,7 @@ class StreamData:
         """Height and width of a row's image; those of the square, if it cannot be read."""
         try:
             with reading(row.name):
-                return image_size(image_file(row.values[self._image_column], self.transform.folders))
+                return self.transform.size_of(row.values[self._image_column])
         except UnreadableImageError:
             return self.transform.resolution, self.transform.resolution
 
@@ -206,7 +206,7 @@ class StreamData:
         crops = [self.transform.crop(image, size, place) for image, place in zip(pixels, places)]
         mirrored = self.transform.mirrored(self.seed, visits)
         images = [crop[..., ::-1] if mirror else crop for crop, mirror in zip(crops, mirrored)]
-        batch: dict[str, Any] = {"images": torch.from_numpy(np.stack(images))}
+        batch: dict[str, Any] = {"images": self.transform.as_batch(torch.from_numpy(np.stack(images)))}
         if self._label_column is not None:
             batch["labels"] = torch.tensor([row.values[self._label_column] for row in rows], dtype=torch.int64)
         if self._caption_path:

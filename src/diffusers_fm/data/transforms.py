@@ -12,6 +12,7 @@ import fsspec
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
+import torch
 
 from .randomness import row_uniforms
 
@@ -197,8 +198,13 @@ class ImageTransform:
     folders: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise ValueError(f"Images have 1 or 3 channels, but the model takes {self.channels}.")
+        if self.colours not in (1, 3):
+            raise ValueError(f"Images have 1 or 3 channels, but the model takes {self.colours}.")
+
+    @property
+    def colours(self) -> int:
+        """Channels of a picture."""
+        return self.channels
 
     @property
     def settings(self) -> tuple[Any, ...]:
@@ -209,6 +215,14 @@ class ImageTransform:
         """Pixels of a cell of an image column, uint8 of shape `(channels, height, width)`, covering a size."""
         image = open_image(image_file(value, self.folders))
         return to_pixels(image, size, self.channels, self.multiple, self.background)
+
+    def size_of(self, value: dict[str, Any] | None) -> tuple[int, int]:
+        """Height and width of a cell of an image column, from the head of its file."""
+        return image_size(image_file(value, self.folders))
+
+    def as_batch(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels as models take them, from those of shape `(batch_size, channels, height, width)`."""
+        return images
 
     def places(self, seed: int, visits: np.ndarray) -> np.ndarray:
         """Crop positions, `(batch_size, 2)`, down and across, as fractions in [0, 1) of the room there is."""

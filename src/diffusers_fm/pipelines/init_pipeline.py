@@ -14,6 +14,7 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLWan,
     AutoModel,
     DiffusionPipeline,
     DiTTransformer2DModel,
@@ -236,7 +237,7 @@ def _empty_autoencoder(source: str) -> ModelMixin:
 
 
 def _start_as_identity(model: ModelMixin) -> bool:
-    if not (isinstance(model, AutoencoderKL) and can_be_identity(model)):
+    if not (isinstance(model, (AutoencoderKL, AutoencoderKLWan)) and can_be_identity(model)):
         return False
     set_identity(model)
     return True

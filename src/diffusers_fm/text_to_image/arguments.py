@@ -53,6 +53,8 @@ class CaptionArguments(Arguments):
     call: Fixed[list[str]] = option(
         [], "Further arguments of the pipeline's call in training and in the pictures, name=value, the value as JSON."
     )
+    num_frames: Fixed[Count] = option(1, "Frames of the videos of the image column; 1 is for images.")
+    frame_stride: Count = option(1, "Of the videos, every so many frames one is taken.")
     use_aspect_ratio_buckets: bool = option(False, "Keep images near their shape, not square.")
     aspect_ratio_buckets: str | None = option(
         None, 'The sizes themselves, height,width: "1024,1024;832,1216;1216,832".'
@@ -74,6 +76,8 @@ class CaptionArguments(Arguments):
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
         parse_call(self.call)
+        if self.frame_stride > 1 and self.num_frames == 1:
+            raise ValueError(f"--frame_stride {self.frame_stride} has no effect without --num_frames.")
         if self.max_sequence_length is not None and not 0 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(
                 f"--max_sequence_length must be from 0 to {MAX_SEQUENCE_LENGTH}, got {self.max_sequence_length}."

@@ -20,7 +20,7 @@ from ..training.publishing import has_picture, with_run
 from .arguments import TextToImageArguments
 
 
-TAGS = ("text-to-image", "diffusers-training")
+TAGS = ("diffusers-training",)
 IMPORT = f"import diffusers_fm  # {INSTALL} in a clone of it; teaches diffusers the scheduler\n"
 
 
@@ -31,8 +31,12 @@ def text_to_image_card(
     global_batch_size: int,
     figures: Mapping[str, Any],
     folder: Path | None = None,
+    found: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
-    """Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]."""
+    """
+    Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]. `found` is what its
+    [`VelocityField`] describes.
+    """
     name, scheduler = type(pipeline).__name__, pipeline.scheduler
     ours = isinstance(scheduler, FlowMatchScheduler)
     content = _content(
@@ -41,9 +45,10 @@ def text_to_image_card(
         repo_id,
         folder,
         args.validation_prompts or (),
+        found,
         f'{name}.from_pretrained("{repo_id}")',
-        summary=f"A text-to-image model, `{name}`, trained by flow matching with `diffusers-fm`.",
-        tags=TAGS,
+        summary=f"A {_task(args)} model, `{name}`, trained by flow matching with `diffusers-fm`.",
+        tags=(_task(args), *TAGS),
         path=scheduler.path if ours else OTPath(),
         solvers=solver_rows(scheduler, args.num_inference_steps) if ours else (),
     )
@@ -58,10 +63,12 @@ def lora_card(
     figures: Mapping[str, Any],
     folder: Path | None = None,
     instance_prompt: str | None = None,
+    found: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """
     Card of LoRA weights of a pipeline, with the metadata that diffusers' own scripts write; see
-    [`~training.publishing.with_run`]. `instance_prompt` is the prompt that brings out what was learned.
+    [`~training.publishing.with_run`]. `instance_prompt` is the prompt that brings out what was learned,
+    and `found` what the pipeline's [`VelocityField`] describes.
     """
     base = args.pretrained_model_name_or_path
     name = f"[{base}](https://huggingface.co/{base})" if hub_id(base) else f"`{last_part(base)}`"
@@ -71,9 +78,11 @@ def lora_card(
         repo_id,
         folder,
         args.validation_prompts or ([instance_prompt] if instance_prompt else ()),
+        found,
         f'DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("{repo_id}")',
         summary=f"LoRA weights for {name}, trained by flow matching with `diffusers-fm`.",
         tags=(
+            _task(args),
             *TAGS,
             "diffusers",
             "lora",
@@ -85,12 +94,27 @@ def lora_card(
     return model_card(with_run(content, args, global_batch_size, figures, folder))
 
 
+def _task(args: TextToImageArguments) -> str:
+    """The Hub's name of the task."""
+    return "text-to-video" if args.num_frames > 1 else "text-to-image"
+
+
+def _velocity(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What was found about the pipeline's step, in words."""
+    if not found:
+        return {}
+    times = ", ".join(f"`{name}` is {line}" for name, line in found[0]["time"].items())
+    state, sign = tuple(found[0]["shape"][1:]), found[0]["sign"]
+    return {"velocity field": f"{times} at noise level t, output {sign} (noise - data), x_t of shape {state}"}
+
+
 def _content(
     pipeline: DiffusionPipeline,
     args: TextToImageArguments,
     repo_id: str,
     folder: Path | None,
     prompts: Sequence[str],
+    found: Sequence[Mapping[str, Any]],
     load: str,
     **content: Any,
 ) -> CardContent:
@@ -104,7 +128,13 @@ def _content(
         "max_sequence_length": args.max_sequence_length,
     }
     prompt = json.dumps(prompts[0] if prompts else "a photo of a cat", ensure_ascii=False)
+    if args.num_frames > 1:
+        call["num_frames"] = args.num_frames
     words = ", ".join([prompt, *(f"{name}={value:g}" for name, value in call.items() if value is not None)])
+    imports, output = "", f'image = pipeline({words}).images[0]\nimage.save("sample.png")'
+    if args.num_frames > 1:
+        imports = "from diffusers.utils import export_to_video\n"
+        output = f'video = pipeline({words}).frames[0]\nexport_to_video(video, "sample.mp4")'
     shift = "by the size of the image" if config.use_dynamic_shifting else f"{config.shift:g}"
     few_steps = "pipeline = diffusers_fm.with_flow_map(pipeline)\n" if config.get("solver") == "flow_map" else ""
     return CardContent(
@@ -112,14 +142,13 @@ def _content(
         snippet=f"""
 import torch
 from diffusers import {load.partition(".")[0]}
-
+{imports}
 {IMPORT if issubclass(scheduler_class, FlowMatchScheduler) else ""}pipeline = {load}
 {few_steps}pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
-image = pipeline({words}).images[0]
-image.save("sample.png")
+{output}
 """,
         scheduler=config,
-        pipeline_tag="text-to-image",
+        pipeline_tag=_task(args),
         pictures=[
             Picture(name, prompt)
             for name, prompt in ((f"image_{i}.png", prompt) for i, prompt in enumerate(prompts))
@@ -128,6 +157,7 @@ image.save("sample.png")
         facts={
             "network": describe_network(pipeline.components[args.network]),
             "scheduler": f"`{scheduler_class.__name__}`, shift {shift}",
+            **_velocity(found),
         },
         **content,
     )

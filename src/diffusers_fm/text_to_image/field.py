@@ -3,6 +3,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -30,6 +31,8 @@ Size = tuple[int, int]
 
 # Side of the image that tells an autoencoder's factor, the largest in use.
 PROBE_SIDE = 64
+# Frames of the video that tells its factor in time: one more than a multiple of all factors in use.
+ASKED_FRAMES = 25
 
 
 class TrainedField(OneNetwork):
@@ -101,6 +104,11 @@ class TrainedField(OneNetwork):
         """The pipeline."""
         return self._hidden[0]
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """Arguments of every call."""
+        return self._hidden[1]
+
     @torch.no_grad()
     def network_call(
         self, sample: torch.Tensor, timestep: torch.Tensor, captions: Sequence[str], size: Size, *_: Any
@@ -156,6 +164,48 @@ class TrainedField(OneNetwork):
         sides = (side, side) if size is None else (size[0] // self.factor, size[1] // self.factor)
         self._known[size] = state, (channels, *(state[-2:] if len(state) > 2 else sides))
         return self._known[size]
+
+    @torch.no_grad()
+    def set_frames(self, name: str, num_frames: int, size: Size) -> None:
+        """
+        Ask the pipeline for videos of a number of frames from now on.
+
+        Args:
+            name (`str`):
+                Argument of the call that says how many.
+            num_frames (`int`):
+                Frames of the videos that are trained on.
+            size (`tuple[int, int]`):
+                Height and width in pixels.
+
+        Raises:
+            ValueError: if the autoencoder or the pipeline does not make so many.
+        """
+        model, kind = type(self.pipeline).__name__, type(self.pipeline.components["vae"]).__name__
+        factor = (ASKED_FRAMES - 1) / max(1, self._latent_frames(ASKED_FRAMES) - 1)
+        if (num_frames - 1) % factor:
+            nearest = max(1, round((num_frames - 1) / factor)) * factor + 1
+            raise ValueError(
+                f"--num_frames must be {factor:g} k + 1 for the {kind} of {model}, such as {nearest:g}, got"
+                f" {num_frames}."
+            )
+        # A pipeline whose autoencoder keeps every frame may make one more than it is asked for.
+        for asked in (num_frames, num_frames - 1):
+            self.call[name] = self.field.call[name] = asked
+            self._maps.clear()
+            if self.is_empty or self.decode_map(size).map.y_shape[1] == self._latent_frames(num_frames):
+                if asked != num_frames:
+                    # It warns of that at each call.
+                    logging.getLogger(type(self.pipeline).__module__).setLevel(logging.ERROR)
+                return
+        raise ValueError(f"{model} makes no videos of {num_frames} frames.")
+
+    def _latent_frames(self, num_frames: int) -> int:
+        """Frames of the latents of a video."""
+        vae: Any = self.pipeline.components["vae"]
+        channels = vae.config.get("in_channels", 3)
+        probe = torch.zeros(1, channels, num_frames, PROBE_SIDE, PROBE_SIDE, device=vae.device)
+        return encode_moments(vae, probe).shape[2]
 
     def check_size(self, size: Size) -> None:
         """

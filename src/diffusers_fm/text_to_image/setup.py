@@ -6,7 +6,8 @@ import inspect
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from transformers import T5EncoderModel
 
 from ..data.buckets import make_buckets, parse_buckets
 from ..data.cache import DryAccelerator
+from ..data.clips import ClipTransform
 from ..data.images import ImageData
 from ..data.latents import cache_all_latents, precomputed_folder
 from ..data.loading import make_datasets
 from ..data.randomness import BatchSlice, make_generator
 from ..data.streams import StreamData
+from ..data.transforms import ImageTransform
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # Sides of buckets are multiples of about this part of the resolution, as 64 of 1024.
 BUCKET_STEPS = 16
+# Frames of a video in a picture grid at most.
+SHOWN_FRAMES = 8
 
 
 def open_pipeline(run: TrainingRun[Any], args: TextToImageArguments) -> DiffusionPipeline:
@@ -72,7 +77,18 @@ def call_arguments(pipeline: DiffusionPipeline, args: TextToImageArguments) -> d
         if "max_sequence_length" not in names:
             raise ValueError(f"{type(pipeline).__name__} takes no --max_sequence_length.")
         given["max_sequence_length"] = args.max_sequence_length
+    if args.num_frames > 1:
+        given[frames_argument(pipeline)] = args.num_frames
     return given
+
+
+def frames_argument(pipeline: DiffusionPipeline) -> str:
+    """Argument of a pipeline's call for the number of frames; a `ValueError` where it makes no videos."""
+    names = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    found = next((name for name in ("num_frames", "frames") if name in names), None)
+    if found is None:
+        raise ValueError(f"{type(pipeline).__name__} makes no videos: leave out --num_frames.")
+    return found
 
 
 def choose_sizes(field: TrainedField, args: TextToImageArguments) -> list[Size]:
@@ -83,6 +99,8 @@ def choose_sizes(field: TrainedField, args: TextToImageArguments) -> list[Size]:
         ValueError: if the pipeline does not take them.
     """
     square = field.default_size if args.resolution is None else (args.resolution, args.resolution)
+    if args.num_frames > 1:
+        field.set_frames(frames_argument(field.pipeline), args.num_frames, square)
     field.check_size(square)
     field.square = square
     multiple = field.multiple
@@ -215,13 +233,18 @@ def load_captioned_data(
     """Captioned images to train on, and those held out, in the sizes of [`choose_sizes`]."""
     square = len(sizes) == 1 and sizes[0][0] == sizes[0][1]
     vae: Any = pipeline.components["vae"]
+    make_transform: Callable[..., ImageTransform] = ImageTransform
+    if args.num_frames > 1:
+        make_transform = partial(ClipTransform, num_frames=args.num_frames, frame_stride=args.frame_stride)
     return make_datasets(
         args,
-        vae.config.get("in_channels", 3),
+        vae.config.get("in_channels", 3) * args.num_frames,
         args.resolution or sizes[0][0],
         buckets=() if square else tuple(sizes),
         caption_column=args.caption_column,
         caption=args.instance_prompt,
+        make_transform=make_transform,
+        clips=args.num_frames > 1,
     )
 
 
@@ -333,7 +356,7 @@ def prompt_grid(
     was_training = network.training
     network.eval()
     models = [pipeline.components["vae"], *field.text.encoders]
-    options = {**call_arguments(pipeline, args), **guidance_call(pipeline, network, args.guidance_scale)}
+    options = {**field.call, **guidance_call(pipeline, network, args.guidance_scale)}
     options |= {"height": size[0], "width": size[1], "num_inference_steps": args.num_inference_steps}
     rows = []
     with offload_models(*models, device=device, offload=args.offload or args.cache_text_embeddings):
@@ -342,7 +365,7 @@ def prompt_grid(
             generators = [make_generator(EVALUATION_SEED, "grid", row, number) for number in range(count)]
             repeated = {name: [value] * count for name, value in options.items() if name == "negative_prompt"}
             images = sampler(prompt=[prompt] * count, generator=generators, **{**options, **repeated})[0]
-            rows.append([first_frame(image) for image in images])
+            rows.append([picture(image) for image in images])
     network.train(was_training)
     return make_grid(rows)
 
@@ -376,11 +399,10 @@ def validate_field(
     return figures
 
 
-def first_frame(image: Any) -> PIL.Image.Image:
-    """Picture of an image or of a video, frames of a video being PIL images or arrays with values in [0, 1]."""
-    if isinstance(image, (list, tuple)):
-        image = image[0]
-    if isinstance(image, np.ndarray):
-        frame = image[0] if image.ndim == 4 else image
-        return PIL.Image.fromarray(np.round(frame * 255).astype(np.uint8))
-    return image
+def picture(image: Any) -> PIL.Image.Image:
+    """Picture of an image or of a video, whose frames, PIL images or arrays in [0, 1], stand side by side."""
+    if isinstance(image, PIL.Image.Image):
+        return image
+    frames = [np.asarray(frame) / 255 if isinstance(frame, PIL.Image.Image) else frame for frame in image]
+    shown = [frames[number] for number in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN_FRAMES)).astype(int)]
+    return PIL.Image.fromarray(np.round(np.concatenate(shown, axis=1) * 255).astype(np.uint8))
