@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 
@@ -21,6 +22,7 @@ from ..transport import transport
 from .checks import Generators, check_finite, check_output, is_whole
 from .components import MARGIN, FlowMatchComponents
 from .flow_map import check_flow, interval_of_step
+from .guidance import Guidance
 from .sampling import CALLS, SamplingCall, SamplingOptions, begin_call
 
 
@@ -79,6 +81,8 @@ class FlowMatchPipelineBase(FlowMatchComponents):
 
     _callback_tensor_inputs = ["latents"]
     _last_call: SamplingCall | None = None
+    # Pipelines that call the network by ways of their own do not.
+    _takes_guider = True
 
     @property
     def scheduler(self) -> FlowMatchScheduler:
@@ -147,6 +151,21 @@ class FlowMatchPipelineBase(FlowMatchComponents):
                 " latent."
             )
         scale, latents = options.guidance_scale, options.latents
+        self._check_guider()
+        if self.guider is not None:
+            if scale != 1.0:
+                raise ValueError(
+                    f"`guidance_scale` {scale} does not go with the pipeline's {type(self.guider).__name__}, which has"
+                    " a scale of its own: set that, or `pipeline.guider` to None."
+                )
+            if options.is_adaptive:
+                raise ValueError(
+                    f"The solver {options.solver!r} chooses its own steps, and a `guider` needs one with fixed steps."
+                )
+            if self.guiding_network is None and self.null_class is None:
+                raise ValueError(
+                    "A `guider` needs a null class or a `guiding_network`, and this pipeline has neither."
+                )
         if scale != 1.0 and self.num_classes == 0:
             raise ValueError(f"`guidance_scale` {scale} needs classes, and this pipeline has none: use 1.")
         if scale != 1.0 and self.null_class is None:
@@ -169,6 +188,10 @@ class FlowMatchPipelineBase(FlowMatchComponents):
                 f"The scheduler must be a FlowMatchScheduler, got {self.scheduler.__class__.__name__}: convert it with"
                 " `FlowMatchScheduler.from_config(scheduler.config)`."
             )
+
+    def _check_guider(self) -> None:
+        if self.guider is not None and not self._takes_guider:
+            raise ValueError(f"A {type(self).__name__} takes no `guider`: set `pipeline.guider` to None.")
 
     def integrate(
         self,
@@ -197,6 +220,8 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         scheduler = copy.copy(scheduler) if options.solver is None else scheduler.with_settings(solver=options.solver)
         self._lay_out(scheduler, latents, options)
         answer = self.predict_guided if predict is None else predict
+        if self.guider is not None:
+            answer, latents = self._guided(answer, scheduler, latents)
         with (
             self._begin(SamplingCall(scheduler, options.guidance_scale, len(scheduler.timesteps))) as call,
             interval_of_step(self.denoiser, scheduler, self.interval_embedding),
@@ -207,6 +232,41 @@ class FlowMatchPipelineBase(FlowMatchComponents):
                 latents,
                 options,
             )
+
+    def _guided(
+        self, predict: GuidedPredict, scheduler: FlowMatchScheduler, latents: torch.Tensor
+    ) -> tuple[GuidedPredict, torch.Tensor]:
+        """Prediction by the guider in place of a guidance scale, and x_t at which the loop begins after zero steps."""
+        network, null_class = self.guiding_network, self.null_class
+        guidance = Guidance(
+            self.guider,
+            scheduler,
+            unwrap_module(self.denoiser),
+            self.config.get("guidance_space"),
+            self.config.get("guidance_interval"),
+        )
+
+        def guided(
+            x_t: torch.Tensor, timestep: torch.Tensor, args: tuple[torch.Tensor, ...], _: float
+        ) -> torch.Tensor:
+            def unconditional() -> torch.Tensor:
+                if network is None:
+                    null = torch.full_like(args[-1], null_class)  # pyright: ignore[reportArgumentType]
+                    return predict(x_t, timestep, (*args[:-1], null), 1.0).float()
+                self._call.network = network
+                try:
+                    return predict(x_t, timestep, args, 1.0).float()
+                finally:
+                    self._call.network = None
+
+            return guidance(x_t, timestep, lambda: predict(x_t, timestep, args, 1.0).float(), unconditional)
+
+        return guided, guidance.skip_zero_steps(latents)
+
+    @property
+    def _network_of_call(self) -> ModelMixin:
+        call = CALLS.get().get(id(self))
+        return self.denoiser if call is None or call.network is None else call.network
 
     def _begin(self, call: SamplingCall) -> AbstractContextManager[SamplingCall]:
         self._last_call = call
@@ -227,6 +287,8 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         order, last = scheduler.order, len(scheduler.timesteps) - 1
         with self.progress_bar(total=scheduler.num_inference_steps) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, timestep in enumerate(scheduler.timesteps):
+                if i < (scheduler.begin_index or 0):
+                    continue
                 if self.interrupt:
                     break
                 output = answer(latents, i)

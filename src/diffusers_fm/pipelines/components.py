@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
     UNet2DModel,
 )
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils.torch_utils import unwrap_module
@@ -38,6 +40,7 @@ from ..models.networks import argument_names, call_network, is_registered
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .cards import pipeline_content
 from .checks import Labels, is_whole
+from .guidance import check_guidance_settings
 from .sampling import default_steps
 
 
@@ -241,7 +244,9 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     model_cpu_offload_seq = "unet->transformer->vae"
     # Small ones that are read at every call of the network: not worth moving back and forth.
     _exclude_from_cpu_offload = ["class_embedder", "interval_embedding"]
-    _optional_components = ["unet", "transformer", "vae", "class_embedder", "interval_embedding"]
+    _optional_components = [
+        *("unet", "transformer", "vae", "class_embedder", "interval_embedding", "guider", "guiding_network")
+    ]
 
     def __init__(
         self,
@@ -253,10 +258,15 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         num_classes: int | None = None,
         id2label: dict | None = None,
         interval_embedding: IntervalEmbedding | None = None,
+        guider: BaseGuidance | None = None,
+        guiding_network: ModelMixin | None = None,
+        guidance_space: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_components(unet, transformer, vae, class_embedder, num_classes)
         self._check_channels(unwrap_module(transformer if unet is None else unet), vae)
+        check_guidance_settings(guider, guiding_network, guidance_space, guidance_interval)
         is_ours = isinstance(scheduler, FlowMatchScheduler)
         self.register_modules(
             scheduler=scheduler if is_ours else FlowMatchScheduler.from_stock(scheduler),
@@ -265,8 +275,13 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             vae=vae,
             class_embedder=class_embedder,
             interval_embedding=interval_embedding,
+            guider=guider,
+            guiding_network=guiding_network,
         )
         self.register_to_config(num_classes=num_classes, id2label=id2label)
+        if guider is not None:
+            interval = None if guidance_interval is None else list(guidance_interval)
+            self.register_to_config(guidance_space=guidance_space, guidance_interval=interval)
         self.vae_scale_factor = 1 if vae is None else spatial_scale_factor(vae)
         # Images keep their own size, and no number of channels marks latents.
         self.image_processor = VaeImageProcessor(
@@ -309,9 +324,10 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             declared = [name for name in cls._optional_components if index.get(name, [None])[0] is not None]
             networks = {name: kwargs.get(name, name in declared or None) for name in ("unet", "transformer")}
             check_one_network(**networks)
-            missing = [name for name in declared if name not in kwargs and not has_weights(folder / name)]
-            for name in declared:
-                if name not in kwargs and index[name][0] not in sys.modules:
+            models = [name for name in declared if name not in ("guider", *kwargs)]
+            missing = [name for name in models if not has_weights(folder / name)]
+            for name in models:
+                if index[name][0] not in sys.modules:
                     raise ValueError(NOT_IMPORTED.format(str(folder), index[name][1], index[name][0]))
             if missing:
                 raise ValueError(
@@ -359,6 +375,11 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     def denoiser(self) -> ModelMixin:
         """The network: the `unet` or the `transformer`."""
         return self.transformer if self.unet is None else self.unet
+
+    @property
+    def _network_of_call(self) -> ModelMixin:
+        """Network to call; in sampling it may be the one to be guided away from."""
+        return self.denoiser
 
     @property
     def num_classes(self) -> int:
@@ -511,7 +532,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     def _call_network(
         self, model_input: torch.Tensor, timestep: torch.Tensor | float, class_labels: torch.Tensor | None
     ) -> torch.Tensor:
-        network = unwrap_module(self.denoiser)
+        network = unwrap_module(self._network_of_call)
         batch_size, device = model_input.shape[0], model_input.device
         dtype = _input_dtype(network)
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=device).expand(batch_size)
@@ -529,7 +550,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         if self.class_embedder is not None:
             tokens, pooled = self.class_embedder(class_labels)
             conditions = {"encoder_hidden_states": tokens.to(dtype), "pooled_projections": pooled.to(dtype)}
-        model_output = call_network(self.denoiser, model_input.to(dtype), timestep=timestep, **conditions)
+        model_output = call_network(self._network_of_call, model_input.to(dtype), timestep=timestep, **conditions)
         return model_output[:, : self.data_channels]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:

@@ -54,6 +54,16 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
             `num_class_embeds == num_classes + 1`. Without it every row is a class.
         interval_embedding ([`IntervalEmbedding`], *optional*):
             Second time embedding of a few-step `UNet2DModel`, for the end of a step.
+        guider ([`~diffusers.guiders.BaseGuidance`], *optional*):
+            Guider of diffusers, in place of `guidance_scale`, see [`~pipelines.guidance.Guidance`]. `__call__` alone
+            uses it: [`encode`], [`decode`] and densities are those of the plain flow.
+        guiding_network ([`~diffusers.ModelMixin`], *optional*):
+            Network to guide away from (arXiv 2406.02507), with the labels of the wanted images: an earlier or smaller
+            one of the same class. Without it, the null class is.
+        guidance_space (`str`, *optional*):
+            What the guider is handed, `velocity`, `sample` or `epsilon`; by default what its paper means.
+        guidance_interval (`Sequence[float]`, *optional*):
+            Least and greatest of the scheduler's `sigmas` at which to guide (arXiv 2404.07724).
         id2label (`dict`, *optional*):
             Names of the classes by label; a name may list synonyms separated by commas.
 

@@ -2,6 +2,7 @@
 """Sound generation with a flow matching model of log-mel spectrograms, unconditional or by class."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     DiTTransformer2DModel,
+    ModelMixin,
     SchedulerMixin,
     SD3Transformer2DModel,
     UNet2DModel,
 )
+from diffusers.guiders import BaseGuidance
 
 from ..hub.cards import CardContent
 from ..models.autoencoding import encode_latents
@@ -55,7 +58,8 @@ class FlowMatchAudioPipeline(FlowMatchPipeline):
     it: [`~spectrograms.LogMel.decode`] finds some that fit.
 
     Args:
-        scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding:
+        scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding, guider,
+        guiding_network, guidance_space, guidance_interval:
             As in [`FlowMatchPipeline`], for images of one channel.
         sampling_rate (`int`, *optional*, defaults to 8000):
             Samples a second.
@@ -77,12 +81,19 @@ class FlowMatchAudioPipeline(FlowMatchPipeline):
         num_classes: int | None = None,
         id2label: dict | None = None,
         interval_embedding: IntervalEmbedding | None = None,
+        guider: BaseGuidance | None = None,
+        guiding_network: ModelMixin | None = None,
+        guidance_space: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
         sampling_rate: int = 8000,
         window_length: int = 512,
         hop_length: int = 128,
         range_db: float = 60.0,
     ) -> None:
-        super().__init__(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding)
+        super().__init__(
+            *(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding),
+            *(guider, guiding_network, guidance_space, guidance_interval),
+        )
         self.register_to_config(
             sampling_rate=sampling_rate, window_length=window_length, hop_length=hop_length, range_db=range_db
         )

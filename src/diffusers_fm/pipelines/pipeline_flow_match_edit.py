@@ -23,6 +23,9 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
     `FlowMatchEditPipeline.from_pipe(pipeline)` shares the weights of one that is loaded.
     """
 
+    # Its two velocities are guided each by a scale of its own.
+    _takes_guider = False
+
     @torch.no_grad()
     def __call__(
         self,
@@ -87,6 +90,7 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
             ValueError: For arguments that do not fit the pipeline or each other, before any work.
         """
         # 1. A check of everything
+        self._check_guider()
         options = EditOptions(
             method,
             num_inference_steps,

@@ -45,6 +45,8 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
     `FlowMatchInversePipeline.from_pipe(pipeline)` shares the weights of one that is loaded.
     """
 
+    _takes_guider = False
+
     @torch.no_grad()
     def __call__(
         self,

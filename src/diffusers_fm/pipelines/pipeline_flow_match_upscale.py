@@ -2,6 +2,7 @@
 """Upscaling of images with a flow matching model that sees the low-resolution image, in pixels or in latents."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import PIL.Image
@@ -16,6 +17,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DModel,
 )
+from diffusers.guiders import BaseGuidance
 from diffusers.utils.torch_utils import randn_tensor, unwrap_module
 from torch.nn import functional
 
@@ -49,6 +51,8 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
             As in [`FlowMatchPipeline`].
         scale_factor (`int`, *optional*, defaults to 4):
             How many times larger an image becomes if a call does not say. What the network was trained for.
+        guider, guiding_network, guidance_space, guidance_interval (*optional*):
+            As in [`FlowMatchPipeline`], between classes.
         interval_embedding ([`IntervalEmbedding`], *optional*):
             As for [`FlowMatchPipeline`].
 
@@ -67,8 +71,15 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
         id2label: dict | None = None,
         scale_factor: int = 4,
         interval_embedding: IntervalEmbedding | None = None,
+        guider: BaseGuidance | None = None,
+        guiding_network: ModelMixin | None = None,
+        guidance_space: str | None = None,
+        guidance_interval: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding)
+        super().__init__(
+            *(scheduler, unet, transformer, vae, class_embedder, num_classes, id2label, interval_embedding),
+            *(guider, guiding_network, guidance_space, guidance_interval),
+        )
         if not is_whole(scale_factor, 2):
             raise ValueError(f"`scale_factor` must be a whole number of 2 or more, got {scale_factor!r}.")
         self.register_to_config(scale_factor=scale_factor)

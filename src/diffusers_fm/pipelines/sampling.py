@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 
@@ -102,6 +102,8 @@ class SamplingCall:
     guidance_scale: float = 1.0
     num_timesteps: int = 0
     interrupt: bool = False
+    # Takes the place of the pipeline's network.
+    network: ModelMixin | None = None
 
 
 # Innermost call in progress by the id of the pipeline. Each thread, and each asynchronous task, sees its own alone.
