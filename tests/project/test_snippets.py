@@ -21,12 +21,12 @@ from fake_hub import User, fake_hub
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from stock_pipelines import stable_diffusion
-from tiny_pipelines import tiny_pipeline, tiny_unet
+from tiny_pipelines import tiny_pipeline
 from tiny_text_to_image import _clip as tiny_clip
 from tiny_text_to_image import clip_tokenizer, tiny_stable_diffusion_3
 from training_runs import load_script, run_script
 
-from diffusers_fm import FlowMatchAudioPipeline, FlowMatchScheduler, init_pipeline
+from diffusers_fm import FlowMatchScheduler, init_pipeline
 from diffusers_fm.arguments import parse_arguments
 
 
@@ -105,11 +105,9 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HF_TOKEN", "token")
         patch.setenv("HF_HOME", str(folder / "cache"))
         matplotlib.use("Agg")
-        for name in ("unet-digits", "upscale-digits", "flux-tiny"):
+        for name in ("unet-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits"):
             init_pipeline(f"pipelines/{name}", seed=0).save_pretrained(f"runs/{name}")
         tiny_pipeline("unet").save_pretrained("runs/my-images")
-        unet = tiny_unet(num_class_embeds=11, in_channels=1, out_channels=1)
-        FlowMatchAudioPipeline(FlowMatchScheduler(), unet=unet, num_classes=10).save_pretrained("runs/sounds")
         tiny_stable_diffusion_3().save_pretrained("runs/sd3-tiny")
         parts = stable_diffusion()[0].pipeline.components
         parts |= {"text_encoder": tiny_clip(16, 0), "tokenizer": clip_tokenizer(), "requires_safety_checker": False}
@@ -117,7 +115,6 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_lora(Path("runs/paintings-lora"))
         few = FlowMatchScheduler(solver="flow_map", flow_map={"first_block": 1, "num_inference_steps": 4})
         tiny_stable_diffusion_3(scheduler=few).save_pretrained("runs/sd3-tiny-few")
-        shutil.copytree("runs/sounds", "my-sounds")
         for number, name in enumerate(["cat", "dog", "horse"]):
             Path("photos", name).mkdir(parents=True)
             draw((8, 8), number).save(f"photos/{name}/1.png")
