@@ -4,8 +4,9 @@
     python tests/benchmarks/digits_flow_map.py runs/dit-digits runs/dit-digits-few --picture calls.png
 
 Each folder is a row for each number of calls; `folder:solver` samples by another solver, so a few-step folder with
-`:euler` is the flow within its map. `:abm3` is in the angle, on the graded grid, and `:calibrated` fits each number of
-steps first. FD is the Frechet distance of 2,000 guidance-free samples to the training split by
+`:euler` is the flow within its map, and a flow by Euler whatever its default. `:abm3` is in the angle, on the graded
+grid, and `:calibrated` fits each number of steps first.
+FD is the Frechet distance of 2,000 guidance-free samples to the training split by
 the features of a small classifier. `read` is the share that another classifier reads as asked, `near` the median
 distance to the nearest training image. Accuracy alone cannot judge few calls: one Euler call of a flow draws class
 means.
@@ -54,9 +55,11 @@ def feature_network(images: np.ndarray, labels: np.ndarray, num_steps: int = 150
 
 def set_solver(pipeline: FlowMatchPipeline, solver: str, calls: int) -> None:
     """Sample by a solver as it is recommended."""
-    settings = {"sampling_path": "angle", "timestep_spacing": "graded"} if solver == "abm3" else {}
+    path, spacing = ("angle", "graded") if solver == "abm3" else ("ot", "trailing")
     if solver != "calibrated":
-        pipeline.scheduler = pipeline.scheduler.with_settings(solver=solver, **settings)
+        pipeline.scheduler = pipeline.scheduler.with_settings(
+            solver=solver, sampling_path=path, timestep_spacing=spacing
+        )
         return
 
     def run(scheduler: FlowMatchScheduler, num_inference_steps: int, seed: int) -> None:
