@@ -181,8 +181,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{name} {action.metavar or ''}".rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, False, [], argparse.SUPPRESS)
-        return f"{action.help or ''}{' (default: %(default)s)' if shown else ''}"
+        text, default = action.help or "", action.default
+        if action.required or default == argparse.SUPPRESS or (default is None and "default" in text):
+            return text
+        shown = "off" if default is False else "none" if default in (None, []) else "%(default)s"
+        return f"{text} (default: {shown})"
 
 
 def make_parser(arguments: type[Arguments], description: str | None = None) -> HfArgumentParser:

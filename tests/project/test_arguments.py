@@ -175,6 +175,12 @@ def test_help_shows_groups_choices_and_defaults(file: Path) -> None:
     assert "(default: 64)" in text or "(default: 16)" in text
     assert "--mixed_precision {no,fp16,bf16}" in text
     assert "--mixed-precision" not in text
+    parser = make_parser(load_script(file).ScriptArguments)
+    for action in parser._actions[1:]:
+        said = parser._get_formatter()._expand_help(action)
+        assert action.required or "default" in said, action.dest
+    groups = [{action.dest for action in group._group_actions} for group in parser._action_groups]
+    assert sum(any(name.startswith(("hub_", "push_")) for name in group) for group in groups) <= 1
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
