@@ -171,6 +171,37 @@ def annotated_fields(group: type[Arguments]) -> Iterator[tuple[dataclasses.Field
         yield field, list(metadata(hints[field.name]))
 
 
+# Options of diffusers' example scripts, and how they are said here.
+FOREIGN = {
+    "num_epochs": "--num_train_epochs",
+    "save_images_epochs": "--validation_steps, in steps",
+    "save_model_epochs": "--checkpointing_steps, in steps",
+    "validation_epochs": "--validation_steps, in steps",
+    "num_train_timesteps": "`num_train_timesteps` in the pipeline's scheduler_config.json",
+    "ddpm_num_steps": "`num_train_timesteps` in the pipeline's scheduler_config.json",
+    "ddpm_num_inference_steps": "--num_inference_steps",
+    "ddpm_beta_schedule": "`path` and `path_kwargs` in the pipeline's scheduler_config.json",
+    "prediction_type": "`prediction_type` in the pipeline's scheduler_config.json",
+    "model_config_name_or_path": "--pretrained_model_name_or_path, a folder of a pipeline",
+    "logger": "--report_to",
+    "use_8bit_adam": "--optimizer adamw8bit",
+    "non_ema_revision": "--revision",
+    "noise_offset": "nothing: the flow ends in pure noise",
+    "enable_xformers_memory_efficient_attention": "nothing: torch's attention is used",
+    "instance_data_dir": "--train_data_dir",
+    "validation_prompt": "--validation_prompts",
+    "precondition_outputs": "`prediction_type` in the pipeline's scheduler_config.json",
+}
+
+
+def refuse_foreign(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
+    """Raise a `ValueError` at an option of diffusers' example scripts that is called otherwise here."""
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in FOREIGN and word.partition("=")[0] not in parser._option_string_actions:
+            raise ValueError(f"--{name} of diffusers' examples is here {FOREIGN[name]}.")
+
+
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """One name for each option, choices and default beside its help."""
 
@@ -240,6 +271,7 @@ def parse_arguments(arguments: type[A], argv: Sequence[str] | None = None, descr
     found, words = config.parse_known_args(argv)
     if found.config is not None:
         words = _words(parser, Path(found.config).expanduser()) + words
+    refuse_foreign(parser, words)
     given = parser.parse_args(words)
     for name in getattr(given, "import_modules", ()):
         import_module(name)

@@ -18,7 +18,7 @@ from training_runs import png
 
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
-from diffusers_fm.data.loading import adopt_class_names
+from diffusers_fm.data.loading import adopt_class_names, hold_out, with_labels_of_model
 from diffusers_fm.data.sources import data_folders, first_rows, load_splits, stream_splits
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.data.transforms import ImageTransform, image_file
@@ -332,3 +332,35 @@ def test_folders_that_may_not_be_read(tmp_path: Path, caplog: pytest.LogCaptureF
             assert "folders that may not be read (locked)" in caplog.text
     finally:
         (tmp_path / "locked").chmod(0o755)
+
+
+def test_captions_in_text_files_beside_the_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "0.png", "1.png", "2.png")
+    for name, text in (("0.txt", " a dog\n"), ("2.txt", "eine Kätzin"), ("notes.txt", "mine")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    split = load_splits(train_data_dir=str(tmp_path))["train"]
+    assert split["text"] == ["a dog", None, "eine Kätzin"]
+    assert "Left out: 1 .txt files" in caplog.text and "notes.txt" in caplog.text
+    assert levels(split) == [0, 1, 2]
+
+
+def test_labels_are_matched_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    split = load_splits(train_data_dir=str(write(tmp_path, "cat/0.png", "dog/1.png", "eel/2.png")))["train"]
+    pipeline = tiny_pipeline("unet-classes")
+    pipeline.register_to_config(id2label={"0": "eel", "1": "dog", "2": "cat"})
+    assert with_labels_of_model(pipeline, split, "label")["label"] == [2, 1, 0]
+    assert pipeline.config.id2label == {"0": "eel", "1": "dog", "2": "cat"}
+    pipeline.register_to_config(id2label={"0": "eel", "1": "dog"})
+    assert with_labels_of_model(pipeline, split, "label")["label"] == [0, 1, 2]
+    assert with_labels_of_model(tiny_pipeline("unet"), split, "label") is split
+    assert "The 3 classes of the data are not used" in caplog.text
+
+
+def test_a_part_of_a_split_is_held_out(tmp_path: Path) -> None:
+    split = load_splits(train_data_dir=str(write(tmp_path, *(f"{i}.png" for i in range(10)))))["train"]
+    train, held_out = hold_out(split, 0.25)
+    assert (len(train), len(held_out)) == (8, 2)
+    assert sorted(levels(train) + levels(held_out)) == list(range(10))
+    assert levels(hold_out(split, 0.25)[1]) == levels(held_out)
+    with pytest.raises(ValueError, match="--validation_fraction 0.01 of 10 samples would hold out 0 of them"):
+        hold_out(split, 0.01)

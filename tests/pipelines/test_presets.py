@@ -30,6 +30,7 @@ PRESETS = {
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-ve": ("ve", "v_prediction", 0, None, (3, 32, 32)),
+    "unet-images32": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-images64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),
     "unet-imagenet32": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-imagenet64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 from training_runs import ROOT, environment, load_script
@@ -28,7 +28,7 @@ from diffusers_fm.arguments import (
     parse_arguments,
     run_script,
 )
-from diffusers_fm.training.arguments import TrainingArguments, resume_changes
+from diffusers_fm.training.arguments import TrainingArguments, resume_changes, warn_of_settings
 
 
 RECIPES = sorted([*ROOT.glob("pipelines/*/training.json"), *ROOT.glob("pipelines/*/lora.json")])
@@ -97,6 +97,32 @@ def test_modules_are_imported_before_values_are_checked(tmp_path: Path, monkeypa
             parse_arguments(TrainingArguments, [*words, "--import_modules", name])
     with pytest.raises(ModuleNotFoundError, match="my_dependency"):
         parse_arguments(TrainingArguments, [*words, "--import_modules", "my_faults"])
+
+
+@pytest.mark.parametrize(
+    ("option", "ours"), [("num_epochs", "--num_train_epochs"), ("save_images_epochs=3", "--validation_steps")]
+)
+def test_names_of_other_scripts_are_answered(option: str, ours: str) -> None:
+    words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", f"--{option}"]
+    with pytest.raises(ValueError, match=rf"^--{option.partition('=')[0]} of diffusers' examples is here {ours}"):
+        parse_arguments(TrainingArguments, words)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lr_scheduler": "cosine"}, ["The warm-up of 500 steps is not over when the run ends after 400"]),
+        ({}, ["The learning rate does not fall with --lr_scheduler constant"]),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": 20}, []),
+        ({"use_ema": True, "train_batch_size": 32}, ["An epoch has 1.88 steps: 60 samples, 32 in a step"]),
+    ],
+)
+def test_doubtful_settings_are_said_before_training(
+    options: dict[str, Any], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    args = TrainingArguments(pretrained_model_name_or_path="x", dataset_name="x", **options)
+    warn_of_settings(args, 400, 60, args.train_batch_size if "train_batch_size" in options else 4)
+    assert [message[: len(start)] for message, start in zip(caplog.messages, said, strict=True)] == said
 
 
 def test_arguments_without_effect_are_said() -> None:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import PIL.ImageColor
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, Size, option
+from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, Range, Size, option
 
 
 def rgb(background: str) -> tuple[int, int, int]:
@@ -36,6 +36,9 @@ class DataArguments(Arguments):
     validation_split: str | None = option(
         None, "Split held out; by default `validation`, else `test`, where there is one."
     )
+    validation_fraction: Annotated[float, Range(0, 1, open_low=True, open_high=True)] | None = option(
+        None, "Hold out such a part of the split to train on; the same part whatever the seed."
+    )
     image_column: str = option(
         "image", "Column of the images, or of the sounds of a pipeline for them.", source="diffusers' examples"
     )
@@ -61,6 +64,9 @@ class DataArguments(Arguments):
             given = "neither" if self.dataset_name is None else "both"
             raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
         rgb(self.background)
+        for name in ("validation_split", "streaming"):
+            if self.validation_fraction is not None and getattr(self, name):
+                raise ValueError(f"--validation_fraction does not go with --{name}.")
         if self.streaming and self.max_train_samples is not None:
             raise ValueError(
                 f"--max_train_samples {self.max_train_samples} does not go with --streaming: streams are read whole."

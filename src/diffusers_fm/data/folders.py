@@ -49,7 +49,8 @@ def image_suffixes() -> set[str]:
 
 def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Dataset]:
     """
-    Splits of a folder of images, each with the columns of its metadata files, or with labels by class folders.
+    Splits of a folder of images, each with the columns of its metadata files, or with labels by class folders and with
+    captions, the column `text`, of `.txt` files of the images' names.
 
     Splits are folders of one depth named `train` and `test` or `validation`, perhaps all with the same addition
     (`train2017`, `val2017`); without them all images are for training. Files that are not used are logged.
@@ -83,6 +84,9 @@ def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Da
     else:
         table = pa.table({"image": list(split_of)})
     paths = table["image"].to_pylist()
+    captions = {} if metadata else _captions(root, paths, left_out)
+    if captions:
+        table = table.append_column("text", pa.array([captions.get(path) for path in paths], type=pa.string()))
     features = datasets.Features.from_arrow_schema(table.schema)
     for name in [name for name in table.column_names if name == "image" or name.endswith("_file_name")]:
         cells = [
@@ -143,6 +147,20 @@ def _walk(root: Path, left_out: dict[str, list[str]], suffixes: set[str]) -> tup
             elif not entry.name.startswith("."):
                 left_out[f"{suffix or 'other'} files, no images that Pillow can read"].append(path)
     return sorted(images), sorted(metadata)
+
+
+def _captions(root: Path, images: list[str], left_out: dict[str, list[str]]) -> dict[str, str]:
+    """Captions in text files that have the names of images, which are then no longer left out."""
+    reason = ".txt files, no images that Pillow can read"
+    texts = set(left_out[reason])
+    files = {path: f"{os.path.splitext(path)[0]}.txt" for path in images}
+    captions = {
+        path: (root / file).read_text(encoding="utf-8-sig").strip() for path, file in files.items() if file in texts
+    }
+    left_out[reason] = sorted(texts - {files[path] for path in captions})
+    if not left_out[reason]:
+        del left_out[reason]
+    return captions
 
 
 def _splits_and_classes(

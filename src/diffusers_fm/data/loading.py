@@ -49,8 +49,11 @@ def open_splits(args: DataArguments, clips: bool = False) -> tuple[AnyDataset, d
     source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, clips)
     if not args.streaming:
         splits = load_splits(*source)
+        train_split = choose_split(splits, args.train_split)
+        if args.validation_fraction is not None:
+            return hold_out(train_split, args.validation_fraction)
         name = args.validation_split or held_out_split_name(splits, args.train_split)
-        return choose_split(splits, args.train_split), None if name is None else choose_split(splits, name)
+        return train_split, None if name is None else choose_split(splits, name)
     streams = stream_splits(*source)
     train_split = choose_split(streams, args.train_split)
     name = args.validation_split or held_out_split_name(streams, args.train_split)
@@ -59,6 +62,15 @@ def open_splits(args: DataArguments, clips: bool = False) -> tuple[AnyDataset, d
     folders = data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders)
     rows = first_rows(choose_split(streams, name), args.image_column, args.max_validation_samples, folders)
     return train_split, rows
+
+
+def hold_out(split: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """A split without a part that is held out, and that part: the same whatever the run's seed."""
+    count = round(fraction * len(split))
+    if not 0 < count < len(split):
+        raise ValueError(f"--validation_fraction {fraction} of {len(split)} samples would hold out {count} of them.")
+    parts = split.train_test_split(count, seed=0)
+    return parts["train"], parts["test"]
 
 
 def with_caption(split: DatasetT, caption: str, image_column: str) -> DatasetT:
@@ -77,7 +89,7 @@ def make_datasets(
     make: Callable[..., ImageData] = ImageData,
     buckets: Sequence[tuple[int, int]] = (),
     multiple: int = 1,
-    check: Callable[[AnyDataset], None] = lambda split: None,
+    check: Callable[[Any], Any] = lambda split: split,
     caption: str | None = None,
     make_transform: Callable[..., ImageTransform] = ImageTransform,
     clips: bool = False,
@@ -100,7 +112,7 @@ def make_datasets(
         multiple (`int`, *optional*, defaults to 1):
             Crops begin at multiples of so many pixels.
         check (`Callable`, *optional*):
-            Called with the split to train on, before any image is read.
+            Called with each split, before any image is read: returns the split to use.
         caption (`str`, *optional*):
             Caption of all images, in place of a column.
         make_transform (`Callable`, *optional*, defaults to [`ImageTransform`]):
@@ -121,7 +133,8 @@ def make_datasets(
         train_split = with_caption(train_split, caption, args.image_column)
         held_out_split = None if held_out_split is None else with_caption(held_out_split, caption, args.image_column)
         columns["caption_column"] = CAPTION
-    check(train_split)
+    train_split = check(train_split)
+    held_out_split = None if held_out_split is None else check(held_out_split)
     columns |= {"image_column": args.image_column, "max_unreadable": args.max_unreadable_images}
     common = {
         "buckets": tuple(buckets),
@@ -169,14 +182,13 @@ def load_images(
         wanted, other = other, wanted
     label_column = args.label_column if pipeline.num_classes else None
 
-    def check(split: AnyDataset) -> None:
+    def check(split: Any) -> Any:
         if isinstance((split.features or {}).get(args.image_column), other):
             raise ValueError(
                 f"The column {args.image_column!r} holds {other.__name__}, and the pipeline learns from"
                 f" {wanted.__name__}."
             )
-        if label_column is not None and label_column in (split.features or {}):
-            adopt_class_names(pipeline, class_names(split, label_column))
+        return with_labels_of_model(pipeline, split, args.label_column)
 
     columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}
     columns["make_transform"] = make_transform
@@ -200,16 +212,41 @@ def load_arrays(args: Any, pipeline: FlowMatchPipelineBase) -> tuple[ArrayData, 
     Raises:
         ValueError: if there is no such data, or it does not fit the network.
     """
-    train_split, held_out_split = open_splits(args)
+    train, held_out_split = (
+        None if split is None else with_labels_of_model(pipeline, split, args.label_column)
+        for split in open_splits(args)
+    )
     label_column = args.label_column if pipeline.num_classes else None
-    if label_column is not None and label_column in (train_split.features or {}):
-        adopt_class_names(pipeline, class_names(train_split, label_column))
     common = (args.array_column or args.image_column, pipeline.sample_shape, label_column, pipeline.num_classes)
-    train: Any = train_split
     train_data = ArrayData(train, *common, args.seed, args.max_train_samples, args.noise_column)
     if held_out_split is None or args.noise_column is not None:
         return train_data, None
     return train_data, ArrayData(held_out_split, *common, 0, args.max_validation_samples)
+
+
+def with_labels_of_model(pipeline: FlowMatchPipelineBase, split: DatasetT, label_column: str) -> DatasetT:
+    """
+    A split whose labels are those of a pipeline, which takes over the names of its classes: names that are the same in
+    another order keep the pipeline's labels. Labels that a pipeline without classes does not read are logged.
+    """
+    if label_column not in (split.features or {}):
+        return split
+    names = class_names(split, label_column)
+    if not pipeline.num_classes:
+        if names is not None and len(names) > 1:
+            logger.warning(
+                "The %d classes of the data are not used, for the model has none: `python -m"
+                " diffusers_fm.adapt_pipeline` makes an untrained one that has them.",
+                len(names),
+            )
+        return split
+    known = {name: int(label) for label, name in (pipeline.config.id2label or {}).items()}
+    same = names is not None and set(known) == set(names.values()) and len(known) == len(names)
+    if same and names != {label: name for name, label in known.items()} and isinstance(split, datasets.Dataset):
+        logger.info("Labels of the data are matched by name with those of the model.")
+        return split.align_labels_with_mapping(known, label_column)
+    adopt_class_names(pipeline, names)
+    return split
 
 
 def adopt_class_names(pipeline: FlowMatchPipelineBase, names: dict[int, str] | None) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments that every training script has, by the names of diffusers' examples where those have them."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Annotated, Any
@@ -32,6 +33,8 @@ from .distributed import check_tracker
 from .ema import MAX_SIGMA_REL
 from .optimizers import OPTIMIZERS, check_optimizer
 
+
+logger = logging.getLogger(__name__)
 
 EXAMPLES = "diffusers' examples"
 SD3_PAPER = "arXiv 2403.03206"
@@ -155,6 +158,11 @@ class OptimizationArguments(Arguments):
     torch_compile: bool = option(False, "Compile the model: minutes at the start, less time a step.")
     channels_last: bool = option(False, "Keep images channels-last in memory; for convolutions.")
     use_cpu: bool = option(False, "Use the CPU although there is an accelerator.")
+
+    @property
+    def num_warmup_steps(self) -> int:
+        """Steps of the warm-up, 500 by default."""
+        return 500 if self.lr_warmup_steps is None else self.lr_warmup_steps
 
     def check(self) -> None:
         if not self.max_grad_norm > 0:
@@ -319,3 +327,36 @@ def resume_changes(args: Arguments, saved: Mapping[str, Any]) -> list[str]:
             raise ValueError(f"--{name} was {saved[name]} in the run that is resumed and cannot be {value} now.")
         changes.append(f"--{name} was {saved[name]} in the run that is resumed and is {value} now.")
     return changes
+
+
+# Steps of an epoch below which the batch is much of the data.
+FEW_STEPS = 4
+
+
+def warn_of_settings(
+    args: OptimizationArguments, num_steps: int, num_samples: int | None, samples_per_step: int
+) -> None:
+    """Log settings that can be meant and rarely are: of the schedule, and of the batch on few samples."""
+    if args.lr_scheduler != "constant" and args.num_warmup_steps >= num_steps:
+        logger.warning(
+            "The warm-up of %d steps is not over when the run ends after %d: the learning rate stays below %g. Give a"
+            " smaller --lr_warmup_steps.",
+            args.num_warmup_steps,
+            num_steps,
+            args.learning_rate,
+        )
+    averages = args.optimizer == "schedule_free" or (isinstance(args, EMAArguments) and args.use_ema)
+    if args.lr_scheduler.startswith("constant") and not averages:
+        logger.warning(
+            "The learning rate does not fall with --lr_scheduler %s, and there is no --use_ema: the noise of the last"
+            " steps stays in the weights.",
+            args.lr_scheduler,
+        )
+    if num_samples is not None and num_samples < FEW_STEPS * samples_per_step:
+        logger.warning(
+            "An epoch has %.3g steps: %d samples, %d in a step. --num_train_epochs counts such epochs;"
+            " --max_train_steps is the length of the run itself.",
+            num_samples / samples_per_step,
+            num_samples,
+            samples_per_step,
+        )
