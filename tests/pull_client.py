@@ -127,13 +127,17 @@ def private() -> torch.Tensor:
 def no_repository() -> None:
     must_fail(
         lambda: FlowMatchPipeline.from_pretrained("someone/nothing"),
-        "'someone/nothing' cannot be loaded from the Hub: it answers 401",
+        "'someone/nothing' is no folder here and cannot be loaded from the Hub: it answers 401",
     )
 
 
 def bad_day() -> torch.Tensor:
     """The server fails in the middle of a pull; the next one goes on."""
-    must_fail(lambda: FlowMatchPipeline.from_pretrained("our/flaky"), "'our/flaky' cannot be loaded", "503")
+    must_fail(
+        lambda: FlowMatchPipeline.from_pretrained("our/flaky"),
+        "'our/flaky' is no folder here and cannot be loaded",
+        "503",
+    )
     return sample(FlowMatchPipeline.from_pretrained("our/flaky"))
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The flow of a pipeline in both directions: encoding, decoding, interpolation, likelihood, adaptive sampling."""
 
+import PIL.Image
 import pytest
 import torch
 from tiny_pipelines import generators, labels_of, tiny_pipeline
@@ -132,6 +133,19 @@ def test_bits_per_dim_of_whole_levels() -> None:
     )
     assert result.bits_per_dim.shape == (2,)
     assert bool(result.bits_per_dim.isfinite().all())
+
+
+def test_bits_per_dim_of_the_same_images_in_other_forms() -> None:
+    pipeline = tiny_pipeline("unet")
+    levels = torch.randint(256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    pictures = [PIL.Image.fromarray(image[0].to(torch.uint8).numpy()) for image in levels]
+    found = [
+        pipeline.bits_per_dim(each, num_steps=2, generator=torch.Generator().manual_seed(0)).bits_per_dim
+        for each in (levels, levels.float() / 255, pictures, levels.permute(0, 2, 3, 1).numpy() / 255)
+    ]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    with pytest.raises(ValueError, match="must hold multiples of 1 / 255, whole levels of 256"):
+        pipeline.bits_per_dim(levels / 257)
 
 
 def test_latents_have_a_likelihood_of_their_own() -> None:

@@ -319,6 +319,8 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             OSError: If the Hub does not give the pipeline, or there are no safetensors.
         """
         folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2):
+            raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
         if (folder / cls.config_name).is_file():
             index = json.loads((folder / cls.config_name).read_text(encoding="utf-8"))
             declared = [name for name in cls._optional_components if index.get(name, [None])[0] is not None]
@@ -349,7 +351,9 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             if folder.exists() or cause is None:
                 raise
             name = str(pretrained_model_name_or_path)
-            raise OSError(f"{name!r} cannot be loaded from the Hub: {hub_reason(cause)}.") from error
+            raise OSError(
+                f"{name!r} is no folder here and cannot be loaded from the Hub: {hub_reason(cause)}."
+            ) from error
 
     def card_content(
         self, repo_id: str, num_inference_steps: int | None = None, guidance_scale: float = 1.0

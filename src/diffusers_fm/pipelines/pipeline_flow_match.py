@@ -402,7 +402,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
 
     def bits_per_dim(
         self,
-        images: torch.Tensor,
+        images: Images,
         class_labels: Labels = None,
         num_samples: int = 1,
         levels: int = 256,
@@ -412,8 +412,10 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Bits per dimension of images of whole levels, by uniform dequantisation (arXiv 2210.02747, appendix E.1).
 
         Args:
-            images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
-                Whole numbers from 0 to `levels - 1`, of an integer type.
+            images (PIL images, `np.ndarray` or `torch.Tensor`):
+                A tensor of whole numbers from 0 to `levels - 1`, of an integer type and of shape
+                `(batch_size, channels, height, width)`; or what [`encode`] takes, with values in [0, 1] that are
+                multiples of `1 / (levels - 1)`.
             class_labels (*optional*):
                 As for [`encode`].
             num_samples (`int`, *optional*, defaults to 1):
@@ -430,8 +432,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
             ValueError: If the pipeline is a latent one, or images or labels do not fit.
         """
         self._check_space(False)
-        if not isinstance(images, torch.Tensor):
-            raise ValueError(f"`images` must be a tensor of whole levels, got {type(images).__name__}.")
+        if not isinstance(images, torch.Tensor) or images.is_floating_point():
+            images = self._levels(images, levels)
         self._check_shape("images", images, self.image_channels, 1)
         images = images.to(self._execution_device)
         labels = self.prepare_class_labels(class_labels, len(images), images.device, allow_null=True)
@@ -439,6 +441,18 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         if is_whole(levels, 2):
             options = {"spacing": 2 / (levels - 1)} | options
         return self._density(bits_per_dim, images, args, num_samples=num_samples, levels=levels, **options)
+
+    def _levels(self, images: Images, levels: int) -> torch.Tensor:
+        """Levels of images with values in [0, 1], of which each must be one."""
+        if not is_whole(levels, 2):
+            raise ValueError(f"`levels` must be a whole number of at least 2, got {levels!r}.")
+        values = (self.to_data(images) + 1) * ((levels - 1) / 2)
+        whole = values.round()
+        if (values - whole).abs().max() > 0.01:
+            raise ValueError(
+                f"`images` must hold multiples of 1 / {levels - 1}, whole levels of {levels}, got values between them."
+            )
+        return whole.long()
 
     def _density(
         self, measure: Callable[..., Any], x: torch.Tensor, args: tuple[torch.Tensor, ...], **options: Any
