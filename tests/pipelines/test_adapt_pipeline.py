@@ -88,4 +88,4 @@ def test_the_commands_of_the_page(tmp_path: Path) -> None:
         said += done.stderr
     assert "An epoch has 3.38 steps: 54 samples, 16 in a step." in said
     assert "The warm-up of 200 steps is not over when the run ends after 2" in said
-    assert PIL.Image.open(tmp_path / "boat.png").size == (32, 32)
+    assert PIL.Image.open(tmp_path / "sample.png").size == (32, 32)

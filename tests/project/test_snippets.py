@@ -27,6 +27,7 @@ from tiny_text_to_image import clip_tokenizer, tiny_stable_diffusion_3
 from training_runs import load_script, run_script
 
 from diffusers_fm import FlowMatchScheduler, init_pipeline
+from diffusers_fm.adapt_pipeline import main as adapt
 from diffusers_fm.arguments import parse_arguments
 
 
@@ -138,6 +139,9 @@ def run_snippet(block: re.Match[str], page: Path, names: dict[str, Any]) -> None
 def train(command: str) -> None:
     """A training of `train_flow_matching.py` in one step; other tests run the other scripts."""
     words = shlex.split(command, comments=True)
+    if "diffusers_fm.adapt_pipeline" in words:
+        shutil.rmtree(words[-1], ignore_errors=True)
+        assert adapt(words[3:]) == 0
     if SCRIPT not in words or any(word in command for word in NOT_RUN):
         return
     script = load_script(ROOT / SCRIPT)
