@@ -9,7 +9,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from ..applications.editing import Predict
 from ..models.autoencoding import decode_latents
 from .base import FlowMatchPipelineOutput, NetworkField
-from .checks import Generators, Images, Labels, check_output
+from .checks import Generators, Images, Labels, check_guidance, check_output
 from .edits import EditOptions, FlowMatchInversionOutput, edit_images, invert
 from .pipeline_flow_match import FlowMatchPipeline
 from .sampling import default_mu
@@ -91,6 +91,7 @@ class FlowMatchEditPipeline(FlowMatchPipeline):
         """
         # 1. A check of everything
         self._check_guider()
+        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
         options = EditOptions(
             method,
             num_inference_steps,

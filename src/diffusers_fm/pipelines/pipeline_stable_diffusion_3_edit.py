@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from .base import FlowMatchPipelineOutput
-from .checks import Generators, Images
+from .checks import Generators, Images, check_guidance
 from .components import KeepDtypeMixin
 from .edits import FlowMatchInversionOutput
 from .stock_flow import StockFlow
@@ -77,6 +77,7 @@ class StableDiffusion3EditPipeline(KeepDtypeMixin, StableDiffusion3Pipeline):
         Raises:
             ValueError: For arguments that do not fit the pipeline or each other, before any work.
         """
+        check_guidance(source_guidance_scale=source_guidance_scale, guidance_scale=guidance_scale)
         output = self._flow(max_sequence_length).edit(
             image,
             source_prompt,
