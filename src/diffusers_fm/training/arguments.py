@@ -159,11 +159,6 @@ class OptimizationArguments(Arguments):
     channels_last: bool = option(False, "Keep images channels-last in memory; for convolutions.")
     use_cpu: bool = option(False, "Use the CPU although there is an accelerator.")
 
-    @property
-    def num_warmup_steps(self) -> int:
-        """Steps of the warm-up, 500 by default."""
-        return 500 if self.lr_warmup_steps is None else self.lr_warmup_steps
-
     def check(self) -> None:
         if not self.max_grad_norm > 0:
             raise ValueError(f"--max_grad_norm must be above 0, got {self.max_grad_norm}.")
@@ -333,15 +328,20 @@ def resume_changes(args: Arguments, saved: Mapping[str, Any]) -> list[str]:
 FEW_STEPS = 4
 
 
+def warmup(args: OptimizationArguments) -> int:
+    """Steps of the warm-up, 500 by default."""
+    return 500 if args.lr_warmup_steps is None else args.lr_warmup_steps
+
+
 def warn_of_settings(
     args: OptimizationArguments, num_steps: int, num_samples: int | None, samples_per_step: int
 ) -> None:
     """Log settings that can be meant and rarely are: of the schedule, and of the batch on few samples."""
-    if args.lr_scheduler != "constant" and args.num_warmup_steps >= num_steps:
+    if args.lr_scheduler != "constant" and warmup(args) >= num_steps:
         logger.warning(
             "The warm-up of %d steps is not over when the run ends after %d: the learning rate stays below %g. Give a"
             " smaller --lr_warmup_steps.",
-            args.num_warmup_steps,
+            warmup(args),
             num_steps,
             args.learning_rate,
         )

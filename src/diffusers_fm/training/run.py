@@ -25,7 +25,7 @@ from ..data.randomness import BatchSlice, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
 from ..files import lock_folder, replace_contents, unlock_folder
 from ..pipelines.init_pipeline import init_pipeline
-from .arguments import TrainingArguments, resume_changes, warn_of_settings
+from .arguments import TrainingArguments, resume_changes, warmup, warn_of_settings
 from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
 from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
@@ -201,13 +201,7 @@ class TrainingRun(Generic[A]):
         )
         # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
         self._lr_scheduler = get_scheduler(
-            args.lr_scheduler,
-            optimizer,
-            None,
-            args.num_warmup_steps,
-            self.max_train_steps,
-            args.lr_num_cycles,
-            args.lr_power,
+            args.lr_scheduler, optimizer, None, warmup(args), self.max_train_steps, args.lr_num_cycles, args.lr_power
         )
         warn_of_settings(args, self.max_train_steps, data.num_samples, self.global_batch_size)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
