@@ -232,6 +232,11 @@ def test_every_room_has_a_reference_page() -> None:
     assert [room for room in rooms if f"::: diffusers_fm.{room}" not in reference] == []
 
 
+def test_no_file_is_longer_than_600_lines() -> None:
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 600} == {}
+
+
 def test_nothing_stands_unused() -> None:
     kinds = (".py", ".md", ".ipynb")
     rooms = ("src", "training_scripts", "paper", "docs", "data", "pipelines")
