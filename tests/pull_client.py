@@ -110,10 +110,11 @@ def device_map() -> torch.Tensor:
 
 
 def private() -> torch.Tensor:
-    must_fail(lambda: FlowMatchPipeline.from_pretrained("our/private"), "'our/private' cannot be loaded", "401")
+    must_fail(lambda: FlowMatchPipeline.from_pretrained("our/private"), "'our/private'", "cannot be loaded", "401")
     must_fail(
         lambda: FlowMatchPipeline.from_pretrained("our/private", token="visitor-token"),
-        "'our/private' cannot be loaded",
+        "'our/private'",
+        "cannot be loaded",
         "404",
     )
     must_fail(

@@ -22,7 +22,7 @@ from tiny_text_to_image import tiny_stable_diffusion_3
 from diffusers_fm import PATHS, FlowMatchPipeline, FlowMatchScheduler, with_stock_scheduler
 from diffusers_fm.hub.cards import Evaluation, with_evaluation
 from diffusers_fm.hub.portable import clean_settings, portable_card, portable_files, without_local_paths
-from diffusers_fm.pipelines.families import family_tags
+from diffusers_fm.pipelines.cards import family_tags
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import lora_card, text_to_image_card
 from diffusers_fm.training.publishing import model_card

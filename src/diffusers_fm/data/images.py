@@ -268,7 +268,7 @@ class ImageData(Dataset):
             images = self.pixels(keys)
             if mirrored.any():
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
-            batch["images"] = self.transform.as_batch(images)
+            batch["images"] = self.transform.as_batch(images) if self.transform.num_frames else images
         if self._labels is not None:
             batch["labels"] = self._labels[indices]
         if self.captions is not None:

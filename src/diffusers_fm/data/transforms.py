@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
@@ -195,6 +195,8 @@ class ImageTransform:
     buckets: tuple[tuple[int, int], ...] = ()
     multiple: int = 1
     background: tuple[int, int, int] = WHITE
+    # Frames of a clip; an image is none.
+    num_frames: ClassVar[int] = 0
     folders: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from ..hub.cards import CardContent
 from ..registry import full_name, is_own
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import TABLEAUX
+from .families import TAGS
 from .sampling import default_steps
 
 
@@ -117,3 +118,11 @@ def solver_rows(scheduler: FlowMatchScheduler, num_inference_steps: int) -> list
         if solver != config.solver:
             rows.append({"solver": f"`{solver}`", "settings": settings, "steps": steps, "NFE": steps * stages})
     return rows
+
+
+def family_tags(pipeline: type) -> tuple[str, ...]:
+    """Tags of a pipeline's family on the Hub, after its folder in diffusers: `flux` and `flux-diffusers`."""
+    package, _, module = pipeline.__module__.partition(".pipelines.")
+    folder = module.partition(".")[0]
+    name = TAGS.get(folder, folder)
+    return (name, f"{name}-diffusers") if package == "diffusers" else ()

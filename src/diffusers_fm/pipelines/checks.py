@@ -103,6 +103,8 @@ def read_images(name: str, images: Images, processor: VaeImageProcessor) -> torc
                 )
             # diffusers would take a value below 0 as a sign of another scale, and leave all of them as they are.
             part = part.clip(0, 1)
+        elif not isinstance(part, PIL.Image.Image):
+            raise ValueError(f"`{name}` must be PIL images, arrays or tensors, got {part!r}.")
         read.append(part)
     return processor.preprocess(read if isinstance(images, list) else read[0])
 

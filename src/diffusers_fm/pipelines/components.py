@@ -48,6 +48,9 @@ from .sampling import default_steps
 # least t that a network of the logarithm of time is given.
 MARGIN = 1e-4
 
+# Networks whose forward takes what a pipeline gives.
+STOCK_NETWORKS = (UNet2DModel, DiTTransformer2DModel, SD3Transformer2DModel)
+
 OR_OWN = "a network of your own is registered first by `diffusers_fm.register_network`"
 
 NOT_IMPORTED = "The pipeline {!r} has a {} from the module {!r}, which is not imported: import it before loading."
@@ -554,7 +557,11 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         if self.class_embedder is not None:
             tokens, pooled = self.class_embedder(class_labels)
             conditions = {"encoder_hidden_states": tokens.to(dtype), "pooled_projections": pooled.to(dtype)}
-        model_output = call_network(self._network_of_call, model_input.to(dtype), timestep=timestep, **conditions)
+        conditions["timestep"], model_input = timestep, model_input.to(dtype)
+        if type(network) in STOCK_NETWORKS:
+            model_output = self._network_of_call(model_input, return_dict=False, **conditions)[0]
+        else:
+            model_output = call_network(self._network_of_call, model_input, **conditions)
         return model_output[:, : self.data_channels]
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:

@@ -54,14 +54,6 @@ def by_name(table: dict[str, Any], pipeline: type, default: Any = None) -> Any:
     return table[max(keys, key=len)] if keys else default
 
 
-def family_tags(pipeline: type) -> tuple[str, ...]:
-    """Tags of a pipeline's family on the Hub, after its folder in diffusers: `flux` and `flux-diffusers`."""
-    package, _, module = pipeline.__module__.partition(".pipelines.")
-    folder = module.partition(".")[0]
-    name = TAGS.get(folder, folder)
-    return (name, f"{name}-diffusers") if package == "diffusers" else ()
-
-
 def without_guidance(pipeline: DiffusionPipeline, names: set[str], embedded: bool) -> dict[str, Any]:
     """Arguments of the call with which the network is called once for each sample.
 

@@ -13,8 +13,7 @@ from ..arguments import INSTALL
 from ..hub.cards import CardContent, Picture, hub_id, model_card
 from ..hub.portable import last_part
 from ..paths import OTPath
-from ..pipelines.cards import describe_network, solver_rows
-from ..pipelines.families import family_tags
+from ..pipelines.cards import describe_network, family_tags, solver_rows
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.publishing import has_picture, with_run
 from .arguments import TextToImageArguments
