@@ -69,7 +69,7 @@ class StockFlow:
         self.scheduler = scheduler.with_settings(invert_sigmas=False) if scheduler.config.invert_sigmas else scheduler
         self.name, self.call = network, call
         self._maps: dict[Any, DecodeMap] = {}
-        self.field()
+        self._arguments = self.field().arguments
 
     @property
     def network(self) -> Any:
@@ -243,7 +243,7 @@ class StockFlow:
         Raises:
             ValueError: If images or arguments do not fit the pipeline.
         """
-        call = {name: options.pop(name) for name in list(options) if name in self.field().arguments}
+        call = {name: options.pop(name) for name in list(options) if name in self._arguments}
         # A network may be asked for some samples of a batch.
         data, predict = self._begin(images, prompt, call, single=True)
         ends = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)}
@@ -490,8 +490,7 @@ class StockFlow:
         """Arguments of a call for the size of images or videos."""
         frames = pixels.shape[2] if pixels.ndim == 5 else 1
         sides = {"height": pixels.shape[-2], "width": pixels.shape[-1], "num_frames": frames, "frames": frames}
-        names = self.field().arguments
-        return {name: side for name, side in sides.items() if name in names}
+        return {name: side for name, side in sides.items() if name in self._arguments}
 
     def _decode_map(self, size: dict[str, int], call: dict[str, Any]) -> DecodeMap:
         """Map between latents and states at a size, which the pipeline has to take as it is."""
