@@ -28,7 +28,7 @@ from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Arguments, Count, NotNegative, Size, option, run_script
 from diffusers_fm.data.cache import model_fingerprint
 from diffusers_fm.data.pairs import missing_shards, write_shard
-from diffusers_fm.evaluation.sampling import Sampler
+from diffusers_fm.evaluation.sampling import ModelArguments, Sampler
 from diffusers_fm.schedulers.sampling_plan import SOLVERS
 from diffusers_fm.training.distributed import make_accelerator
 
@@ -41,14 +41,11 @@ FREE = ("pretrained_model_name_or_path", "revision", "variant", "output_dir", "e
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(Arguments):
-    """Arguments of this script."""
+class DrawArguments(Arguments):
+    """Pairs to draw."""
 
     _argument_group_name = "pairs"
 
-    pretrained_model_name_or_path: str = option(MISSING, "Folder of a trained pipeline, or a Hub id.")
-    revision: str | None = option(None, "Branch, tag or commit of the pipeline on the Hub.")
-    variant: str | None = option(None, "Variant of the weights to load.")
     output_dir: str = option(MISSING, "Folder of the data set.")
     num_pairs: Count = option(50_000, "Pairs to draw, of all classes in turn.")
     shard_size: Count = option(1000, "Pairs in a file.")
@@ -59,6 +56,11 @@ class ScriptArguments(Arguments):
     eval_batch_size: Count = option(64, "Samples of a process at once.")
     mixed_precision: str | None = option(None, "Precision of the network's arithmetic.", ["no", "fp16", "bf16"])
     use_cpu: bool = option(False, "Use the CPU although there is an accelerator.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptArguments(ModelArguments, DrawArguments):
+    """Arguments of this script."""
 
 
 def main(args: ScriptArguments) -> None:

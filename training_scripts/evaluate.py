@@ -65,7 +65,7 @@ from diffusers_fm.evaluation.report import (
     write_metrics,
     write_table,
 )
-from diffusers_fm.evaluation.sampling import Sampler
+from diffusers_fm.evaluation.sampling import ModelArguments, Sampler
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.hub.portable import last_part
@@ -104,17 +104,6 @@ class MeasurementArguments(Arguments):
             raise ValueError(f"The output folder {self.output_dir!r} is a file.")
         # Missing packages are found before any work.
         pyplot()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelArguments(Arguments):
-    """Trained pipeline."""
-
-    _argument_group_name = "model"
-
-    pretrained_model_name_or_path: str = option(MISSING, "Folder of a trained pipeline, or a Hub id.")
-    revision: str | None = option(None, "Branch, tag or commit of the pipeline on the Hub.")
-    variant: str | None = option(None, "Variant of the weights to load.")
 
 
 @dataclass(frozen=True, kw_only=True)

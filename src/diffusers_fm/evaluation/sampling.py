@@ -2,16 +2,28 @@
 """Samples that depend on their number alone, their trajectories, and the solvers to compare."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..arguments import Arguments, option
 from ..data.randomness import make_generator
 from ..pipelines import FlowMatchPipeline
 from ..precision import to_float64
 from ..training.validation import quiet_copy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArguments(Arguments):
+    """Trained pipeline."""
+
+    _argument_group_name = "model"
+
+    pretrained_model_name_or_path: str = option(MISSING, "Folder of a trained pipeline, or a Hub id.")
+    revision: str | None = option(None, "Branch, tag or commit of the pipeline on the Hub.")
+    variant: str | None = option(None, "Variant of the weights to load.")
 
 
 @dataclass(frozen=True)
