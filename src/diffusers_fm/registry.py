@@ -18,7 +18,7 @@ def full_name(entry: Any) -> str:
 
 
 def is_own(entry: Any) -> bool:
-    """Whether a class is from outside this package and diffusers."""
+    """Return whether a class is from outside this package and diffusers."""
     return entry.__module__.partition(".")[0] not in LIBRARIES
 
 

@@ -210,7 +210,7 @@ class ImageTransform:
 
     @property
     def settings(self) -> tuple[Any, ...]:
-        """What pixels depend on, besides file and size."""
+        """Settings that pixels depend on, besides file and size."""
         return self.channels, self.multiple, self.background
 
     def decode(self, value: dict[str, Any] | None, size: tuple[int, int]) -> np.ndarray:

@@ -46,7 +46,7 @@ def add_network(network_class: type[ModelMixin]) -> None:
 
 
 def is_registered(network: nn.Module) -> bool:
-    """Whether a network is one of [`~diffusers_fm.register_network`]."""
+    """Return whether a network is one of [`~diffusers_fm.register_network`]."""
     return isinstance(network, tuple(NETWORKS.values()))
 
 

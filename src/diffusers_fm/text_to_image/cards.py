@@ -99,7 +99,7 @@ def _task(args: TextToImageArguments) -> str:
 
 
 def _velocity(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What was found about the pipeline's step, in words."""
+    """Findings on the pipeline's step, in words."""
     if not found:
         return {}
     times = ", ".join(f"`{name}` is {line}" for name, line in found[0]["time"].items())

@@ -33,7 +33,7 @@ CHOSEN = ("solver", "sampling_path", "timestep_spacing", "s_churn", "invert_sigm
 
 
 def is_stock(scheduler: FlowMatchScheduler) -> bool:
-    """Whether a scheduler was made of a configuration of diffusers' own, and stays as it is."""
+    """Return whether a scheduler was made of a configuration of diffusers' own, and so stays as it is."""
     foreign = [name for name in scheduler.config if name not in DEFAULTS and not name.startswith("_")]
     return bool(foreign) or scheduler.config.timestep_spacing == "linspace"
 
