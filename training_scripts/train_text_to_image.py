@@ -109,8 +109,7 @@ def main(args: ScriptArguments) -> None:
         """The trained pipeline and its card."""
         saved = as_saved(pipeline)
         saved.save_pretrained(folder)
-        found = model.field.describe()
-        card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, found)
+        card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
         clean_settings(folder)
 
@@ -121,7 +120,7 @@ def main(args: ScriptArguments) -> None:
         export,
         f"{type(pipeline).__name__}, {type(network).__name__}, {scheduler.config.path} path, {prediction_type};"
         f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
-        f" {len(held_out_data or [])} held out.",
+        f" {len(held_out_data or [])} held out. {model.describe()}.",
     )
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps

@@ -111,7 +111,7 @@ def main(args: ScriptArguments) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
         figures = {**figures, **flow_map_facts(args)}
-        card = text_to_image_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
+        card = text_to_image_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
         clean_settings(folder)
 
@@ -123,7 +123,7 @@ def main(args: ScriptArguments) -> None:
         f"Flow map by {args.objective} of a {type(pipeline).__name__}, {type(network).__name__},"
         f" {scheduler.config.path} path, {prediction_type};"
         f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
-        f" {len(held_out_data or [])} held out.",
+        f" {len(held_out_data or [])} held out. {model.describe()}.",
     )
 
     def velocity_of(

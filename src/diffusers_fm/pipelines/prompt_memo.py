@@ -81,11 +81,11 @@ class PromptMemo:
     def _join(self, singles: list[dict[str, Any]], trees: list[Tree]) -> Tree:
         options = _options(singles[0])
         axes = self._axes[options]
-        lengths = [max((leaf.numel() for leaf in leaves(tree)), default=0) for tree in trees]
         shapes = {tuple(leaf.shape for leaf in leaves(tree)) for tree in trees}
         if len(shapes) == 1 or not _pads(axes):
             return merge(trees, axes, name=self.name)
         if options not in self._masks:
+            lengths = [max((leaf.numel() for leaf in leaves(tree)), default=0) for tree in trees]
             short, long = lengths.index(min(lengths)), lengths.index(max(lengths))
             self._masks[options] = self._padding(singles[short], singles[long], trees[short])
             self.unverified = options
@@ -160,7 +160,9 @@ def _merge(trees: list[Tree], axes: Tree, masks: Tree, lengths: list[int], name:
 
 
 def _pad(tensor: torch.Tensor, shape: list[int], axis: int) -> torch.Tensor:
-    sizes = [tensor.shape[i] if i == axis else size for i, size in enumerate(shape)]
+    sizes = torch.Size(tensor.shape[i] if i == axis else size for i, size in enumerate(shape))
+    if tensor.shape == sizes:
+        return tensor
     padded = tensor.new_zeros(sizes)
     padded[tuple(slice(size) for size in tensor.shape)] = tensor
     return padded

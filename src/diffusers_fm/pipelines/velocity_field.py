@@ -116,7 +116,8 @@ class VelocityField(PipelineCalls):
         size = len(x_t)
         few = {name: value[:2] if _is_batch(value, size) else value for name, value in call.items()}
         kinds = ((name, _kind(value)) for name, value in sorted(few.items()))
-        key = (min(size, 2), x_t.shape[1:], x_t.dtype, *kinds)
+        weight = next(self.network.parameters())
+        key = (min(size, 2), x_t.shape[1:], x_t.dtype, x_t.device, weight.dtype, *kinds)
         if key not in self._found:
             with self.quiet(x_t):
                 self._found[key] = find(self, x_t[:2], few)

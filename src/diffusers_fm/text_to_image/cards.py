@@ -17,6 +17,7 @@ from ..pipelines.cards import describe_network, family_tags, solver_rows
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.publishing import has_picture, with_run
 from .arguments import TextToImageArguments
+from .field import TrainedField
 
 
 TAGS = ("diffusers-training",)
@@ -30,11 +31,11 @@ def text_to_image_card(
     global_batch_size: int,
     figures: Mapping[str, Any],
     folder: Path | None = None,
-    found: Sequence[Mapping[str, Any]] = (),
+    field: TrainedField | None = None,
 ) -> ModelCard:
     """
-    Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]. `found` is what its
-    [`VelocityField`] describes.
+    Card of a trained text-to-image pipeline of diffusers; see [`~training.publishing.with_run`]. `field` knows the
+    arguments of its call, and what was found about its step.
     """
     name, scheduler = type(pipeline).__name__, pipeline.scheduler
     ours = isinstance(scheduler, FlowMatchScheduler)
@@ -44,7 +45,7 @@ def text_to_image_card(
         repo_id,
         folder,
         args.validation_prompts or (),
-        found,
+        field,
         f'{name}.from_pretrained("{repo_id}")',
         summary=f"A {_task(args)} model, `{name}`, trained by flow matching with `diffusers-fm`.",
         tags=(_task(args), *TAGS),
@@ -62,12 +63,12 @@ def lora_card(
     figures: Mapping[str, Any],
     folder: Path | None = None,
     instance_prompt: str | None = None,
-    found: Sequence[Mapping[str, Any]] = (),
+    field: TrainedField | None = None,
 ) -> ModelCard:
     """
     Card of LoRA weights of a pipeline, with the metadata that diffusers' own scripts write; see
     [`~training.publishing.with_run`]. `instance_prompt` is the prompt that brings out what was learned,
-    and `found` what the pipeline's [`VelocityField`] describes.
+    and `field` knows the arguments of the call, and what was found about the pipeline's step.
     """
     base = args.pretrained_model_name_or_path
     name = f"[{base}](https://huggingface.co/{base})" if hub_id(base) else f"`{last_part(base)}`"
@@ -77,7 +78,7 @@ def lora_card(
         repo_id,
         folder,
         args.validation_prompts or ([instance_prompt] if instance_prompt else ()),
-        found,
+        field,
         f'DiffusionPipeline.from_pretrained("{base}")\npipeline.load_lora_weights("{repo_id}")',
         summary=f"LoRA weights for {name}, trained by flow matching with `diffusers-fm`.",
         tags=(
@@ -98,13 +99,8 @@ def _task(args: TextToImageArguments) -> str:
     return "text-to-video" if args.num_frames > 1 else "text-to-image"
 
 
-def _velocity(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Findings on the pipeline's step, in words."""
-    if not found:
-        return {}
-    times = ", ".join(f"`{name}` is {line}" for name, line in found[0]["time"].items())
-    state, sign = tuple(found[0]["shape"][1:]), found[0]["sign"]
-    return {"velocity field": f"{times} at noise level t, output {sign} (noise - data), x_t of shape {state}"}
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else repr(value)
 
 
 def _content(
@@ -113,23 +109,21 @@ def _content(
     repo_id: str,
     folder: Path | None,
     prompts: Sequence[str],
-    found: Sequence[Mapping[str, Any]],
+    field: TrainedField | None,
     load: str,
     **content: Any,
 ) -> CardContent:
     """Content of both cards, with the pictures of the prompts that the output folder or `folder` has."""
     config, scheduler_class = pipeline.scheduler.config, type(pipeline.scheduler)
     call = {
+        **({"max_sequence_length": args.max_sequence_length} if field is None else field.call),
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
         "height": args.resolution,
         "width": args.resolution,
-        "max_sequence_length": args.max_sequence_length,
     }
     prompt = json.dumps(prompts[0] if prompts else "a photo of a cat", ensure_ascii=False)
-    if args.num_frames > 1:
-        call["num_frames"] = args.num_frames
-    words = ", ".join([prompt, *(f"{name}={value:g}" for name, value in call.items() if value is not None)])
+    words = ", ".join([prompt, *(f"{name}={_written(value)}" for name, value in call.items() if value is not None)])
     imports, output = "", f'image = pipeline({words}).images[0]\nimage.save("sample.png")'
     if args.num_frames > 1:
         imports = "from diffusers.utils import export_to_video\n"
@@ -156,7 +150,7 @@ from diffusers import {load.partition(".")[0]}
         facts={
             "network": describe_network(pipeline.components[args.network]),
             "scheduler": f"`{scheduler_class.__name__}`, shift {shift}",
-            **_velocity(found),
+            **({} if field is None else {"velocity field": field.describe()}),
         },
         **content,
     )

@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,8 +19,9 @@ from ..data.latents import normalize
 from ..data.randomness import BatchSlice
 from ..models import encode_moments
 from ..pipelines.decode_map import DecodeMap
-from ..pipelines.network_calls import NetworkReached
-from ..pipelines.one_step import straight_scheduler
+from ..pipelines.network_calls import NetworkReached, find_times
+from ..pipelines.one_step import map_tensors, straight_scheduler
+from ..pipelines.pipeline_calls import PROBES
 from ..pipelines.velocity_field import VelocityField
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.metrics import OneNetwork
@@ -114,10 +115,29 @@ class TrainedField(OneNetwork):
         self, sample: torch.Tensor, timestep: torch.Tensor, captions: Sequence[str], size: Size, *_: Any
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The network and the arguments that it gets in a call."""
+        network, arguments = self.field.network, self._network_arguments(0.5, captions, size)
+        device = next(network.parameters()).device
+        return network, map_tensors(lambda tensor: tensor.to(device), arguments)
+
+    @torch.no_grad()
+    def _network_arguments(self, t: float, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
         calls = self.field.calls(stop=True)
         with self.field.quiet(None), contextlib.suppress(NetworkReached):
-            self.field.run(0.5, self._condition(captions, size), calls)
-        return self.field.network, calls.seen[-1]
+            self.field.run(t, self._condition(captions, size), calls)
+        return calls.seen[-1]
+
+    def describe(self) -> str:
+        """Findings on a step, in words; of a dry run, where nothing can be verified, time arguments and shapes."""
+        described = self.field.describe()
+        if described:
+            return _words(**described[0])
+        runs = [self._network_arguments(t, [""], self.square) for t in PROBES[0]]
+        numbers = [
+            {name: value for name, value in seen.items() if isinstance(value, torch.Tensor) and not value.is_meta}
+            for seen in runs
+        ]
+        times, _ = find_times(numbers, PROBES[0], self.field.state)
+        return _words(times, (1, *self._shapes(self.square)[0]))
 
     @cached_property
     def factor(self) -> int:
@@ -337,3 +357,10 @@ class TrainedField(OneNetwork):
             generators = None if part is None else part.sample_generators("posterior", device)
             latents = posterior.mode() if part is None else posterior.sample(generators)
         return found.from_latents(latents.float())
+
+
+def _words(time: Mapping[str, Any], shape: Sequence[int], sign: str | None = None, **_: Any) -> str:
+    """Findings on a pipeline's step, by the names of [`VelocityField.describe`], in words."""
+    times = ", ".join(f"`{name}` is {line}" for name, line in time.items())
+    output = "" if sign is None else f" output {sign} (noise - data),"
+    return f"{times} at noise level t,{output} x_t of shape {tuple(shape[1:])}"
