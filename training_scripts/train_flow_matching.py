@@ -53,6 +53,7 @@ Go on after an interruption:
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +66,39 @@ from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, preco
 from diffusers_fm.data.loading import load_arrays, load_images
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
+from diffusers_fm.training.auxiliary import (
+    LearningArguments,
+    StepInputs,
+    begin_auxiliaries,
+    learning_facts,
+    loss_settings,
+)
 from diffusers_fm.training.objective import (
     TrainableModel,
     choose_label_dropout,
     choose_resolution,
     choose_shift,
+    draw_point,
     draw_times,
 )
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
+from diffusers_fm.training.semidiscrete import SemidiscreteArguments, couple_to_all
 from diffusers_fm.training.validation import validate_pipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptArguments(
-    TrainingArguments, SamplingArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments
+    TrainingArguments,
+    SamplingArguments,
+    LearningArguments,
+    SemidiscreteArguments,
+    LatentArguments,
+    LabelArguments,
+    PairArguments,
+    ArrayArguments,
 ):
     """Arguments of this script."""
 
@@ -96,12 +113,13 @@ def main(args: ScriptArguments) -> None:
 
     # 1. Pipeline
     pipeline = run.init_pipeline(FlowMatchPipeline)
-    shift = choose_shift(pipeline, args.shift)
     label_dropout = choose_label_dropout(pipeline, args.label_dropout)
     arrays = args.array_column or args.noise_column
     resolution = 0 if arrays else choose_resolution(pipeline, args.resolution)
+    shift = choose_shift(pipeline, args.shift, args.shift_base_dimension)
     path, timestep_scale = pipeline.scheduler.path, pipeline.scheduler.timestep_scale
     prediction_type = pipeline.scheduler.config.prediction_type
+    settings = loss_settings(args, prediction_type)
     if pipeline.vae is not None:
         pipeline.vae.to(device).requires_grad_(False).eval()
     elif args.cache_latents:
@@ -115,11 +133,18 @@ def main(args: ScriptArguments) -> None:
     if args.cache_latents:
         folder = precomputed_folder(args, run.output_dir)
         cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
-    measure_sigma_data(run, pipeline, train_data, lambda batch: latents_of_batch(pipeline, batch, device))
 
-    # 3. Model
+    def encode(batch: dict[str, Any]) -> torch.Tensor:
+        """Data of a batch as the flow sees it."""
+        return latents_of_batch(pipeline, batch, device)
+
+    measure_sigma_data(run, pipeline, train_data, encode)
+    coupling = couple_to_all(run, train_data, encode, pipeline.null_class)
+
+    # 3. Model, and auxiliary losses if there are any
     model = TrainableModel(pipeline)
     model.requires_grad_(True).train()
+    auxiliaries = begin_auxiliaries(run, model, pipeline.denoiser, pipeline.scheduler, train_data)
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
 
@@ -131,12 +156,17 @@ def main(args: ScriptArguments) -> None:
             count, classes = args.eval_batch_size, pipeline.num_classes
             labels = [number % classes for number in range(count)] if classes else None
             sampling = choose_sampler(run, pipeline, count, class_labels=labels, batch_size=count)
-        return validate_pipeline(run, pipeline, held_out_data, step, grid_name) | sampling
+        figures = validate_pipeline(run, pipeline, held_out_data, step, grid_name) | sampling
+        return figures if coupling is None else figures | coupling.figures()
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        card = model_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
+        for auxiliary in auxiliaries:
+            auxiliary.save(folder)
+        card = model_card(
+            pipeline, run.args, run.repo_id, run.global_batch_size, {**figures, **learning_facts(args)}, folder
+        )
         card.save(folder / "README.md")
 
     model = run.begin(
@@ -147,6 +177,10 @@ def main(args: ScriptArguments) -> None:
         f"{type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path, {prediction_type};"
         f" {train_data.description}{size}, {len(held_out_data or [])} held out.",
     )
+
+    def call(labels: torch.Tensor | None, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Prediction of the model."""
+        return model(x_t, (timestep_scale * t).float().to(device), labels)
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
@@ -161,14 +195,20 @@ def main(args: ScriptArguments) -> None:
                         labels = torch.where(dropped, pipeline.null_class or 0, labels).to(device)
 
                     noise = batch["noise"].to(device) if "noise" in batch else run.draw_noise(part, data, labels)
+                    if coupling is not None:
+                        data = coupling.pair(noise, labels)
                     t = draw_times(args, path, part, shift)
-                    x_t = path.sample(data, noise, t)
+                    x_t = draw_point(args, path, part, data, noise, t)
 
-                    prediction = model(x_t, (timestep_scale * t).float().to(device), labels)
-                    losses = flow_matching_loss(
-                        path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
-                    )
+                    predict = partial(call, labels)
+                    loss = partial(flow_matching_loss, path, data=data, noise=noise, t=t, **settings)
+                    losses = loss(predict(x_t, t))
+                    for auxiliary in auxiliaries:
+                        inputs = StepInputs(step, part, batch, data, noise, x_t, t, predict, loss)
+                        losses = losses + auxiliary.losses(inputs)
                     run.backward(t, losses)
+        for auxiliary in auxiliaries:
+            auxiliary.remove()
         run.finish()
 
 

@@ -36,9 +36,13 @@ Go on after an interruption:
       --resume_from_checkpoint latest
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
@@ -61,14 +65,21 @@ from diffusers_fm.text_to_image.setup import (
     prepare_data,
     validate_field,
 )
-from diffusers_fm.training.objective import draw_times
+from diffusers_fm.training.auxiliary import (
+    LearningArguments,
+    StepInputs,
+    begin_auxiliaries,
+    learning_facts,
+    loss_settings,
+)
+from diffusers_fm.training.objective import draw_point, draw_times
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import measure_sigma_data
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TextToImageArguments):
+class ScriptArguments(TextToImageArguments, LearningArguments):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_text_to_image", "Name of the run in the trackers.")
@@ -86,17 +97,19 @@ def main(args: ScriptArguments) -> None:
     freeze(run.accelerator, pipeline, args.network)
     model = TrainedField(pipeline, args.network, call_arguments(pipeline, args))
     sizes = choose_sizes(model, args)
-    scheduler = choose_scheduler(model, args, sizes)
+    scheduler = choose_scheduler(model, args, sizes, args.shift_base_dimension)
     ask_all(run.accelerator, model, sizes)
     path, prediction_type = scheduler.path, scheduler.config.prediction_type
+    settings = loss_settings(args, prediction_type)
     encoder_dropout = choose_encoder_dropout(model.text, args.text_encoder_dropout)
 
     # 2. Data, and caches of what the frozen models compute
     train_data, held_out_data = prepare_data(run, args, model, sizes)
     measure_sigma_data(run, pipeline, train_data, lambda batch: model.encode(batch, device))
 
-    # 3. Model
+    # 3. Model, and auxiliary losses if there are any
     network.requires_grad_(True).train()
+    auxiliaries = begin_auxiliaries(run, model, network, scheduler, train_data)
     if args.gradient_checkpointing:
         network.enable_gradient_checkpointing()
 
@@ -109,6 +122,9 @@ def main(args: ScriptArguments) -> None:
         """The trained pipeline and its card."""
         saved = as_saved(pipeline)
         saved.save_pretrained(folder)
+        for auxiliary in auxiliaries:
+            auxiliary.save(folder)
+        figures = {**figures, **learning_facts(args)}
         card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
         clean_settings(folder)
@@ -123,6 +139,10 @@ def main(args: ScriptArguments) -> None:
         f" {len(held_out_data or [])} held out. {model.describe()}.",
     )
 
+    def call(conditions: Sequence[Any], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Prediction of the model."""
+        return wrapped(x_t, (scheduler.timestep_scale * t).float().to(device), *conditions)
+
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
@@ -136,14 +156,17 @@ def main(args: ScriptArguments) -> None:
 
                     noise = run.draw_noise(part, data)
                     t = draw_times(args, path, part, model.shift(size))
-                    x_t = path.sample(data, noise, t)
+                    x_t = draw_point(args, path, part, data, noise, t)
 
-                    timesteps = (scheduler.timestep_scale * t).float().to(device)
-                    prediction = wrapped(x_t, timesteps, captions, size, dropped)
-                    losses = flow_matching_loss(
-                        path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
-                    )
+                    predict = partial(call, (captions, size, dropped))
+                    loss = partial(flow_matching_loss, path, data=data, noise=noise, t=t, **settings)
+                    losses = loss(predict(x_t, t))
+                    for auxiliary in auxiliaries:
+                        inputs = StepInputs(step, part, batch, data, noise, x_t, t, predict, loss)
+                        losses = losses + auxiliary.losses(inputs)
                     run.backward(t, losses)
+        for auxiliary in auxiliaries:
+            auxiliary.remove()
         run.finish()
 
 

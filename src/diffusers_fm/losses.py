@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .paths import ConditionalPath, refuse_without_limit
+from .paths import ConditionalPath, lift, refuse_without_limit
 
 
 # A weighting that measures errors in the space of a prediction type is 1 for a network that predicts it.
@@ -113,9 +113,15 @@ def flow_matching_loss(
     prediction_type: str = "flow_prediction",
     weighting: str = "none",
     snr_gamma: float = 5.0,
+    weight_clip: float = 0.0,
+    contrastive_weight: float = 0.0,
 ) -> torch.Tensor:
     """
     The conditional flow matching loss of each sample (arXiv 2210.02747, equation 9), weighted.
+
+    With a `contrastive_weight` w the squared error of the target of another sample of the batch is subtracted w times
+    (contrastive flow matching, arXiv 2506.05350, equation 6). The minimiser is then not the velocity but
+    `(E[target | x_t] - w E[other target]) / (1 - w)`, which [`undo_contrastive`] turns back.
 
     Args:
         path (`ConditionalPath`):
@@ -134,18 +140,137 @@ def flow_matching_loss(
             One of `WEIGHTINGS` (see [`loss_weight`]).
         snr_gamma (`float`, *optional*, defaults to 5.0):
             For `min_snr`.
+        weight_clip (`float`, *optional*, defaults to 0.0):
+            Least time of the straight coordinates, in [0, 1), at which the weight is taken; before it, it is that of
+            this time. A network that predicts the data has the weight `1 / t^2` on OT, and JiT clips t at 0.05 (arXiv
+            2511.13720, appendix A).
+        contrastive_weight (`float`, *optional*, defaults to 0.0):
+            In [0, 1).
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`: Mean squared error over each sample times its weight, in float32.
 
     Raises:
-        ValueError: If a name is unknown, or the target or weight has no limit at one of the times.
+        ValueError: If a name is unknown, a number is out of range, a batch of one sample has no other one, or the
+            target or weight has no limit at one of the times.
     """
+    for name, value in (("weight_clip", weight_clip), ("contrastive_weight", contrastive_weight)):
+        if not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
     if not model_output.shape == data.shape == noise.shape:
         shapes = [tuple(tensor.shape) for tensor in (model_output, data, noise)]
         raise ValueError(f"`model_output`, `data` and `noise` must have one shape, got {shapes}.")
     target = path.target(data.float(), noise.float(), t, prediction_type)
     error = F.mse_loss(model_output.float(), target, reduction="none").reshape(len(data), -1).mean(1)
+    if contrastive_weight:
+        if len(data) == 1:
+            raise ValueError("`contrastive_weight` needs batches of at least 2 samples, got 1.")
+        other = path.target(data.roll(1, 0).float(), noise.roll(1, 0).float(), t, prediction_type)
+        others = F.mse_loss(model_output.float(), other, reduction="none").reshape(len(data), -1).mean(1)
+        error = error - contrastive_weight * others
     if SPACES.get(weighting) == prediction_type:
         return error
+    if weight_clip > path.ratio_min:
+        t = path.time_at(path.ratio(t).clamp(min=weight_clip))
     return loss_weight(path, t, prediction_type, weighting, snr_gamma).to(error) * error
+
+
+def undo_contrastive(
+    path: ConditionalPath,
+    prediction: torch.Tensor,
+    t: torch.Tensor,
+    mean: torch.Tensor,
+    contrastive_weight: float,
+    prediction_type: str = "flow_prediction",
+) -> torch.Tensor:
+    """
+    Prediction of plain flow matching from that of a network that was trained with a `contrastive_weight` w.
+
+    The other sample of [`flow_matching_loss`] does not depend on the condition, so that its mean target is that of the
+    mean of the data without noise: `(1 - w) prediction + w E[other target]`. A guided prediction, whose weights sum to
+    1, is turned back alike.
+
+    Args:
+        path (`ConditionalPath`):
+            The path.
+        prediction (`torch.Tensor` of shape `(batch_size, ...)`):
+            Answer of the network.
+        t (`torch.Tensor` of shape `(batch_size,)` or `()`):
+            Time, 0 = data, 1 = noise.
+        mean (`torch.Tensor` of shape `(...)`):
+            Mean of all data.
+        contrastive_weight (`float`):
+            Weight in training.
+        prediction_type (`str`, *optional*, defaults to `"flow_prediction"`):
+            What the network answers.
+
+    Returns:
+        `torch.Tensor` of the shape of `prediction`.
+    """
+    mean = mean.to(prediction).expand_as(prediction)
+    other = path.target(mean, torch.zeros_like(mean), t, prediction_type)
+    return (1 - contrastive_weight) * prediction + contrastive_weight * other
+
+
+def slowed_sample(
+    path: ConditionalPath, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, slowing: torch.Tensor
+) -> torch.Tensor:
+    """
+    Point with more noise than its time says, for MixFlow (arXiv 2512.19311): of the time `s + slowing (1 - s)` in the
+    straight coordinates, where s is that of t, in the scale of the path at t.
+
+    Args:
+        path (`ConditionalPath`):
+            The path.
+        data, noise (`torch.Tensor` of shape `(batch_size, ...)`):
+            Clean samples, and their noise.
+        t (`torch.Tensor` of shape `(batch_size,)`):
+            Time that the network is given, 0 = data, 1 = noise.
+        slowing (`torch.Tensor` of shape `(batch_size,)`):
+            In [0, 1]; 0 gives `path.sample`.
+
+    Returns:
+        `torch.Tensor` of the shape of `data`.
+    """
+    s = path.ratio(t)
+    s = s + slowing.to(s) * (path.ratio_max - s)
+    scale = path.alpha(t) + path.sigma(t)
+    return (lift(scale * (1 - s), data) * data + lift(scale * s, noise) * noise).to(data.dtype)
+
+
+def normalize_patches(features: torch.Tensor, mean_share: float) -> torch.Tensor:
+    """
+    Features less a share of their mean over the patches, over their deviation there (iREPA, arXiv 2512.10794).
+
+    Args:
+        features (`torch.Tensor` of shape `(batch_size, channels, rows, columns)`):
+            Features of patches.
+        mean_share (`float`):
+            Share of the mean that is subtracted.
+
+    Returns:
+        `torch.Tensor` of the same shape.
+    """
+    patches = features.flatten(2)
+    centred = patches - mean_share * patches.mean(2, keepdim=True)
+    return (centred / (patches.std(2, correction=0, keepdim=True) + 1e-6)).view_as(features)
+
+
+def alignment_loss(projected: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """
+    Misalignment of two maps of features: minus the mean cosine of their angle at each patch (REPA, arXiv 2410.06940,
+    equation 8).
+
+    Args:
+        projected (`torch.Tensor` of shape `(batch_size, channels, rows, columns)`):
+            Projected hidden states of the network.
+        features (`torch.Tensor` of shape `(batch_size, channels, *, *)`):
+            Features to align with, brought to the rows and columns of the other by area.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`: in [-1, 1], float32.
+    """
+    target = features.to(projected.device, torch.float32)
+    if target.shape[-2:] != projected.shape[-2:]:
+        target = F.interpolate(target, projected.shape[-2:], mode="bilinear", antialias=True)
+    return -F.cosine_similarity(projected.float(), target, dim=1).flatten(1).mean(1)

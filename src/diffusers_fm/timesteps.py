@@ -104,6 +104,28 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
     return t if shift == 1 else shift * t / (1 + (shift - 1) * t)
 
 
+def dimension_shift(dimension: int, base: int = 4096) -> float:
+    """
+    Shift of [`shift_time`] by the number of values in a sample, `sqrt(dimension / base)` (RAE, arXiv 2510.11690): the
+    more values, the more noise is needed to hide what they share.
+
+    Args:
+        dimension (`int`):
+            Values of a sample, channels and places.
+        base (`int`, *optional*, defaults to 4096):
+            Number of values at which the times are as they are.
+
+    Returns:
+        `float`: the shift.
+
+    Raises:
+        ValueError: If a number is below 1.
+    """
+    if dimension < 1 or base < 1:
+        raise ValueError(f"`dimension` and `base` must be at least 1, got {dimension!r} and {base!r}.")
+    return math.sqrt(dimension / base)
+
+
 def sample_timesteps(
     density: str,
     batch_size: int,

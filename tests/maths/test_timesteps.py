@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from diffusers_fm.timesteps import DENSITIES, register_density, sample_timesteps, shift_time
+from diffusers_fm.timesteps import DENSITIES, dimension_shift, register_density, sample_timesteps, shift_time
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -281,3 +281,11 @@ def test_a_registered_density_is_sampled() -> None:
     for quantile in (3, torch.log, lambda u: 1 - u, torch.sum):
         with pytest.raises(ValueError, match="must be a function that maps"):
             register_density("mine", quantile)  # type: ignore[arg-type]
+
+
+def test_the_shift_by_dimension_is_the_root_of_the_ratio() -> None:
+    # RAE: 16 x 16 tokens of 768 channels.
+    assert dimension_shift(16 * 16 * 768) == pytest.approx(6.928, abs=1e-3)
+    assert dimension_shift(4096) == 1.0
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 4096"):
+        dimension_shift(0)

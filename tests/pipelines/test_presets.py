@@ -26,6 +26,7 @@ PRESETS = {
     "unet-digits-vp": ("vp", "flow_prediction", 10, 10, (1, 8, 8)),
     "unet-digits-ve": ("ve", "v_prediction", 10, 10, (1, 8, 8)),
     "dit-digits": ("ot", "flow_prediction", 10, 10, (1, 8, 8)),
+    "jit-digits": ("ot", "sample", 10, 10, (1, 8, 8)),
     "sd3-digits": ("ot", "flow_prediction", 10, 10, (1, 8, 8)),
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),
@@ -36,6 +37,7 @@ PRESETS = {
     "unet-imagenet64": ("ot", "flow_prediction", 0, None, (3, 64, 64)),
     "unet-imagenet128": ("ot", "flow_prediction", 0, None, (3, 128, 128)),
     "dit-imagenet256": ("ot", "flow_prediction", 1000, 1000, (4, 32, 32)),
+    "jit-imagenet256": ("ot", "sample", 1000, 1000, (3, 256, 256)),
     "sd3-imagenet256": ("ot", "flow_prediction", 1000, 1000, (16, 32, 32)),
 }
 # Table 3 of Lipman et al.: channels, blocks, multipliers, sides with attention; batch, GPUs, steps; rate, warm-up

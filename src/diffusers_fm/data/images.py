@@ -70,6 +70,8 @@ class ImageData(Dataset):
         read_moments (`Callable`, *optional*):
             If set, batches hold `moments` in place of `images`: `read_moments(number, mirrored)` gives the
             autoencoder's posterior of an image.
+        read_features (`Callable`, *optional*):
+            If set, batches hold `features` too: `read_features(number, mirrored)` gives those of an image.
 
     Raises:
         ValueError: if the data set is empty, columns are missing or of the wrong type, a label is out of range, or too
@@ -111,6 +113,7 @@ class ImageData(Dataset):
         if caption_column is not None:
             self.captions = CaptionColumn(dataset, caption_column, self._rows, seed, max_unreadable)
         self.read_moments: Callable[[int, bool], torch.Tensor] | None = None
+        self.read_features: Callable[[int, bool], torch.Tensor] | None = None
         self.bucket_rows: list[np.ndarray] | None = None
         self._bucket_of = None
         self._kept: list[np.ndarray] | None = None
@@ -261,10 +264,11 @@ class ImageData(Dataset):
         if self.transform.random_flip:
             mirrored = torch.from_numpy(self.transform.mirrored(self._seed, keys))
         batch: dict[str, Any] = {}
-        if self.read_moments is not None:
-            numbers = zip(indices.tolist(), mirrored.tolist())
-            batch["moments"] = torch.stack([self.read_moments(index, mirror) for index, mirror in numbers])
-        else:
+        for name, read in (("moments", self.read_moments), ("features", self.read_features)):
+            if read is not None:
+                numbers = zip(indices.tolist(), mirrored.tolist())
+                batch[name] = torch.stack([read(index, mirror) for index, mirror in numbers])
+        if self.read_moments is None:
             images = self.pixels(keys)
             if mirrored.any():
                 images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)

@@ -2,7 +2,7 @@
 """Latents of a batch, encoded in training or kept on disk."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import offload_models
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from ..models import encode_moments, latents_of_moments
 from .arguments import LatentArguments
@@ -108,11 +109,56 @@ def cache_latents(
         ValueError: if images are cropped anywhere, more images cannot be read than the data admits, or the cache does
             not match.
     """
-    if not data.transform.center_crop:
-        raise ValueError("Latents can be cached only of images that are always cropped alike: give --center_crop.")
     if isinstance(accelerator, DryAccelerator):
+        _refuse_moving_crops(data, "latents")
         return _expect_latents(accelerator, data, vae)
     description = {"what": "latents", "autoencoder": model_fingerprint(vae), "dtype": str(vae.dtype)}
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return encode_moments(vae, normalize(images))
+
+    cache, data.read_moments = cache_images(accelerator, data, vae, encode, folder, description, batch_size)
+    return cache
+
+
+def _refuse_moving_crops(data: ImageData, what: str) -> None:
+    if not data.transform.center_crop:
+        what = what.capitalize()
+        raise ValueError(f"{what} can be cached only of images that are always cropped alike: give --center_crop.")
+
+
+def cache_images(
+    accelerator: Accelerator,
+    data: ImageData,
+    model: ModelMixin | PreTrainedModel,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    folder: Path,
+    description: dict[str, str],
+    batch_size: int,
+) -> tuple[TensorCache, "CachedRecords"]:
+    """
+    Keep what a frozen model makes of all images, each tensor under the bytes of its image's file and what is done to
+    the image.
+
+    Args:
+        accelerator, data, folder, batch_size:
+            As for [`cache_latents`].
+        model (`nn.Module`):
+            The model; it is on the accelerator's device while it runs.
+        encode (`Callable`):
+            Takes a batch of images, uint8 of shape `(batch_size, channels, height, width)`, and returns a tensor for
+            each of them.
+        description (`dict[str, str]`):
+            Of the [`TensorCache`]; `what` is kept, and what it depends on.
+
+    Returns:
+        `tuple[TensorCache, CachedRecords]`: the cache and its reader.
+
+    Raises:
+        ValueError: as for [`cache_latents`].
+    """
+    what = description["what"]
+    _refuse_moving_crops(data, what)
     cache = open_cache(accelerator, folder, description)
     shares = range(accelerator.process_index, len(data), accelerator.num_processes)
     bar = tqdm(shares, desc="Hashing images", disable=not accelerator.is_local_main_process)
@@ -138,8 +184,8 @@ def cache_latents(
     accelerator.wait_for_everyone()
     work = work[accelerator.process_index :: accelerator.num_processes]
     if missing:
-        bar = tqdm(total=len(work), desc="Caching latents", disable=not accelerator.is_local_main_process)
-        with bar, cache.writer() as writer, offload_models(vae, device=accelerator.device):
+        bar = tqdm(total=len(work), desc=f"Caching {what}", disable=not accelerator.is_local_main_process)
+        with bar, cache.writer() as writer, offload_models(model, device=accelerator.device):
             while work:
                 batch = [item for item in work[:batch_size] if item[0] == work[0][0]]
                 work = work[len(batch) :]
@@ -152,15 +198,13 @@ def cache_latents(
                         read.append(key)
                 if images:
                     with torch.no_grad():
-                        pixels = normalize(data.transform.as_batch(torch.cat(images)))
-                        moments = encode_moments(vae, pixels.to(accelerator.device)).cpu()
-                    writer.add(read, [[each] for each in moments])
+                        made = encode(data.transform.as_batch(torch.cat(images)).to(accelerator.device)).cpu()
+                    writer.add(read, [[each] for each in made])
         accelerator.wait_for_everyone()
         cache.refresh()
         _share_unreadable(data)
-    logger.info("Latents of %d images are in %s, %d of them new.", len(data), folder, len(missing))
-    data.read_moments = CachedMoments(cache, keys)
-    return cache
+    logger.info("%s of %d images are in %s, %d of them new.", what.capitalize(), len(data), folder, len(missing))
+    return cache, CachedRecords(cache, keys)
 
 
 def precomputed_folder(args: LatentArguments, output_dir: Path) -> Path:
@@ -202,13 +246,13 @@ def _share_unreadable(data: ImageData) -> None:
         data.note_unreadable(UnreadableImageError.of(index, row, reason))
 
 
-class CachedMoments:
-    """Reader of the moments of images, by the key of each image and of its mirror image."""
+class CachedRecords:
+    """Reader of what is kept of images, by the key of each image and of its mirror image."""
 
     def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
         self._cache = cache
         self._keys = np.array(keys)
 
     def __call__(self, index: int, mirrored: bool) -> torch.Tensor:
-        """The moments of an image, as [`~diffusers_fm.models.encode_moments`] gives them."""
+        """Tensor of an image, such as its moments, as [`~diffusers_fm.models.encode_moments`] gives them."""
         return self._cache.read(str(self._keys[index, int(mirrored)]))[0]

@@ -164,6 +164,10 @@ class TrainedField(OneNetwork):
         height, width = self._shapes(None)[1][-2:]
         return self.factor * height, self.factor * width
 
+    def state_shape(self, size: Size | None) -> tuple[int, ...]:
+        """Shape of the state of a sample."""
+        return self._shapes(size)[0]
+
     @property
     def is_empty(self) -> bool:
         """Whether the models have no contents: those of a dry run."""
@@ -349,7 +353,7 @@ class TrainedField(OneNetwork):
                 moments = encode_moments(vae, normalize(batch["images"].to(device, non_blocking=True)))
         moments = moments.to(device, non_blocking=True)
         if self.is_empty:
-            return torch.empty(len(moments), *self._shapes(self.size_of(batch))[0], device=device)
+            return torch.empty(len(moments), *self.state_shape(self.size_of(batch)), device=device)
         found = self.decode_map(self.size_of(batch))
         latents = moments
         if moments.shape[1] == 2 * found.map.y_shape[0]:

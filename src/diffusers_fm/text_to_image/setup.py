@@ -128,7 +128,9 @@ def ask_all(accelerator: Accelerator | DryAccelerator, field: TrainedField, size
             field.shift(size)
 
 
-def choose_scheduler(field: TrainedField, args: TextToImageArguments, sizes: Sequence[Size]) -> FlowMatchScheduler:
+def choose_scheduler(
+    field: TrainedField, args: TextToImageArguments, sizes: Sequence[Size], base_dimension: int | None = None
+) -> FlowMatchScheduler:
     """
     Scheduler of training and of sampling after it; it replaces the pipeline's, and the field is trained for it.
 
@@ -136,7 +138,8 @@ def choose_scheduler(field: TrainedField, args: TextToImageArguments, sizes: Seq
     `sqrt(m / n)` (arXiv 2403.03206, equation 23), where `m` are the pixels of an image and `n` those of the base. The
     scheduler does that by `use_dynamic_shifting`, in which the logarithm of the shift is linear in the tokens of the
     image: both agree for the smallest and the largest size, and between them training follows the scheduler, so that
-    sampling agrees with it. With neither, the scheduler keeps its shift. With `--save_stock` it samples on the grid of
+    sampling agrees with it. With a `base_dimension`, `m` are the values of a sample and `n` that number (arXiv
+    2510.11690). With none of them, the scheduler keeps its shift. With `--save_stock` it samples on the grid of
     diffusers' own.
 
     Args:
@@ -157,11 +160,14 @@ def choose_scheduler(field: TrainedField, args: TextToImageArguments, sizes: Seq
     changes: dict[str, Any] = {}
     if args.shift is not None:
         changes = {"shift": args.shift, "use_dynamic_shifting": False}
-    elif args.shift_base_resolution is not None:
+    elif args.shift_base_resolution is not None or base_dimension is not None:
+        base_area = (args.shift_base_resolution or 0) ** 2
+        if base_dimension is not None:
+            base_area = base_dimension * math.prod(sizes[0]) / math.prod(field.state_shape(sizes[0]))
         areas = sorted(height * width for height, width in sizes)
         # If all areas are equal, the line goes on to the doubled side.
         ends = (areas[0], areas[-1] if areas[-1] > areas[0] else 4 * areas[0])
-        base, largest = (0.5 * math.log(area / args.shift_base_resolution**2) for area in ends)
+        base, largest = (0.5 * math.log(area / base_area) for area in ends)
         area_of_token = field.multiple**2
         changes = {
             "use_dynamic_shifting": True,

@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ..files import written_aside
 
 
+# Name of the parameters of auxiliary losses in the model that is trained.
+AUXILIARY = "auxiliary"
 SNAPSHOT_FOLDER = "ema_snapshots"
 
 _SNAPSHOT = re.compile(r"step-(\d+)\.ema-[\w-]+\.safetensors")

@@ -2,6 +2,7 @@
 """Trained model of a pipeline, training times, noise, and the settings that the pipeline decides."""
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch import nn
 
 from ..couplings import minibatch_ot
 from ..data.randomness import BatchSlice
+from ..losses import slowed_sample
 from ..paths import ConditionalPath
 from ..pipelines.base import FlowMatchPipelineBase
-from ..timesteps import sample_timesteps, shift_time
+from ..timesteps import dimension_shift, sample_timesteps, shift_time
 from .arguments import ObjectiveArguments
 
 
@@ -48,13 +50,16 @@ class TrainableModel(nn.Module):
         return self._predict[0](sample, timestep, *conditions)
 
 
-def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None) -> float:
+def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dimension: int | None = None) -> float:
     """
-    Shift of the training times: the one given, which the pipeline's scheduler takes over, or the scheduler's own.
+    Shift of the training times: the one given, or by [`~timesteps.dimension_shift`], which the pipeline's scheduler
+    takes over; or the scheduler's own.
 
     Raises:
         ValueError: if the scheduler's shift depends on the image, or its time runs from noise to data.
     """
+    if base_dimension is not None:
+        shift = dimension_shift(math.prod(pipeline.sample_shape), base_dimension)
     config = pipeline.scheduler.config
     if config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
@@ -134,6 +139,15 @@ def draw_times(args: ObjectiveArguments, path: ConditionalPath, part: BatchSlice
     t = sample_timesteps(**density_settings(args, part))
     # The sampler shifts the times of the straight coordinates; on the OT path these are t itself.
     return t if shift == 1 else path.time_at(shift_time(path.ratio(t), shift))
+
+
+def draw_point(
+    args: Any, path: ConditionalPath, part: BatchSlice, data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """x_t of a part of a batch, with `--mixflow_slowing` at a random later time; of the shape of `data`."""
+    if not args.mixflow_slowing:
+        return path.sample(data, noise, t)
+    return slowed_sample(path, data, noise, t, args.mixflow_slowing * part.uniform("mixflow"))
 
 
 def draw_noise(

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 
 from ..files import replace_text, written_aside
 from ..precision import to_float64
-from .ema import SNAPSHOT_FOLDER, power_exponent, snapshot_files, width_name
+from .ema import AUXILIARY, SNAPSHOT_FOLDER, power_exponent, snapshot_files, width_name
 
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -133,7 +133,8 @@ def posthoc_ema(
     )
     readers = [safe_open(snapshot.file, framework="pt") for snapshot in used]
     weights = {}
-    for name in readers[0].keys():
+    # Auxiliary losses have no part in what is saved.
+    for name in (name for name in readers[0].keys() if not name.startswith(f"{AUXILIARY}.")):
         total = torch.zeros((), dtype=torch.float64)
         for reader, coefficient in zip(readers, coefficients.tolist()):
             total = total + coefficient * to_float64(reader.get_tensor(name))

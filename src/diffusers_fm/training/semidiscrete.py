@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semidiscrete coupling in training: each noise goes with the sample in whose cell it lies."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+
+from ..arguments import Arguments, Count, Needs, option
+from ..couplings import cell_masses, fit_semidiscrete, semidiscrete_assignment
+from ..data.arrays import ArrayData
+from ..data.cache import DryAccelerator
+from ..data.images import ImageData
+from ..data.randomness import make_generator
+from .arguments import ObjectiveArguments
+from .run import TrainingRun
+
+
+logger = logging.getLogger(__name__)
+
+# Values of all samples together, of which each process keeps a copy in float32.
+MAX_VALUES = 2**29
+# Noise for each sample by which the fit is measured.
+MEASURED = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class SemidiscreteArguments(Arguments):
+    """Semidiscrete coupling of noise to all data."""
+
+    _argument_group_name = "semidiscrete coupling"
+
+    semidiscrete_ot: bool = option(
+        False, "Pair noise with the data by optimal transport to the whole, small data set (arXiv 2509.25519)."
+    )
+    semidiscrete_steps: Annotated[Count, Needs("semidiscrete_ot", True)] = option(1000, "Steps of its fit.")
+
+    def check(self) -> None:
+        if not (self.semidiscrete_ot and isinstance(self, ObjectiveArguments)):
+            return
+        for name in ("random_flip", "streaming", "noise_column", "repa_teacher"):
+            if getattr(self, name, None):
+                raise ValueError(
+                    f"--semidiscrete_ot takes samples of the whole data set as they are: leave out --{name}."
+                )
+        if self.coupling != "independent":
+            raise ValueError(f"--coupling {self.coupling} does not go with --semidiscrete_ot.")
+
+
+class SemidiscreteCoupling:
+    """
+    Coupling of standard normal noise to a finite data set (arXiv 2509.25519), within a label where there are labels:
+    otherwise the noise of a label would not be normal any more.
+
+    Args:
+        data (`torch.Tensor` of shape `(num_samples, ...)`):
+            All data, float32.
+        labels (`torch.Tensor` of shape `(num_samples,)`, *optional*):
+            Their labels.
+        null_class (`int`, *optional*):
+            Label of dropped labels, for which noise is paired with all data.
+        seed (`int`), num_steps (`int`):
+            Of the fit.
+    """
+
+    def __init__(
+        self, data: torch.Tensor, labels: torch.Tensor | None, null_class: int | None, seed: int, num_steps: int
+    ) -> None:
+        self._data = data
+        rows = torch.arange(len(data), device=data.device)
+        self._rows = {None: rows} if labels is None else {}
+        if labels is not None:
+            self._rows |= {label: rows[labels.to(data.device) == label] for label in labels.unique().tolist()}
+            if null_class is not None:
+                self._rows[null_class] = rows
+        self._potentials: dict[int | None, torch.Tensor] = {}
+        worst = 0.0
+        for label, members in self._rows.items():
+            generator = make_generator(seed, "semidiscrete", str(label), device=data.device)
+            self._potentials[label] = fit_semidiscrete(data[members], generator, num_steps)
+            count = MEASURED * len(members)
+            worst = max(worst, cell_masses(data[members], self._potentials[label], count, generator)[1])
+        self.variance = worst
+        self._counts = torch.zeros(len(data), dtype=torch.int64, device=data.device)
+
+    def pair(self, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """
+        Data that go with noise.
+
+        Args:
+            noise (`torch.Tensor` of shape `(batch_size, ...)`):
+                Standard normal noise.
+            labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
+                Labels that the network is given, dropped ones as such.
+
+        Returns:
+            `torch.Tensor` of the shape of `noise`.
+        """
+        chosen = torch.empty(len(noise), dtype=torch.int64, device=noise.device)
+        for label, members in self._rows.items():
+            own = torch.ones_like(chosen, dtype=torch.bool) if label is None else labels == label
+            found = semidiscrete_assignment(self._data[members], noise[own], self._potentials[label])
+            chosen[own] = members[found]
+        self._counts += chosen.bincount(minlength=len(self._counts))
+        return self._data[chosen]
+
+    def figures(self) -> dict[str, float]:
+        """`coupling_variance`: mean of `(share - 1)^2` of the samples' shares in training, beyond that of chance."""
+        total, size = self._counts.sum().item(), len(self._counts)
+        if total == 0:
+            return {}
+        shares = self._counts.double() * size / total
+        return {"coupling_variance": (shares - 1).square().mean().item() - (size - 1) / total}
+
+
+def couple_to_all(
+    run: TrainingRun[Any],
+    data: Any,
+    encode: Callable[[dict[str, Any]], torch.Tensor],
+    null_class: int | None,
+) -> SemidiscreteCoupling | None:
+    """
+    [`SemidiscreteCoupling`] to the data set of a run, or `None` without `--semidiscrete_ot` and in a dry run.
+
+    Args:
+        run ([`TrainingRun`]):
+            With the arguments.
+        data ([`ImageData`] or [`ArrayData`]):
+            Data set, whose samples are the same at each visit.
+        encode (`Callable`):
+            Called as `encode(batch)`: data as the flow sees it, of shape `(batch_size, ...)`.
+        null_class (`int`, *optional*):
+            Label of dropped labels.
+
+    Raises:
+        ValueError: if images are cropped anywhere, or there are too many data.
+    """
+    if not run.args.semidiscrete_ot or isinstance(run.accelerator, DryAccelerator):
+        return None
+    if isinstance(data, ImageData) and not data.transform.center_crop:
+        raise ValueError("--semidiscrete_ot needs images that are always cropped alike: give --center_crop.")
+    if not isinstance(data, (ImageData, ArrayData)):
+        raise ValueError(f"--semidiscrete_ot needs a finite data set, got a {type(data).__name__}.")
+    batches, labels = [], []
+    for batch in data.spread_batches(len(data), run.args.eval_batch_size):
+        batches.append(encode(batch))
+        labels += [batch["labels"]] if "labels" in batch else []
+        if len(data) * math.prod(batches[0].shape[1:]) > MAX_VALUES:
+            raise ValueError(
+                f"--semidiscrete_ot keeps all data in memory, and {len(data)} samples are too many for it."
+            )
+    coupling = SemidiscreteCoupling(
+        torch.cat(batches),
+        torch.cat(labels) if labels else None,
+        null_class,
+        run.seed,
+        run.args.semidiscrete_steps,
+    )
+    logger.info(
+        "Semidiscrete coupling: the samples' shares of the noise have a variance of %.2g beyond that of chance.",
+        coupling.variance,
+    )
+    return coupling
