@@ -41,7 +41,7 @@ bench:  ## measure speed, solvers and likelihoods, judge trained digits pipeline
 	python tests/benchmarks/bench_solvers.py --pipeline $(MODEL)
 	python tests/benchmarks/default_sampling.py $(MODEL)
 	python tests/benchmarks/digits_quality.py $(MODEL)
-	python tests/benchmarks/digits_anomalies.py $(MODEL)
+	python tests/benchmarks/anomalies.py $(MODEL)
 	python tests/benchmarks/digits_edit.py $(MODEL)
 	python tests/benchmarks/digits_inverse.py $(MODEL)
 	python tests/benchmarks/digits_upscale.py $(UPSCALER)

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from diffusers_fm import FlowMatchPipeline
+from diffusers_fm import FlowMatchAudioPipeline, FlowMatchPipeline
 from diffusers_fm.arguments import Arguments, Count, Free, ModuleArguments, NotNegative, Size, option, run_script
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
@@ -306,6 +306,9 @@ def main(args: ScriptArguments) -> None:
     with accelerator.main_process_first():
         if not Path(source).is_dir():
             source = FlowMatchPipeline.download(source, revision=args.revision, variant=args.variant)
+        kind = FlowMatchPipeline.load_config(source).get("_class_name")
+        if kind == FlowMatchAudioPipeline.__name__:
+            raise ValueError(f"{source!r} holds a {kind}, which draws sounds, and these are figures of images.")
         pipeline = FlowMatchPipeline.from_pretrained(source, variant=args.variant).to(accelerator.device)
         train_data, held_out, num_classes = load_data(args, pipeline)
     for data in (train_data, held_out):

@@ -41,6 +41,7 @@ from diffusers_fm.paths import OTPath
 
 
 SCRIPT = ROOT / "training_scripts" / "evaluate.py"
+SOUNDS = SCRIPT.parents[1] / "pipelines" / "unet-spoken-digits"
 
 
 @pytest.fixture
@@ -360,6 +361,7 @@ def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path
         ({"features": "inception", "inception_weights": "x.pth"}, "no file of Inception weights 'x.pth'"),
         ({"validation_split": "dev"}, "no split 'dev'"),
         ({"label_column": "kind"}, "no label column 'kind'"),
+        ({"pretrained_model_name_or_path": SOUNDS}, "holds a FlowMatchAudioPipeline, which draws sounds"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
