@@ -13,6 +13,12 @@ The digits, about five minutes on two CPU cores:
       --pretrained_model_name_or_path runs/unet-digits --dataset_name data/digits \
       --output_dir runs/unet-digits/evaluation --features classifier --num_images 2000 --levels 17
 
+A stock text-to-image pipeline of diffusers on captioned images, through its own call:
+
+    accelerate launch training_scripts/evaluate.py \
+      --pretrained_model_name_or_path runs/flux-tiny --dataset_name data/digits --resolution 8 \
+      --output_dir runs/flux-tiny/evaluation --metrics solvers trajectories likelihood loss --features none
+
 FID, KID, precision and recall of a model of photographs, on four GPUs:
 
     accelerate launch --multi_gpu --num_processes 4 training_scripts/evaluate.py \
@@ -28,9 +34,12 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
-from diffusers_fm import FlowMatchAudioPipeline, FlowMatchPipeline
+from diffusers_fm import FlowMatchAudioPipeline, FlowMatchPipeline, StockFlow
 from diffusers_fm.arguments import Arguments, Count, Free, ModuleArguments, NotNegative, Size, option, run_script
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
@@ -66,10 +75,12 @@ from diffusers_fm.evaluation.report import (
     write_table,
 )
 from diffusers_fm.evaluation.sampling import ModelArguments, Sampler
+from diffusers_fm.evaluation.stock import StockModel, StockSampler, latent_likelihood
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.hub.portable import last_part
 from diffusers_fm.pipelines.sampling import default_steps
+from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.training.distributed import make_accelerator
 from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
@@ -78,6 +89,8 @@ from diffusers_fm.training.validation import data_and_labels, held_out_loss
 logger = logging.getLogger("diffusers_fm.evaluate")
 
 METRICS = ("quality", "likelihood", "solvers", "trajectories", "loss", "neighbours")
+# Of stock pipelines: the others compare images by their classes.
+STOCK_METRICS = ("likelihood", "solvers", "trajectories", "loss")
 
 # Precision and recall look at the third neighbour of an image.
 MIN_IMAGES = 4
@@ -126,6 +139,8 @@ class ReferenceArguments(Arguments):
     )
     image_column: str = option("image", "Column of the images.")
     label_column: str = option("label", "Column of the labels.")
+    caption_column: str = option("text", "Column of the captions, for a stock pipeline.")
+    resolution: Count | None = option(None, "Side of the images, for a stock pipeline; by default its own.")
     max_train_samples: Count | None = option(None, "Compare with so many images of the training split.")
     max_unreadable_images: Size = option(100, "Go on if so many images cannot be read, at most.")
     max_validation_samples: Count = option(2048, "Use so many held-out images at most.")
@@ -148,7 +163,11 @@ class SampleArguments(Arguments):
     num_images: Count = option(10_000, "Samples for quality; FID is customarily on 50,000.")
     num_inference_steps: Count | None = option(None, "Steps of the pipeline's own solver; by default its own number.")
     guidance_scale: NotNegative = option(1.0, "Scale of classifier-free guidance; 1 is off.")
-    features: str | None = option(None, "By default Inception's, if weights are at hand.", ["inception", "classifier"])
+    features: str | None = option(
+        None,
+        "By default Inception's, if weights are at hand; without, no quality.",
+        ["inception", "classifier", "none"],
+    )
     inception_weights: str | None = option(
         None, "torch-fidelity's file of weights; by default the one in torch's cache."
     )
@@ -193,7 +212,9 @@ class ScriptArguments(
     """Arguments of this script."""
 
     def check(self) -> None:
-        if {"quality", "solvers"} & set(self.metrics):
+        if self.features == "none" and "quality" in self.metrics:
+            raise ValueError("--features none leaves nothing for the quality of --metrics: leave out either.")
+        if {"quality", "solvers"} & set(self.metrics) and self.features != "none":
             import_torchmetrics()
             if self.features != "classifier":
                 find_inception_weights(self.inception_weights)
@@ -207,15 +228,17 @@ class ScriptArguments(
                 raise ValueError(f"--{name} must be at least {number} for these --metrics, got {value}.")
 
 
-def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[ImageData, ImageData | None, int]:
+def load_data(
+    args: ScriptArguments, resolution: int, channels: int, num_classes: int = 0, captions: bool = False
+) -> tuple[ImageData, ImageData | None, int]:
     """The training images, those held out, and the number of classes in their label column."""
     splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
     train_split = choose_split(splits, args.train_split)
     feature = train_split.features.get(args.label_column)
-    num_classes = getattr(feature, "num_classes", 0) or pipeline.num_classes
+    num_classes = 0 if captions else getattr(feature, "num_classes", 0) or num_classes
     transform = ImageTransform(
-        pipeline.sample_shape[1] * pipeline.vae_scale_factor,
-        pipeline.image_channels,
+        resolution,
+        channels,
         center_crop=True,
         background=rgb(args.background),
         folders=data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
@@ -224,6 +247,7 @@ def load_data(args: ScriptArguments, pipeline: FlowMatchPipeline) -> tuple[Image
         "image_column": args.image_column,
         "label_column": args.label_column if num_classes else None,
         "num_classes": num_classes,
+        "caption_column": args.caption_column if captions else None,
         "max_unreadable": args.max_unreadable_images,
     }
     train_data = ImageData(train_split, transform, max_samples=args.max_train_samples, **columns)
@@ -291,6 +315,74 @@ def write_files(output_dir: Path, store: ResultStore, metrics: dict[str, Any]) -
                 plot_solvers(output_dir / "quality_by_calls.png", rows, column, column.replace("_", " "))
 
 
+def check_held_out(held_out: ImageData | None, wanted: set[str]) -> None:
+    """Refuse figures of held-out images where there are none."""
+    if held_out is None and wanted & {"likelihood", "loss"}:
+        raise ValueError(f"The data set has no split held out, which {' and '.join(sorted(wanted))} would need.")
+
+
+def is_stock(name: str | None) -> bool:
+    """Return whether a class of pipelines is diffusers' own."""
+    pipeline = getattr(diffusers, str(name), None)
+    return pipeline is not None and pipeline.__module__.startswith("diffusers.")
+
+
+def measure_stock(args: ScriptArguments, accelerator: Accelerator, pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Measure a stock text-to-image pipeline."""
+    wanted, batch_size, output_dir = set(args.metrics), args.eval_batch_size, Path(args.output_dir)
+    refused = [name for name in args.metrics if name not in STOCK_METRICS]
+    if refused:
+        raise ValueError(
+            f"Of the stock {type(pipeline).__name__} --metrics can be {', '.join(STOCK_METRICS)}, got"
+            f" {', '.join(refused)}."
+        )
+
+    # 1. Flow and data
+    flow, field = StockFlow(pipeline), TrainedField(pipeline, "transformer", {})
+    side = args.resolution or field.default_size[0]
+    field.check_size((side, side))
+    with accelerator.main_process_first():
+        channels = pipeline.components["vae"].config.in_channels
+        train_data, held_out, _ = load_data(args, side, channels, captions=True)
+    check_held_out(held_out, wanted)
+    fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
+    store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(folder)})
+    metrics: dict[str, Any] = {
+        "model": last_part(args.pretrained_model_name_or_path),
+        "dataset_name": last_part(args.dataset_name or args.train_data_dir or ""),
+        "seed": args.seed,
+    }
+
+    # 2. Measures. A prompt of the training images belongs to each sample
+    count = args.num_solver_images
+    rows = np.resize(epoch_order(args.seed, 0, len(train_data)), count)
+    prompts = train_data.captions.draw(np.stack([np.zeros_like(rows), rows], axis=1))
+    model = StockModel(flow, prompts, {"height": side, "width": side})
+    sampler = StockSampler(model, args.seed, args.guidance_scale)
+    if "likelihood" in wanted:
+        options = {"num_steps": args.likelihood_steps, "num_probes": args.num_probes}
+        metrics["latent_likelihood"] = latent_likelihood(store, flow, held_out, batch_size, args.seed, **options)
+    if "loss" in wanted:
+        metrics["loss"] = held_out_loss(
+            accelerator,
+            field,
+            flow.scheduler,
+            held_out,
+            batch_size,
+            lambda batch: (field.encode(batch, accelerator.device), (batch["captions"], field.size_of(batch))),
+        )
+    if "solvers" in wanted:
+        metrics["solvers"] = solvers(store, sampler, None, None, count, batch_size, tuple(args.num_calls))
+    if "trajectories" in wanted:
+        metrics["trajectories"] = trajectory_figures(store, sampler, count, batch_size)
+
+    # 3. Files
+    if accelerator.is_main_process:
+        write_files(output_dir, store, metrics)
+        logger.info("%s", write_metrics(output_dir, metrics).read_text(encoding="utf-8"))
+        logger.info("The figures are in %s.", output_dir)
+
+
 def main(args: ScriptArguments) -> None:
     """Measure."""
     output_dir = Path(args.output_dir)
@@ -305,17 +397,23 @@ def main(args: ScriptArguments) -> None:
     source = args.pretrained_model_name_or_path
     with accelerator.main_process_first():
         if not Path(source).is_dir():
-            source = FlowMatchPipeline.download(source, revision=args.revision, variant=args.variant)
-        kind = FlowMatchPipeline.load_config(source).get("_class_name")
-        if kind == FlowMatchAudioPipeline.__name__:
-            raise ValueError(f"{source!r} holds a {kind}, which draws sounds, and these are figures of images.")
-        pipeline = FlowMatchPipeline.from_pretrained(source, variant=args.variant).to(accelerator.device)
-        train_data, held_out, num_classes = load_data(args, pipeline)
+            source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
+        name = DiffusionPipeline.load_config(source).get("_class_name")
+        if name == FlowMatchAudioPipeline.__name__:
+            raise ValueError(f"{source!r} holds a {name}, which draws sounds, and these are figures of images.")
+        kind = DiffusionPipeline if is_stock(name) else FlowMatchPipeline
+        pipeline = kind.from_pretrained(source, variant=args.variant).to(accelerator.device)
+    if not isinstance(pipeline, FlowMatchPipeline):
+        measure_stock(args, accelerator, pipeline, Path(source))
+        accelerator.end_training()
+        return
+    with accelerator.main_process_first():
+        side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
+        train_data, held_out, num_classes = load_data(args, side, pipeline.image_channels, pipeline.num_classes)
     for data in (train_data, held_out):
         if "quality" in wanted and data is not None and len(data) < MIN_IMAGES:
             raise ValueError(f"Quality needs {MIN_IMAGES} images of each split, got {len(data)}.")
-    if held_out is None and wanted & {"likelihood", "loss"}:
-        raise ValueError(f"The data set has no split held out, which {' and '.join(sorted(wanted))} would need.")
+    check_held_out(held_out, wanted)
     if "likelihood" in wanted and pipeline.vae is not None:
         raise ValueError("A latent pipeline has no likelihood of pixels: leave `likelihood` out of --metrics.")
 
@@ -326,7 +424,7 @@ def main(args: ScriptArguments) -> None:
     labels = train_data.labels[order] if pipeline.num_classes and train_data.labels is not None else None
     sampler = Sampler(pipeline, labels, args.seed, args.guidance_scale)
     extractor = None
-    if wanted & {"quality", "solvers"}:
+    if wanted & {"quality", "solvers"} and args.features != "none":
         extractor = choose_features(args, train_data, num_classes, store, accelerator)
         measure_features(store, "train", train_data, extractor, batch_size)
     data_name = last_part(args.dataset_name or args.train_data_dir or "")

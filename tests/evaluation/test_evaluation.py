@@ -18,12 +18,15 @@ import scipy.linalg
 import torch
 from helpers import gaussian
 from tiny_pipelines import tiny_pipeline
+from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
 from training_runs import ROOT, environment, launch, load_script, make_dataset, run_script
 
-from diffusers_fm import FlowMatchPipeline
+from diffusers_fm import FlowMatchPipeline, StockFlow
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import normalize
+from diffusers_fm.data.randomness import make_generator
 from diffusers_fm.data.transforms import ImageTransform
+from diffusers_fm.evaluation import measures
 from diffusers_fm.evaluation.distances import (
     frechet_distance,
     inception_score,
@@ -32,9 +35,10 @@ from diffusers_fm.evaluation.distances import (
     precision_and_recall,
 )
 from diffusers_fm.evaluation.features import find_inception_weights
-from diffusers_fm.evaluation.measures import likelihood
+from diffusers_fm.evaluation.measures import batch_of, likelihood
 from diffusers_fm.evaluation.report import flat_rows
 from diffusers_fm.evaluation.sampling import Sampler, straightness, trajectories
+from diffusers_fm.evaluation.stock import StockModel, StockSampler
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.likelihood import bits_per_dim
 from diffusers_fm.paths import OTPath
@@ -398,3 +402,53 @@ def test_images_that_cannot_be_read_do_not_end_an_evaluation(model: Path, tmp_pa
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert math.isfinite(figures["loss"]["validation_loss"])
     assert figures["dataset_name"] == "data"
+
+
+# Stock pipelines
+
+
+def test_samples_of_a_stock_pipeline_are_its_own() -> None:
+    pipeline = tiny_stable_diffusion_3()
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, call = ["a red square", "blue"], {"height": 16, "width": 16}
+    model = StockModel(StockFlow(pipeline, max_sequence_length=16), prompts, call)
+    for scale in (1.0, 3.0):
+        sampler = StockSampler(model, seed=4, guidance_scale=scale)
+        drawn = sampler.draw(range(2), num_inference_steps=3)
+        options = {"num_inference_steps": 3, "guidance_scale": scale, "max_sequence_length": 16}
+        expected = pipeline(prompts, latents=sampler.noise(range(2)), output_type="latent", **call, **options).images
+        assert drawn.nfe == 3
+        # In float32 at a scale of 3, over three steps.
+        torch.testing.assert_close(drawn.images, expected, atol=2e-5, rtol=0)
+
+
+def test_a_stock_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tolerances that take few calls, which Euler's errors of some per cent do not need.
+    monkeypatch.setattr(measures, "TOLERANCES", (1e-2,))
+    monkeypatch.setattr(measures, "REFERENCE_TOLERANCE", 1e-3)
+    pipeline, data = tiny_stable_diffusion_3(num_layers=1), save_colours(tmp_path / "data")
+    pipeline.save_pretrained(tmp_path / "model")
+    options = {"features": "none", "num_solver_images": 2, "num_calls": [2, 8], "likelihood_steps": 2}
+    options |= {"max_validation_samples": 3, "metrics": ["likelihood", "solvers", "trajectories", "loss"]}
+    line = command_line(tmp_path / "model", data, tmp_path / "out", **options, resolution=16)
+    run_script(load_script(SCRIPT), line)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    rows = {(row["solver"], row["nfe"]): row["relative_error"] for row in metrics["solvers"]["fixed"]}
+    assert rows["euler ot trailing", 8] < rows["euler ot trailing", 2]
+    assert metrics["trajectories"]["path_length_ratio"]["mean"] >= 1
+    images = ImageData(
+        datasets.load_dataset(str(data), split="test"), ImageTransform(16, 3), caption_column="text", max_samples=3
+    )
+    held_out = batch_of(images, range(3))
+    flow = StockFlow(pipeline)
+    probes = make_generator(0, "likelihood", 0)
+    density = flow.log_likelihood(
+        held_out["images"].float() / 255, held_out["captions"], num_steps=2, num_probes=1, generator=probes
+    )
+    expected = density.log_prob.mean().item() / (4 * 8 * 8)
+    assert metrics["latent_likelihood"]["nats_per_dim"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["loss"]["validation_loss"] > 0
+    assert (tmp_path / "out" / "error_by_calls.png").exists()
+    line = command_line(tmp_path / "model", data, tmp_path / "no", **options | {"metrics": "neighbours"})
+    with pytest.raises(ValueError, match="Of the stock StableDiffusion3Pipeline --metrics can be .*, got neighbours"):
+        run_script(load_script(SCRIPT), line)

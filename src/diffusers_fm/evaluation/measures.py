@@ -22,7 +22,8 @@ REFERENCE_TOLERANCE = 1e-6
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5)
 
 
-def _batch(data: ImageData, numbers: range) -> dict[str, Any]:
+def batch_of(data: ImageData, numbers: range) -> dict[str, Any]:
+    """Batch of samples of a data set, by their numbers, as in the first epoch."""
     return data[np.stack([np.zeros(len(numbers), dtype=np.int64), np.array(numbers)], axis=1)]
 
 
@@ -32,7 +33,7 @@ def measure_features(
     """Compute features, logits and labels of a data set, under `name`."""
 
     def work(numbers: range) -> dict[str, np.ndarray]:
-        batch = _batch(data, numbers)
+        batch = batch_of(data, numbers)
         features, logits = extractor(batch["images"])
         # A label is that of the image that was read, which may stand in for one that cannot be.
         labels = {} if "labels" not in batch else {"labels": batch["labels"].numpy()}
@@ -131,7 +132,7 @@ def likelihood(
     pipeline.denoiser.eval()
 
     def work(numbers: range) -> dict[str, np.ndarray]:
-        batch = _batch(data, numbers)
+        batch = batch_of(data, numbers)
         images = (batch["images"].float() * (levels - 1) / 255).round().to(torch.uint8)
         results = [
             pipeline.bits_per_dim(
@@ -260,7 +261,7 @@ def neighbours(
     """
 
     def flat(data: ImageData) -> np.ndarray:
-        return _batch(data, range(len(data)))["images"].flatten(1).numpy().astype(np.float32) / 255
+        return batch_of(data, range(len(data)))["images"].flatten(1).numpy().astype(np.float32) / 255
 
     reference = flat(train_data)
     drawn = store.read(samples, "images")[:count]

@@ -2,6 +2,7 @@
 """Flow of a stock pipeline in both directions: densities, inversion, editing and inverse problems for any family."""
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -215,7 +216,7 @@ class StockFlow:
         check_output(len(noise), output_type, None)
         size = size or {}
         noise = noise.to(self.device, torch.float32)
-        predict = self._under(size, noise.shape, prompt, call, guidance_scale, negative_prompt)
+        predict = self.velocity(size, noise.shape, prompt, call, guidance_scale, negative_prompt)
         x_1 = noise * self.scheduler.init_noise_sigma
         data = self._carry(predict, x_1, 1.0, 0.0, num_inference_steps, solver)
         return self.to_images(data, size, output_type, **rows_of(predict.call, [0], len(noise)))
@@ -243,7 +244,8 @@ class StockFlow:
         Raises:
             ValueError: If images or arguments do not fit the pipeline.
         """
-        call = {name: options.pop(name) for name in list(options) if name in self._arguments}
+        own = inspect.signature(log_likelihood).parameters
+        call = {name: options.pop(name) for name in list(options) if name in self._arguments and name not in own}
         # A network may be asked for some samples of a batch.
         data, predict = self._begin(images, prompt, call, single=True)
         ends = {"start": flow_end(self.scheduler, 0.0), "end": flow_end(self.scheduler, 1.0)}
@@ -364,7 +366,7 @@ class StockFlow:
             return given if mu is None else {**given, "mu": mu}
 
         def under(side: int, scale: float | None) -> Callable[[], Conditioned]:
-            return lambda: self._under(size, data.shape, prompts[side], call, scale, negative_prompt)
+            return lambda: self.velocity(size, data.shape, prompts[side], call, scale, negative_prompt)
 
         edited, nfe = edit_images(
             self.pipeline,
@@ -456,7 +458,7 @@ class StockFlow:
         measured = LinearMeasurement(measurement, operator, noise_level, decode, decode_map.encode)
 
         # 2. Noise and timesteps: the corrected estimate of the data takes the network's place
-        predict = self._under(size, shape, prompt, call, guidance_scale, negative_prompt)
+        predict = self.velocity(size, shape, prompt, call, guidance_scale, negative_prompt)
         given = predict.field.timesteps(num_inference_steps, **rows_of(predict.call, [0], count))
         scheduler = estimate_scheduler(self.scheduler, eta, solver)
         scheduler.set_timesteps(**given, device=self.device)
@@ -515,9 +517,9 @@ class StockFlow:
         size = self._size(pixels)
         given = prompted(for_each(len(pixels), "prompt", prompt), call)
         data = self._decode_map(size, rows_of(given, [0], len(pixels))).encode(pixels)
-        return data, self._under(size, data.shape, prompt, call, single=single)
+        return data, self.velocity(size, data.shape, prompt, call, single=single)
 
-    def _under(
+    def velocity(
         self,
         size: dict[str, int],
         shape: Sequence[int],
@@ -527,7 +529,17 @@ class StockFlow:
         negative_prompt: Prompts = "",
         single: bool = False,
     ) -> Conditioned:
-        """Velocity under prompts."""
+        """
+        Velocity of a batch under prompts: a function of x_t, of t and, of some samples alone, of their numbers.
+
+        Args:
+            size (`dict[str, int]`), shape (`Sequence[int]`):
+                As in [`to_images`], and the shape of a batch of states.
+            prompt, call, guidance_scale, negative_prompt (*optional*):
+                As in [`decode`], further arguments of the call as a dictionary.
+            single (`bool`, *optional*, defaults to `False`):
+                Whether parts of the batch will be asked for.
+        """
         count = shape[0]
         field = self.field(guidance_scale, **size)
         given = prompted(for_each(count, "prompt", prompt), call)
