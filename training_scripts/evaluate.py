@@ -356,6 +356,7 @@ def measure_stock(args: ScriptArguments, accelerator: Accelerator, pipeline: Dif
     # 2. Measures. A prompt of the training images belongs to each sample
     count = args.num_solver_images
     rows = np.resize(epoch_order(args.seed, 0, len(train_data)), count)
+    assert train_data.captions is not None
     prompts = train_data.captions.draw(np.stack([np.zeros_like(rows), rows], axis=1))
     model = StockModel(flow, prompts, {"height": side, "width": side})
     sampler = StockSampler(model, args.seed, args.guidance_scale)

@@ -64,6 +64,7 @@ from diffusers_fm.text_to_image.setup import (
     open_pipeline,
     prepare_data,
     validate_field,
+    weigh_prior,
 )
 from diffusers_fm.training.auxiliary import (
     LearningArguments,
@@ -164,7 +165,7 @@ def main(args: ScriptArguments) -> None:
                     for auxiliary in auxiliaries:
                         inputs = StepInputs(step, part, batch, data, noise, x_t, t, predict, loss)
                         losses = losses + auxiliary.losses(inputs)
-                    run.backward(t, losses)
+                    run.backward(t, weigh_prior(args, batch["captions"], losses))
         for auxiliary in auxiliaries:
             auxiliary.remove()
         run.finish()

@@ -45,6 +45,7 @@ from diffusers_fm.text_to_image.setup import (
     open_pipeline,
     prepare_data,
     validate_field,
+    weigh_prior,
 )
 from diffusers_fm.training.flow_maps import (
     FlowMapArguments,
@@ -170,7 +171,7 @@ def main(args: ScriptArguments) -> None:
                     unconditional = partial(velocity_of(flow, [""] * len(x), None, given), x, t, t, rows)
                     velocity = learned_velocity(args, noise - data, conditional, unconditional, guidance)
                     losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, (rows,))
-                    run.backward(start, losses)
+                    run.backward(start, weigh_prior(args, batch["captions"], losses))
         run.finish()
 
 

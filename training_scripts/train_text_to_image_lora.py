@@ -58,6 +58,7 @@ from diffusers_fm.text_to_image.setup import (
     open_pipeline,
     prepare_data,
     validate_field,
+    weigh_prior,
 )
 from diffusers_fm.training.objective import draw_times
 from diffusers_fm.training.planning import DryRun
@@ -148,7 +149,7 @@ def main(args: ScriptArguments) -> None:
                     losses = flow_matching_loss(
                         path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
                     )
-                    run.backward(t, losses)
+                    run.backward(t, weigh_prior(args, batch["captions"], losses))
         run.finish()
 
 

@@ -4,10 +4,12 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -15,9 +17,11 @@ from safetensors.torch import load_file
 from training_runs import ROOT, load_script, read_log, run_script
 
 from diffusers_fm import init_pipeline
+from diffusers_fm.data.loading import with_caption, with_class_images
 from diffusers_fm.data.sources import load_splits
 from diffusers_fm.families import table
 from diffusers_fm.text_to_image.field import TrainedField
+from diffusers_fm.text_to_image.setup import weigh_prior
 
 
 PIPELINES = ROOT / "pipelines"
@@ -99,6 +103,31 @@ def test_one_caption_for_all_images(streaming: bool, tmp_path: Path) -> None:
     run = train("train_text_to_image_lora", trained, tmp_path / "run", **options)
     card = (run / "README.md").read_text()
     assert "instance_prompt: a photo of sks digit" in card and 'pipeline("a photo of sks digit"' in card
+    if streaming:
+        return
+
+    # Images of the class: one is there, two are drawn, and all of them are as many as those of the instance
+    class_folder = tmp_path / "digits"
+    class_folder.mkdir()
+    (folder / "0.png").replace(class_folder / "own.png")
+    options |= {"class_prompt": "a photo of a digit", "class_data_dir": class_folder, "num_class_images": 3}
+    options |= {"cache_text_embeddings": True}
+    weighed = train("train_text_to_image_lora", trained, tmp_path / "weighed", prior_loss_weight=0.5, **options)
+    drawn = {file.name: file.read_bytes() for file in sorted(class_folder.iterdir())}
+    assert list(drawn) == ["class-00001.png", "class-00002.png", "own.png"]
+    with PIL.Image.open(class_folder / "class-00001.png") as image:
+        assert image.size == (8, 8)
+    plain = train("train_text_to_image_lora", trained, tmp_path / "plain", prior_loss_weight=1.0, **options)
+    assert {file.name: file.read_bytes() for file in class_folder.iterdir()} == drawn
+    first = [read_log(folder, "loss")[0][1] for folder in (weighed, plain)]
+    assert 0.5 < first[0] / first[1] < 1
+    args = SimpleNamespace(class_prompt="a dog", prior_loss_weight=0.5)
+    losses = weigh_prior(args, ["a dog", "a sks dog"], torch.tensor([2.0, 2.0]))
+    assert losses.tolist() == [1.0, 2.0]
+    split = with_class_images(
+        with_caption(load_splits(str(folder))["train"], "a sks digit", "image"), str(class_folder), "a digit", "image"
+    )
+    assert split["instance_prompt"] == ["a sks digit"] * 7 + ["a digit"] * 7
 
 
 def test_the_shift_of_training_is_that_of_the_pipeline() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..pipelines import FlowMatchAudioPipeline
 from ..pipelines.base import FlowMatchPipelineBase
@@ -82,6 +83,20 @@ def with_caption(split: DatasetT, caption: str, image_column: str) -> DatasetT:
     return split.map(lambda row: {CAPTION: caption}, features=features)
 
 
+def with_class_images(split: datasets.Dataset, folder: str, caption: str, image_column: str) -> datasets.Dataset:
+    """
+    The split and a folder of images under one caption, the smaller of both repeated to the length of the other: images
+    of a class that hold a network to what it knows of it (arXiv 2208.12242, section 3.2).
+    """
+    images = next(iter(load_splits(train_data_dir=folder).values()))
+    images = images.select_columns(["image"])
+    images = images if image_column == "image" else images.rename_column("image", image_column)
+    parts = [split.select_columns([image_column, CAPTION]), with_caption(images, caption, image_column)]
+    longest = max(map(len, parts))
+    parts = [part.cast(parts[0].features).select(np.resize(np.arange(len(part)), longest)) for part in parts]
+    return datasets.concatenate_datasets(parts)
+
+
 def make_datasets(
     args: DataArguments,
     channels: int,
@@ -91,6 +106,7 @@ def make_datasets(
     multiple: int = 1,
     check: Callable[[Any], Any] = lambda split: split,
     caption: str | None = None,
+    class_images: tuple[str, str] | None = None,
     make_transform: Callable[..., ImageTransform] = ImageTransform,
     clips: bool = False,
     **columns: Any,
@@ -115,6 +131,8 @@ def make_datasets(
             Called with each split, before any image is read: returns the split to use.
         caption (`str`, *optional*):
             Caption of all images, in place of a column.
+        class_images (`tuple[str, str]`, *optional*):
+            Folder and caption of images that take turns with those of the split to train on.
         make_transform (`Callable`, *optional*, defaults to [`ImageTransform`]):
             Makes what is done to each image, with the arguments of [`ImageTransform`].
         clips (`bool`, *optional*, defaults to `False`):
@@ -133,15 +151,19 @@ def make_datasets(
         train_split = with_caption(train_split, caption, args.image_column)
         held_out_split = None if held_out_split is None else with_caption(held_out_split, caption, args.image_column)
         columns["caption_column"] = CAPTION
+    if class_images is not None and isinstance(train_split, datasets.Dataset):
+        train_split = with_class_images(train_split, *class_images, args.image_column)
     train_split = check(train_split)
     held_out_split = None if held_out_split is None else check(held_out_split)
     columns |= {"image_column": args.image_column, "max_unreadable": args.max_unreadable_images}
-    common = {
+    common: dict[str, Any] = {
         "buckets": tuple(buckets),
         "multiple": multiple,
         "background": rgb(args.background),
         "folders": data_folders(args.dataset_name, args.train_data_dir, args.cache_dir, args.image_folders),
     }
+    if class_images is not None and common["folders"] is not None:
+        common["folders"] = (*common["folders"], Path(class_images[0]).expanduser())
     transform = make_transform(resolution, channels, args.center_crop, args.random_flip, **common)
     if clips and isinstance(train_split, datasets.Dataset) and len(train_split):
         check_first(image_files(train_split, args.image_column)[0][args.image_column], common["folders"])

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from ..arguments import Arguments, Count, Fixed, Fraction, Free, Needs, NotNegative, Positive, Range, install, option
+from ..arguments import (
+    Arguments,
+    Count,
+    Fixed,
+    Fraction,
+    Free,
+    Needs,
+    NotNegative,
+    Positive,
+    Range,
+    Size,
+    install,
+    option,
+)
 from ..data.arguments import LatentArguments
 from ..data.buckets import parse_buckets
 from ..training.arguments import TrainingArguments
@@ -44,6 +57,16 @@ class CaptionArguments(Arguments):
     instance_prompt: str | None = option(
         None, 'One caption for all images, such as "a photo of sks dog", in place of a column.'
     )
+    class_prompt: str | None = option(
+        None, 'Caption of images of the class of the --instance_prompt, such as "a photo of a dog", learned beside it.'
+    )
+    class_data_dir: str | None = option(None, "Folder of the images of the --class_prompt.")
+    num_class_images: Size = option(
+        100, "Images of the --class_prompt; the pipeline draws those that are missing.", source="diffusers' examples"
+    )
+    prior_loss_weight: NotNegative = option(
+        1.0, "Weight of the loss of the images of the --class_prompt.", source="diffusers' examples"
+    )
     caption_dropout: Fraction = option(0.1, "Part of the captions made empty, for guidance.")
     text_encoder_dropout: list[Fraction] = option(
         [0.0], "Part of the captions for which a text encoder gives zeros: one number, or one for each encoder."
@@ -78,6 +101,18 @@ class CaptionArguments(Arguments):
         parse_call(self.call)
         if self.frame_stride > 1 and self.num_frames == 1:
             raise ValueError(f"--frame_stride {self.frame_stride} has no effect without --num_frames.")
+        if self.class_prompt is None and self.class_data_dir is not None:
+            raise ValueError(f"--class_data_dir {self.class_data_dir!r} has no effect without --class_prompt.")
+        if self.class_prompt is not None and self.class_data_dir is None:
+            raise ValueError(
+                "--class_prompt needs --class_data_dir, the folder that its images are in or are drawn to."
+            )
+        if self.class_prompt is not None and self.instance_prompt in (None, self.class_prompt):
+            raise ValueError(
+                f"--class_prompt {self.class_prompt!r} needs another --instance_prompt, got {self.instance_prompt!r}."
+            )
+        if self.class_prompt is not None and self.num_frames > 1:
+            raise ValueError("--class_prompt is for images: leave it out with --num_frames.")
         if self.max_sequence_length is not None and not 0 <= self.max_sequence_length <= MAX_SEQUENCE_LENGTH:
             raise ValueError(
                 f"--max_sequence_length must be from 0 to {MAX_SEQUENCE_LENGTH}, got {self.max_sequence_length}."
@@ -99,6 +134,8 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
     def check(self) -> None:
         if self.validation_prompts and not self.num_validation_images:
             raise ValueError("--validation_prompts has no effect with --num_validation_images 0.")
+        if self.class_prompt is not None and self.streaming:
+            raise ValueError("--class_prompt does not go with --streaming, which does not know all of the data.")
         if self.shift is not None and self.shift_base_resolution is not None:
             raise ValueError(
                 f"--shift {self.shift} is the same for all sizes and --shift_base_resolution"

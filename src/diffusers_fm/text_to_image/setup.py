@@ -18,17 +18,20 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import offload_models
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import T5EncoderModel
 
 from ..data.buckets import make_buckets, parse_buckets
 from ..data.cache import DryAccelerator
 from ..data.clips import ClipTransform
+from ..data.folders import image_suffixes
 from ..data.images import ImageData
 from ..data.latents import cache_all_latents, precomputed_folder
 from ..data.loading import make_datasets
 from ..data.randomness import BatchSlice, make_generator
 from ..data.streams import StreamData
 from ..data.transforms import ImageTransform
+from ..files import written_aside
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call
@@ -249,9 +252,51 @@ def load_captioned_data(
         buckets=() if square else tuple(sizes),
         caption_column=args.caption_column,
         caption=args.instance_prompt,
+        class_images=class_images(args),
         make_transform=make_transform,
         clips=args.num_frames > 1,
     )
+
+
+def class_images(args: TextToImageArguments) -> tuple[str, str] | None:
+    """Folder and caption of the images of a class that are learned beside those of an instance, if there are any."""
+    folder = args.class_data_dir
+    # A dry run draws none.
+    if args.class_prompt is None or folder is None or not _images_of(folder):
+        return None
+    return folder, args.class_prompt
+
+
+def _images_of(folder: str) -> list[Path]:
+    """Images of a folder of class images."""
+    return [file for file in Path(folder).expanduser().glob("*") if file.suffix.lower() in image_suffixes()]
+
+
+def draw_class_images(run: TrainingRun[Any], args: TextToImageArguments, field: TrainedField, size: Size) -> None:
+    """Draw the images of the class that its folder lacks, by the pipeline before its training; each has its seed."""
+    if args.class_prompt is None or args.class_data_dir is None:
+        return
+    folder = Path(args.class_data_dir).expanduser()
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = range(len(_images_of(args.class_data_dir)), args.num_class_images)
+    for start in tqdm(missing[:: args.eval_batch_size], desc="Drawing class images", disable=not missing):
+        numbers = missing[start - missing[0] :][: args.eval_batch_size]
+        generators = [make_generator(args.seed or 0, "class image", number) for number in numbers]
+        with run.accelerator.autocast(), torch.no_grad():
+            (images,) = sample_prompts(
+                field.pipeline, field, args, size, run.accelerator.device, [args.class_prompt], [generators], True
+            )
+        for number, image in zip(numbers, images):
+            with written_aside(folder / f"class-{number:05d}.png") as aside:
+                image.save(aside, format="PNG")
+
+
+def weigh_prior(args: TextToImageArguments, captions: Sequence[str], losses: torch.Tensor) -> torch.Tensor:
+    """Losses of a batch, those of images of the class times `--prior_loss_weight`."""
+    if args.class_prompt is None:
+        return losses
+    weights = [args.prior_loss_weight if caption == args.class_prompt else 1.0 for caption in captions]
+    return losses * torch.tensor(weights).to(losses)
 
 
 def prepare_text(
@@ -303,6 +348,8 @@ def prepare_data(
     """Captioned images to train on and those held out, with caches of what the frozen models compute of them."""
     folder = precomputed_folder(args, run.output_dir)
     with run.accelerator.main_process_first():
+        if run.accelerator.is_main_process and not field.is_empty:
+            draw_class_images(run, args, field, sizes[0])
         data = load_captioned_data(args, field.pipeline, sizes)
     prepare_latents(run.accelerator, args, field.pipeline, data, folder)
     prepare_text(run.accelerator, args, field, data, folder)
@@ -352,6 +399,23 @@ def prompt_grid(
     Returns:
         `PIL.Image.Image`: the grid.
     """
+    prompts, numbers = args.validation_prompts, range(args.num_validation_images)
+    generators = [[make_generator(EVALUATION_SEED, "grid", row, i) for i in numbers] for row in range(len(prompts))]
+    offload = args.offload or args.cache_text_embeddings
+    return make_grid(sample_prompts(pipeline, field, args, size, device, prompts, generators, offload))
+
+
+def sample_prompts(
+    pipeline: DiffusionPipeline,
+    field: TrainedField,
+    args: TextToImageArguments,
+    size: Size,
+    device: torch.device,
+    prompts: Sequence[str],
+    generators: Sequence[list[torch.Generator]],
+    offload: bool,
+) -> list[list[PIL.Image.Image]]:
+    """Pictures of each prompt, one for each of its generators; otherwise as [`prompt_grid`]."""
     network = pipeline.components[field.field.name]
     sampler: Any = copy.copy(pipeline)
     scheduler = pipeline.scheduler
@@ -365,15 +429,13 @@ def prompt_grid(
     options = {**field.call, **guidance_call(pipeline, network, args.guidance_scale)}
     options |= {"height": size[0], "width": size[1], "num_inference_steps": args.num_inference_steps}
     rows = []
-    with offload_models(*models, device=device, offload=args.offload or args.cache_text_embeddings):
-        for row, prompt in enumerate(args.validation_prompts):
-            count = args.num_validation_images
-            generators = [make_generator(EVALUATION_SEED, "grid", row, number) for number in range(count)]
-            repeated = {name: [value] * count for name, value in options.items() if name == "negative_prompt"}
-            images = sampler(prompt=[prompt] * count, generator=generators, **{**options, **repeated})[0]
+    with offload_models(*models, device=device, offload=offload):
+        for prompt, own in zip(prompts, generators):
+            repeated = {name: [value] * len(own) for name, value in options.items() if name == "negative_prompt"}
+            images = sampler(prompt=[prompt] * len(own), generator=own, **{**options, **repeated})[0]
             rows.append([picture(image) for image in images])
     network.train(was_training)
-    return make_grid(rows)
+    return rows
 
 
 def validate_field(
