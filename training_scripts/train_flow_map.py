@@ -12,8 +12,9 @@ Handwritten digits, from the pipeline that train_flow_matching.py makes:
 
     accelerate launch training_scripts/train_flow_map.py \
       --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-few \
-      --train_batch_size 64 --max_train_steps 3500 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 100 \
-      --use_ema --seed 0
+      --train_batch_size 64 --max_train_steps 4000 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
+      --lr_scheduler cosine_with_restarts --lr_num_cycles 2 --flow_teacher --flow_steps 2000 --num_trajectories 8192 \
+      --equal_share 0.15 --noise_share 0.75 --data_share 0.75 --interval_warmup_steps 0
 
 With guidance of scale 2 learned, so that a call takes half of the work:
 
@@ -23,6 +24,7 @@ With guidance of scale 2 learned, so that a call takes half of the work:
 """
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Count, Free, option, run_script
@@ -37,12 +40,16 @@ from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentAr
 from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
 from diffusers_fm.data.loading import load_arrays, load_images
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
+from diffusers_fm.precision import to_float64
 from diffusers_fm.training.arguments import TrainingArguments
+from diffusers_fm.training.distributed import SHARDING
 from diffusers_fm.training.flow_maps import (
     FlowMapArguments,
     IntervalModel,
+    TrajectoryArguments,
     choose_flow_map,
     draw_intervals,
+    draw_trajectories,
     flow_map_facts,
     interval_losses,
     learned_velocity,
@@ -56,7 +63,13 @@ from diffusers_fm.training.validation import validate_pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class ScriptArguments(
-    TrainingArguments, FlowMapArguments, LatentArguments, LabelArguments, PairArguments, ArrayArguments
+    TrainingArguments,
+    FlowMapArguments,
+    TrajectoryArguments,
+    LatentArguments,
+    LabelArguments,
+    PairArguments,
+    ArrayArguments,
 ):
     """Arguments of this script."""
 
@@ -99,6 +112,13 @@ def main(args: ScriptArguments) -> None:
     # 3. Model
     model = IntervalModel(pipeline)
     frozen = copy.deepcopy(model).requires_grad_(False).eval().to(device) if args.flow_teacher else None
+    method = "trajectories" if args.num_trajectories else args.objective
+    if frozen is not None and args.flow_steps and not args.dry_run:
+        if run.accelerator.distributed_type in SHARDING:
+            raise ValueError(
+                f"--flow_steps {args.flow_steps} needs whole weights in each process: train the flow first."
+            )
+        run.accelerator.register_for_checkpointing(frozen)
     model.requires_grad_(True).train()
     if args.gradient_checkpointing:
         pipeline.denoiser.enable_gradient_checkpointing()
@@ -111,7 +131,7 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        figures = {**figures, **flow_map_facts(args)}
+        figures = {**figures, **flow_map_facts(args, method)}
         card = model_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder)
         card.save(folder / "README.md")
 
@@ -120,7 +140,7 @@ def main(args: ScriptArguments) -> None:
         train_data,
         validate,
         export,
-        f"Flow map by {args.objective} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
+        f"Flow map by {method} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
         f" {prediction_type}; {train_data.description}{size}, {len(held_out_data or [])} held out.",
     )
 
@@ -142,9 +162,30 @@ def main(args: ScriptArguments) -> None:
         with run.averaged_weights():
             return u(*arguments)
 
+    def taught(args: ScriptArguments, x: torch.Tensor, t: torch.Tensor, labels: Any, v: torch.Tensor) -> torch.Tensor:
+        """Velocity to learn where r = t, in place of v = noise - data."""
+        unconditional = None
+        if labels:
+            null = torch.full_like(labels[0], pipeline.null_class or 0)
+            unconditional = partial(flow, x, t, t, null)
+        return learned_velocity(args, v, partial(flow, x, t, t, *labels), unconditional)
+
+    def field(t: torch.Tensor, x: torch.Tensor, *labels: torch.Tensor) -> torch.Tensor:
+        """Velocity of the teacher along trajectories."""
+        return taught(args, x, to_float64(t), labels, x)
+
+    flow_alone = dataclasses.replace(args, flow_teacher=False, learned_guidance_scale=1.0)
+    trajectories = None
+
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
+            map_step = step - args.flow_steps
+            if frozen is not None and args.flow_steps and map_step == 0:
+                with run.averaged_weights():
+                    frozen.load_state_dict(unwrap_module(model).state_dict())
+            if map_step >= 0 and args.num_trajectories and trajectories is None and not args.dry_run:
+                trajectories = draw_trajectories(args, pipeline, path, field, label_dropout, device)
             # Noise, intervals and dropped labels are drawn for the whole global batch; a part of it is at hand.
             for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
@@ -156,15 +197,14 @@ def main(args: ScriptArguments) -> None:
                     conditions = () if labels is None else (labels,)
 
                     noise = batch["noise"].to(device) if "noise" in batch else run.draw_noise(part, data, labels)
-                    start, r, t = draw_intervals(args, path, part, shift, step)
+                    start, r, t = draw_intervals(args, path, part, shift, map_step)
                     x, _ = path.to_straight(path.sample(data, noise, start), start)
 
-                    conditional, unconditional = partial(flow, x, t, t, *conditions), None
-                    if labels is not None:
-                        null = torch.full_like(labels, pipeline.null_class or 0)
-                        unconditional = partial(flow, x, t, t, null)
-                    velocity = learned_velocity(args, noise - data, conditional, unconditional)
-                    losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, conditions)
+                    if trajectories is None:
+                        velocity = taught(args if map_step >= 0 else flow_alone, x, t, conditions, noise - data)
+                        losses = interval_losses(args, path, part, u, x, r, t, velocity, averaged, conditions)
+                    else:
+                        losses = trajectories.losses(part, u, x, r, t, conditions, args.huber_width)
                     run.backward(start, losses)
         run.finish()
 

@@ -111,7 +111,7 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        figures = {**figures, **flow_map_facts(args)}
+        figures = {**figures, **flow_map_facts(args, args.objective)}
         card = text_to_image_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
         clean_settings(folder)

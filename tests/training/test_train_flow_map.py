@@ -28,8 +28,8 @@ from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.flow_maps import OBJECTIVES
 from diffusers_fm.models.interval import IntervalConditioning
-from diffusers_fm.paths import OTPath
-from diffusers_fm.training.flow_maps import draw_intervals
+from diffusers_fm.paths import ConditionalPath, OTPath, VPPath
+from diffusers_fm.training.flow_maps import Trajectories, draw_intervals
 
 
 SCRIPT = ROOT / "training_scripts" / "train_flow_map.py"
@@ -115,13 +115,15 @@ def test_every_loss_trains_every_kind_of_network(objective: str, kind: str, data
     assert pipeline(class_labels=[0], output_type="np").nfe == 2
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet"])
+@pytest.mark.parametrize("kind", ["dit", "unet", "trajectories"])
 def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Path, tmp_path: Path) -> None:
     if kind == "unet":
         pipeline = tiny_pipeline("unet-classes")
         pipeline.save_pretrained(tmp_path / "start")
         folder = tmp_path / "start"
     options = {"use_ema": True, "ema_teacher": True, "interval_warmup_steps": 3, "flow_teacher": True}
+    # The teacher of the run's own first step is in the checkpoint, the trajectories are drawn again.
+    options |= {"num_trajectories": 20, "flow_steps": 1} if kind == "trajectories" else {}
     whole = train(folder, data, tmp_path / "whole", **options, checkpointing_steps=2)
     part = tmp_path / "part"
     part.mkdir()
@@ -130,8 +132,9 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Pa
     assert_same_weights(whole, part)
 
 
-def test_two_processes_are_one(folder: Path, data: Path, tmp_path: Path) -> None:
-    options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, "learned_guidance_scale": 2.0}
+@pytest.mark.parametrize("trajectories", [{}, {"num_trajectories": 20, "flow_teacher": True}], ids=["own", "teacher"])
+def test_two_processes_are_one(trajectories: dict, folder: Path, data: Path, tmp_path: Path) -> None:
+    options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, "learned_guidance_scale": 2.0, **trajectories}
     one = train(folder, data, tmp_path / "one", **options)
     line = command_line(folder, data, tmp_path / "two", **options, train_batch_size=4)
     subprocess.run(launch(line, 2, SCRIPT), check=True, capture_output=True, env=environment())
@@ -149,6 +152,10 @@ def test_two_processes_are_one(folder: Path, data: Path, tmp_path: Path) -> None
         {"middle_fraction": True},
         {"loss_power": 1.0},
         {"flow_teacher": True},
+        {"flow_teacher": True, "flow_steps": 2},
+        {"flow_teacher": True, "num_trajectories": 20},
+        {"num_trajectories": 20, "trajectory_steps": 2},
+        {"num_trajectories": 20, "huber_width": 0.0},
         {"ema_teacher": True},
         {"learned_guidance_scale": 3.0},
         {"flow_teacher": True, "learned_guidance_scale": 3.0},
@@ -160,6 +167,9 @@ def test_two_processes_are_one(folder: Path, data: Path, tmp_path: Path) -> None
 def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path, tmp_path: Path) -> None:
     base = {"use_ema": True, "ema_max_decay": 0.5, "interval_warmup_steps": 8}
     base |= {"objective": options["objective"]} if "objective" in options else {}
+    base |= (
+        {"flow_teacher": True, "num_trajectories": 20} if {"trajectory_steps", "huber_width"} & set(options) else {}
+    )
     plain = train(folder, data, tmp_path / "plain", **base)
     other = train(folder, data, tmp_path / "other", **{**base, **options})
     first, second = weights(plain), weights(other)
@@ -171,6 +181,7 @@ def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path,
     [
         ({"weighting_scheme": "min_snr"}, "--weighting_scheme must be none for a flow map, got min_snr"),
         ({"ema_teacher": True}, "--ema_teacher needs --use_ema"),
+        ({"flow_steps": 2, "flow_teacher": True}, "--flow_steps 2 needs --use_ema"),
         ({"first_block": 3}, "`first_block` must be an integer from 1 to 2"),
         ({"cache_latents": True, "center_crop": True}, "--cache_latents needs an autoencoder"),
     ],
@@ -195,7 +206,9 @@ def test_networks_without_classes_have_no_guidance_and_unets_no_blocks(data: Pat
 def test_a_dry_run_counts_and_writes_nothing(
     folder: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(folder, data, tmp_path / "run", dry_run=True, use_ema=True, ema_teacher=True, learned_guidance_scale=2.0)
+    options = {"use_ema": True, "ema_teacher": True, "learned_guidance_scale": 2.0}
+    options |= {"flow_teacher": True, "flow_steps": 2, "num_trajectories": 20}
+    train(folder, data, tmp_path / "run", dry_run=True, **options)
     assert "at the worst moment" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
@@ -215,6 +228,31 @@ def test_intervals_of_two_parts_are_those_of_the_whole() -> None:
     assert (t - r).max() <= 0.5
     _, r, t = draw_intervals(args, path, BatchSlice(0, 4, 0, 16, 16), 1.0, 40)
     assert (t - r).max() > 0.5
+
+
+@pytest.mark.parametrize("path", [OTPath(), VPPath()], ids=["ot", "vp"])
+def test_trajectories_are_those_of_the_map(path: ConditionalPath) -> None:
+    """Of a Gaussian, whose map keeps (x - mean) / std: its average velocity has no loss, another one has."""
+    mean, std, size = 0.7, 0.4, 16
+
+    def u(x: torch.Tensor, r: torch.Tensor, t: torch.Tensor, mean_of: torch.Tensor) -> torch.Tensor:
+        start, end = (((1 - s) ** 2 * std**2 + s**2).sqrt()[:, None].to(x) for s in (t, r))
+        t, r, mean_of = t[:, None].to(x), r[:, None].to(x), mean_of[:, None].to(x)
+        slope = ((t + r) * (1 + std**2) - 2 * std**2) / (start + end)
+        return -mean_of + slope / start * (x - (1 - t) * mean_of)
+
+    def field(t: torch.Tensor, x: torch.Tensor, mean_of: torch.Tensor) -> torch.Tensor:
+        return u(x, t, t, mean_of)
+
+    noise, means = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)), mean * torch.arange(1, 41)
+    trajectories = Trajectories(field, path, noise, [means], 40, 0, 24, torch.device("cpu"))
+    part = BatchSlice(0, 4, 0, size, size)
+    args = script.ScriptArguments(pretrained_model_name_or_path="x", dataset_name="x", interval_warmup_steps=0)
+    _, r, t = draw_intervals(args, path, part, 1.0, 4)
+    own, labels = torch.randn(size, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(size)
+    assert trajectories.losses(part, u, own, r, t, [labels]).max() < 1e-5
+    wrong = trajectories.losses(part, lambda x, r, t, c: u(x, t, t, c), own, r, t, [labels])
+    assert torch.equal(wrong < 1e-9, r == t)
 
 
 def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:

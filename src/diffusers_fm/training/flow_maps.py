@@ -2,6 +2,7 @@
 """Training of flow maps: arguments, the network with the end of an interval, and the draw of intervals."""
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from diffusers.utils.torch_utils import unwrap_module
 from torch import nn
 
 from ..arguments import Arguments, Count, Fraction, Needs, NotNegative, Positive, Range, Size, option
-from ..data.randomness import BatchSlice
+from ..data.randomness import BatchSlice, make_generator
 from ..flow_maps import (
     DERIVATIVES,
     OBJECTIVES,
@@ -27,16 +28,20 @@ from ..pipelines.base import FlowMatchPipelineBase
 from ..pipelines.flow_map import condition_network
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
+from ..solvers import odeint
 from ..timesteps import shift_time
 from .arguments import TrainingArguments
 from .objective import TrainableModel, density_settings
 
+
+logger = logging.getLogger(__name__)
 
 # Velocity of a flow at the points of a batch, computed when it is asked for.
 Velocity = Callable[[], torch.Tensor]
 
 # Papers of the losses, for cards.
 METHODS: Mapping[str, str] = {
+    "trajectories": "distillation of trajectories (arXiv 2406.07507)",
     "semigroup": "progressive self-distillation (arXiv 2505.18825)",
     "lagrangian": "Lagrangian self-distillation (arXiv 2505.18825)",
     "mean_flow": "MeanFlow (arXiv 2505.13447)",
@@ -85,6 +90,28 @@ class FlowMapArguments(Arguments):
                 f"--learned_guidance_scale {self.learned_guidance_scale:g} does not go with --learned_guidance_max"
                 f" {self.learned_guidance_max:g}: the map learns one scale, or all of them."
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrajectoryArguments(Arguments):
+    """Trajectories of the flow from which its map learns, and the steps that train this flow first."""
+
+    _argument_group_name = "trajectories"
+
+    num_trajectories: Annotated[Size, Needs("flow_teacher", True)] = option(
+        0, "Trajectories of the flow to learn from in place of the objective; 0 is none.", source="arXiv 2406.07507"
+    )
+    trajectory_steps: Count = option(14, "Steps of each.")
+    huber_width: NotNegative = option(
+        0.03, "Errors above it count by their size, below by their square; 0 is the square of all."
+    )
+    flow_steps: Annotated[Size, Needs("flow_teacher", True)] = option(
+        0, "Steps that train the flow alone, before its average becomes the teacher."
+    )
+
+    def check(self) -> None:
+        if isinstance(self, TrainingArguments) and self.flow_steps and not self.use_ema:
+            raise ValueError(f"--flow_steps {self.flow_steps} needs --use_ema.")
 
 
 class IntervalModel(TrainableModel):
@@ -162,14 +189,15 @@ def draw_intervals(
     """
     Intervals of a part of a batch: the path's time at which they start, and their straight ends `r` and starts `t`.
 
-    Float64 on the CPU, of shape `(batch_size,)`, 0 = data and 1 = noise, stratified over the global batch.
+    Float64 on the CPU, of shape `(batch_size,)`, 0 = data and 1 = noise, stratified over the global batch. `step` is
+    counted from where the map begins to learn; below 0 all rows have r = t.
     """
     r, t = sample_intervals(
         **density_settings(args, part),
-        equal_share=args.equal_share,
+        equal_share=args.equal_share if step >= 0 else 1.0,
         noise_share=args.noise_share,
         data_share=args.data_share,
-        max_length=min(1.0, (step + 1) / max(args.interval_warmup_steps, 1)),
+        max_length=min(1.0, max(step + 1, 1) / max(args.interval_warmup_steps, 1)),
     )
     r, t = (path.ratio(time) if shift == 1 else shift_time(path.ratio(time), shift) for time in (r, t))
     return path.time_at(t), r, t
@@ -253,9 +281,132 @@ def interval_losses(
     )
 
 
-def flow_map_facts(args: Any) -> dict[str, str]:
-    """Rows of a card: the method and the calls of the network."""
-    facts = {"method": METHODS[args.objective], "calls of the network": f"{args.num_inference_steps} by default"}
+class Trajectories:
+    """
+    Trajectories of a flow from noise to data: any two points of one are an interval of its map (arXiv 2406.07507).
+
+    They are computed once, by `abm3`, in batches whose times differ, and kept on the CPU. Their average velocities,
+    `(x_t - x_r) / (t - r)`, are exact up to the solver and need no call of a network.
+
+    Args:
+        field (`Callable`):
+            `field(t, x, *conditions)`, the velocity in the straight coordinates, with times of `(batch_size,)`.
+        path ([`ConditionalPath`]):
+            The path, for the ends of its time.
+        noise (`torch.Tensor` of shape `(num_trajectories, ...)`):
+            Where they begin; noise of the path.
+        conditions (`Sequence[torch.Tensor]`):
+            Tensors with one row for each, which the field and the map are given.
+        num_steps (`int`):
+            Steps of each.
+        seed (`int`):
+            Of their times.
+        batch_size (`int`):
+            Trajectories at once.
+        device (`torch.device`):
+            Where the field is called.
+    """
+
+    def __init__(
+        self,
+        field: Callable[..., torch.Tensor],
+        path: ConditionalPath,
+        noise: torch.Tensor,
+        conditions: Sequence[torch.Tensor],
+        num_steps: int,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.field, self.conditions = field, conditions
+        points, times = [], []
+        last, first = path.ratio_min, path.ratio_max
+        start = path.time_at(torch.full((batch_size,), first, dtype=torch.float64))
+        for number in range(0, len(noise), batch_size):
+            batch = noise[number : number + batch_size]
+            x, _ = path.to_straight(
+                path.sample(torch.zeros_like(batch), batch, start[: len(batch)]), start[: len(batch)]
+            )
+            jitter = torch.rand(
+                num_steps - 1, generator=make_generator(seed, "trajectory", number), dtype=torch.float64
+            )
+            inner = first + (last - first) * (torch.arange(1, num_steps) + jitter - 0.5) / num_steps
+            grid = [first, *inner.tolist(), last]
+            rows = [condition[number : number + batch_size].to(device) for condition in conditions]
+            with torch.no_grad():
+                solution = odeint(
+                    field, x.to(device), first, last, method="abm3", grid=grid, args=rows, return_trajectory=True
+                )
+            assert solution.trajectory is not None
+            assert solution.times is not None
+            points.append(solution.trajectory.transpose(0, 1).cpu())
+            times.append(solution.times.expand(len(batch), -1))
+        self.points, self.times = torch.cat(points), torch.cat(times)
+
+    def losses(
+        self,
+        part: BatchSlice,
+        u: AverageVelocity,
+        x: torch.Tensor,
+        r: torch.Tensor,
+        t: torch.Tensor,
+        conditions: Sequence[torch.Tensor],
+        width: float = 0.0,
+    ) -> torch.Tensor:
+        """
+        Error of each row: with r = t that of the field's velocity at `x`, elsewhere that of the average velocity
+        between the points of a trajectory, drawn anew, whose times are nearest to `t` and `r`.
+
+        Squares, or with a `width` the pseudo-Huber loss of each value, `sqrt(error^2 + width^2) - width`. No target
+        has noise, so both have the same minimum.
+        """
+        equal = (r == t).nonzero()[:, 0]
+        here = equal.to(x.device)
+        chosen = (to_float64(part.uniform("trajectory")) * len(self.points)).long()
+        times, rows = self.times[chosen], torch.arange(part.size)
+        first = (times[:, :-1] - t[:, None]).abs().argmin(1)
+        last = torch.maximum((times - r[:, None]).abs().argmin(1), first + 1)
+        start, end = self.points[chosen, first], self.points[chosen, last]
+        target = ((start - end) / lift(times[rows, first] - times[rows, last], start)).to(x)
+        x = start.to(x).index_copy(0, here, x[here])
+        r, t = (
+            drawn.index_copy(0, equal, own[equal]) for drawn, own in ((times[rows, last], r), (times[rows, first], t))
+        )
+        conditions = [
+            drawn[chosen].to(own).index_copy(0, here, own[here]) for drawn, own in zip(self.conditions, conditions)
+        ]
+        if len(equal):
+            with torch.no_grad():
+                velocity = self.field(t[equal], x[here], *(condition[here] for condition in conditions))
+            target = target.index_copy(0, here, velocity.to(target))
+        error = u(x, r, t, *conditions).float() - target.float()
+        error = error.square() if width == 0 else (error.square() + width**2).sqrt() - width
+        return error.flatten(1).mean(1)
+
+
+def draw_trajectories(
+    args: Any,
+    pipeline: FlowMatchPipelineBase,
+    path: ConditionalPath,
+    field: Callable[..., torch.Tensor],
+    label_dropout: float,
+    device: torch.device,
+) -> Trajectories:
+    """Trajectories of all classes in turn, of which `label_dropout` are unconditional; the same in every process."""
+    count = args.num_trajectories
+    generator = make_generator(args.seed, "trajectories")
+    noise = torch.randn((count, *pipeline.sample_shape), generator=generator)
+    conditions = []
+    if pipeline.num_classes:
+        dropped = torch.rand(count, generator=generator) < label_dropout
+        conditions = [torch.where(dropped, pipeline.null_class or 0, torch.arange(count) % pipeline.num_classes)]
+    logger.info("%d trajectories of %d steps are drawn.", count, args.trajectory_steps)
+    return Trajectories(field, path, noise, conditions, args.trajectory_steps, args.seed, args.eval_batch_size, device)
+
+
+def flow_map_facts(args: Any, method: str) -> dict[str, str]:
+    """Rows of a card: the method, a key of `METHODS`, and the calls of the network."""
+    facts = {"method": METHODS[method], "calls of the network": f"{args.num_inference_steps} by default"}
     if args.learned_guidance_max is not None:
         facts["learned guidance"] = f"1 to {args.learned_guidance_max:g}, which `guidance_scale` chooses"
     if args.learned_guidance_scale != 1.0:
