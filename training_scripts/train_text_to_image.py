@@ -57,6 +57,7 @@ from diffusers_fm.text_to_image.setup import (
     call_arguments,
     choose_encoder_dropout,
     choose_network,
+    choose_prompt_sampler,
     choose_scheduler,
     choose_sizes,
     draw_encoder_dropout,
@@ -66,6 +67,7 @@ from diffusers_fm.text_to_image.setup import (
     validate_field,
     weigh_prior,
 )
+from diffusers_fm.training.arguments import SamplingArguments
 from diffusers_fm.training.auxiliary import (
     LearningArguments,
     StepInputs,
@@ -80,10 +82,15 @@ from diffusers_fm.training.sampler import measure_sigma_data
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(TextToImageArguments, LearningArguments):
+class ScriptArguments(TextToImageArguments, SamplingArguments, LearningArguments):
     """Arguments of this script."""
 
     tracker_project_name: Free[str] = option("train_text_to_image", "Name of the run in the trackers.")
+
+    def check(self) -> None:
+        for name in ("solver", "calibrate_steps"):
+            if self.save_stock and getattr(self, name):
+                raise ValueError(f"--{name} needs this package's scheduler: leave out --save_stock.")
 
 
 def main(args: ScriptArguments) -> None:
@@ -117,7 +124,11 @@ def main(args: ScriptArguments) -> None:
     # 4. Validation and export
     def validate(step: int, grid_name: str | None) -> dict[str, Any]:
         """Held-out loss and pictures of the model as it would be saved."""
-        return validate_field(run, as_saved(pipeline), model, scheduler, held_out_data, sizes[0], step, grid_name)
+        sampling: dict[str, float] = {}
+        if grid_name is not None and run.accelerator.is_main_process:
+            sampling = choose_prompt_sampler(run, pipeline, model, sizes[0])
+        saved = as_saved(pipeline)
+        return validate_field(run, saved, model, scheduler, held_out_data, sizes[0], step, grid_name) | sampling
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import (
+    AdaptiveProjectedGuidance,
+    ClassifierFreeGuidance,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+)
 from tiny_families import FAMILIES, Family
 from tiny_families_2 import MORE
 
@@ -14,6 +19,7 @@ from diffusers_fm import FlowMatchScheduler, OTPath
 from diffusers_fm.applications.editing import flow_edit
 from diffusers_fm.applications.operators import DownsampleOperator
 from diffusers_fm.pipelines import StockFlow
+from diffusers_fm.pipelines.guided_flow import draw_guided
 from diffusers_fm.pipelines.velocity_field import guidance_call
 
 
@@ -246,3 +252,32 @@ def test_a_density_has_no_guidance() -> None:
         flow.log_likelihood(images, PROMPTS, guidance_scale=3.0)
     with pytest.raises(ValueError, match="Give `image` and `mask_image`, or `measurement` and `operator`"):
         flow.restore()
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_guider_in_the_place_of_the_pipelines_own_guidance(name: str) -> None:
+    family, flow, images, size = make(name)
+    noise = torch.randn(flow.to_data(images).shape, generator=generator())
+    options = {"size": size, "num_inference_steps": 3, "output_type": "latent"}
+    guided = draw_guided(flow, ClassifierFreeGuidance(2.0), noise, PROMPTS, "blue", **options)
+    field = flow.field()
+    scale = "true_cfg_scale" if "true_cfg_scale" in field.arguments else "guidance_scale"
+    call = {**field.call, **size, scale: 2.0, "negative_prompt": ["blue", "blue"], "output_type": "latent"}
+    expected = family.pipeline(prompt=PROMPTS, latents=noise, num_inference_steps=3, return_dict=False, **call)[0]
+    torch.testing.assert_close(guided, expected, rtol=0, atol=2e-5)
+    # Scale 1 is the plain flow; projection in the space of the data is another guidance than in that of the velocity.
+    plain = draw_guided(flow, ClassifierFreeGuidance(1.0), noise, PROMPTS, "blue", **options)
+    alone = draw_guided(flow, ClassifierFreeGuidance(3.0), noise, PROMPTS, PROMPTS, **options)
+    torch.testing.assert_close(plain, alone, rtol=0, atol=1e-6)
+    spaces = [
+        draw_guided(
+            flow, AdaptiveProjectedGuidance(50.0, eta=0.0), noise, PROMPTS, "blue", guidance_space=space, **options
+        )
+        for space in ("sample", "velocity")
+    ]
+    assert (spaces[0] - spaces[1]).abs().max() > 1e-5
+    # Outside of the interval the prediction is that of the prompt.
+    outside = draw_guided(
+        flow, ClassifierFreeGuidance(3.0), noise, PROMPTS, "blue", guidance_interval=[0.0, 1e-9], **options
+    )
+    torch.testing.assert_close(outside, plain, rtol=0, atol=1e-6)

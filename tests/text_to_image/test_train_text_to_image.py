@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -20,6 +21,7 @@ from training_runs import ROOT, assert_same_weights, environment, launch, load_s
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.arguments import make_parser
+from diffusers_fm.schedulers import recommendation
 
 
 SCRIPT = ROOT / "training_scripts" / "train_text_to_image.py"
@@ -115,6 +117,26 @@ def test_stock_class_names_on_request(data: Path, tmp_path: Path) -> None:
     tiny_stable_diffusion_3(scheduler=FlowMatchScheduler(path="vp")).save_pretrained(tmp_path / "vp")
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler cannot give the same images"):
         train(tmp_path / "vp", data, tmp_path / "refused", save_stock=True)
+
+
+def test_a_solver_is_searched_for_on_request(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The search itself is tested with exact networks; a short one will do.
+    monkeypatch.setattr(recommendation, "REFERENCE_STEPS", 12)
+    monkeypatch.setattr(recommendation, "BASELINE_STEPS", 3)
+    options = {"max_train_steps": 1, "guidance_scale": 2.0, "eval_batch_size": 2, "num_validation_images": 1}
+    words = ["--validation_prompts", "red"]
+    output_dir = train(model, data, tmp_path / "run", *words, solver="ab2", **options)
+    scheduler: Any = StableDiffusion3Pipeline.from_pretrained(output_dir).scheduler
+    assert type(scheduler) is FlowMatchScheduler
+    steps = scheduler.config.default_num_inference_steps
+    assert (scheduler.config.solver, scheduler.config.sampling_path) == ("ab2", "angle")
+    assert len(read_log(output_dir, "sampling_error", "euler_error")) == 1
+    assert f"num_inference_steps={steps}" in (output_dir / "README.md").read_text()
+    assert (output_dir / "grid.png").exists()
+    with pytest.raises(ValueError, match="--solver needs this package's scheduler: leave out --save_stock"):
+        train(model, data, tmp_path / "refused", solver="ab2", save_stock=True)
 
 
 def test_caches_change_nothing(model: Path, data: Path, tmp_path: Path) -> None:

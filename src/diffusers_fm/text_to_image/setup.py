@@ -2,11 +2,13 @@
 """Setup of a text-to-image run: sizes, scheduler, frozen models, captioned data, caches and picture grids."""
 
 import copy
+import dataclasses
 import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from ..pipelines.velocity_field import guidance_call
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
 from ..training.run import TrainingRun
+from ..training.sampler import find_sampler
 from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid
 from .arguments import TextToImageArguments, parse_call
 from .field import Size, TrainedField
@@ -50,6 +53,8 @@ logger = logging.getLogger(__name__)
 BUCKET_STEPS = 16
 # Frames of a video in a picture grid at most.
 SHOWN_FRAMES = 8
+# Samples by which a sampler is searched for, at most.
+MAX_SEARCHED = 16
 
 
 def open_pipeline(run: TrainingRun[Any], args: TextToImageArguments) -> DiffusionPipeline:
@@ -187,6 +192,9 @@ def choose_scheduler(
         # The pipeline keeps its scheduler, whose time runs the other way; the field is that of noise - data.
         if changes:
             raise ValueError(f"The shift of {type(pipeline.scheduler).__name__} with `invert_sigmas` is its own.")
+        for name in ("solver", "calibrate_steps"):
+            if args.saved().get(name):
+                raise ValueError(f"--{name} does not go with the pipeline's {type(pipeline.scheduler).__name__}.")
         return FlowMatchScheduler(num_train_timesteps=config.num_train_timesteps, shift=config.shift)
     scheduler: Any = FlowMatchScheduler.from_config(config, **changes)
     if args.save_stock:
@@ -416,26 +424,86 @@ def sample_prompts(
     offload: bool,
 ) -> list[list[PIL.Image.Image]]:
     """Pictures of each prompt, one for each of its generators; otherwise as [`prompt_grid`]."""
+    scheduler, rows = pipeline.scheduler, []
+    with prompt_sampler(pipeline, field, args, size, device, offload) as draw:
+        for prompt, own in zip(prompts, generators):
+            images = draw(type(scheduler).from_config(scheduler.config), args.num_inference_steps, [prompt], own)
+            rows.append([picture(image) for image in images])
+    return rows
+
+
+@contextmanager
+def prompt_sampler(
+    pipeline: DiffusionPipeline,
+    field: TrainedField,
+    args: TextToImageArguments,
+    size: Size,
+    device: torch.device,
+    offload: bool,
+) -> Iterator[Callable[..., Any]]:
+    """
+    Within this context there is `draw(scheduler, num_inference_steps, prompts, generators, **options)`: images of a
+    pipeline in training by a scheduler of their own, one for each generator, for the prompts in turn.
+
+    Args:
+        pipeline, field, args, size, device:
+            As for [`prompt_grid`].
+        offload (`bool`):
+            Whether encoders and autoencoder are on the device for this time only.
+    """
     network = pipeline.components[field.field.name]
     sampler: Any = copy.copy(pipeline)
-    scheduler = pipeline.scheduler
-    vars(sampler)["scheduler"] = type(scheduler).from_config(scheduler.config)
-    if scheduler.config.get("solver") == "flow_map":
-        with_flow_map(sampler, field.field.name)
     sampler.set_progress_bar_config(disable=True)
     was_training = network.training
     network.eval()
     models = [pipeline.components["vae"], *field.text.encoders]
-    options = {**field.call, **guidance_call(pipeline, network, args.guidance_scale)}
-    options |= {"height": size[0], "width": size[1], "num_inference_steps": args.num_inference_steps}
-    rows = []
-    with offload_models(*models, device=device, offload=offload):
-        for prompt, own in zip(prompts, generators):
-            repeated = {name: [value] * len(own) for name, value in options.items() if name == "negative_prompt"}
-            images = sampler(prompt=[prompt] * len(own), generator=own, **{**options, **repeated})[0]
-            rows.append([picture(image) for image in images])
-    network.train(was_training)
-    return rows
+    own = {**field.call, **guidance_call(pipeline, network, args.guidance_scale)}
+    own |= {"height": size[0], "width": size[1]}
+
+    def draw(
+        scheduler: Any, steps: int, prompts: Sequence[str], generators: list[torch.Generator], **options: Any
+    ) -> Any:
+        count = len(generators)
+        vars(sampler)["scheduler"] = scheduler
+        if scheduler.config.get("solver") == "flow_map":
+            with_flow_map(sampler, field.field.name)
+        repeated = {name: [value] * count for name, value in own.items() if name == "negative_prompt"}
+        prompt = [prompts[number % len(prompts)] for number in range(count)]
+        call = {**own, **repeated, **options, "num_inference_steps": steps}
+        return sampler(prompt=prompt, generator=generators, **call)[0]
+
+    try:
+        with offload_models(*models, device=device, offload=offload):
+            yield draw
+    finally:
+        network.train(was_training)
+
+
+def choose_prompt_sampler(
+    run: TrainingRun[Any], pipeline: DiffusionPipeline, field: TrainedField, size: Size
+) -> dict[str, float]:
+    """
+    Solver and steps of `--solver` and `--calibrate_steps`, found by a search on the validation prompts (without them
+    on the empty one) and put into the pipeline's scheduler; pictures and card have the steps too. The main process
+    calls it, at the end of training.
+
+    Returns:
+        `dict[str, float]`: `sampling_error` and `euler_error`, or nothing without these arguments.
+    """
+    args = run.args
+    if args.solver is None and not args.calibrate_steps:
+        return {}
+    prompts, count = args.validation_prompts or [""], min(args.eval_batch_size, MAX_SEARCHED)
+    offload, device = args.offload or args.cache_text_embeddings, run.accelerator.device
+    with prompt_sampler(pipeline, field, args, size, device, offload) as draw, run.accelerator.autocast():
+
+        def sample(candidate: FlowMatchScheduler, steps: int, seed: int) -> None:
+            generators = [make_generator(EVALUATION_SEED, "sampler", seed, number) for number in range(count)]
+            draw(candidate, steps, prompts, generators, output_type="latent")
+
+        pipeline.scheduler, figures = find_sampler(args, pipeline.scheduler, sample)
+    run.args = dataclasses.replace(args, num_inference_steps=pipeline.scheduler.config.default_num_inference_steps)
+    return figures
 
 
 def validate_field(

@@ -17,6 +17,8 @@ from ..precision import to_float64
 from ..schedulers.recommendation import recommend, solver_settings
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..schedulers.settings import BY_ESTIMATES, GRIDS
+from ..schedulers.watchers import Run
+from .arguments import SamplingArguments
 from .metrics import rounded
 from .run import TrainingRun
 from .validation import EVALUATION_SEED, quiet_copy
@@ -136,7 +138,27 @@ def choose_sampler(
                 output_type="latent",
             )
 
-        found = recommend(sample, scheduler, solver=args.solver, calibrate_steps=args.calibrate_steps)
-    pipeline.scheduler = found.scheduler
+        pipeline.scheduler, figures = find_sampler(args, scheduler, sample)
+    return figures
+
+
+def find_sampler(
+    args: SamplingArguments, scheduler: FlowMatchScheduler, sample: Run
+) -> tuple[FlowMatchScheduler, dict[str, float]]:
+    """
+    Search for solver and steps as the arguments say, see [`~schedulers.recommendation.recommend`].
+
+    Args:
+        args ([`~training.arguments.SamplingArguments`]):
+            With `solver` and `calibrate_steps`.
+        scheduler ([`FlowMatchScheduler`]):
+            Scheduler of the pipeline; it is not changed.
+        sample (`Callable`):
+            `sample(scheduler, num_inference_steps, seed)` runs one sampling loop.
+
+    Returns:
+        `tuple`: the scheduler that was found, and the figures `sampling_error` and `euler_error`.
+    """
+    found = recommend(sample, scheduler, solver=args.solver, calibrate_steps=args.calibrate_steps)
     logger.info("Sampling by default: %s.", found)
-    return {"sampling_error": rounded(found.error), "euler_error": rounded(found.baseline)}
+    return found.scheduler, {"sampling_error": rounded(found.error), "euler_error": rounded(found.baseline)}
