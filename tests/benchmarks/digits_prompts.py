@@ -17,6 +17,7 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -48,7 +49,7 @@ def captions_by_digit(split: str) -> list[list[str]]:
     return [sorted(captions) for captions in found]
 
 
-def draw(
+def draw_colour(
     pipeline: DiffusionPipeline,
     prompts: list[str],
     num_inference_steps: int,
@@ -56,8 +57,9 @@ def draw(
     max_sequence_length: int,
     seed: int,
     batch_size: int = 100,
+    side: int = 8,
 ) -> np.ndarray:
-    """Images `(num_images, 8, 8)` with values in [0, 1], one of each prompt."""
+    """Images `(num_images, side, side, 3)` with values in [0, 1], one of each prompt."""
     images = []
     # Without a guidance that the network learned, pipelines of such networks have another name for it.
     names = inspect.signature(type(pipeline).__call__).parameters
@@ -67,8 +69,8 @@ def draw(
         part = prompts[start : start + batch_size]
         output = pipeline(
             part,
-            height=8,
-            width=8,
+            height=side,
+            width=side,
             num_inference_steps=num_inference_steps,
             negative_prompt=[""] * len(part),
             **scale,
@@ -76,8 +78,13 @@ def draw(
             generator=[torch.Generator().manual_seed(1000 * seed + start + i) for i in range(len(part))],
             output_type="np",
         )
-        images.append(output.images.mean(-1))
+        images.append(output.images)
     return np.concatenate(images)
+
+
+def draw(pipeline: DiffusionPipeline, prompts: list[str], *options: Any) -> np.ndarray:
+    """Grey images `(num_images, 8, 8)` with values in [0, 1], one of each prompt, as `draw_colour` does."""
+    return draw_colour(pipeline, prompts, *options).mean(-1)
 
 
 def picture(images: np.ndarray, wordings: list[str]) -> PIL.Image.Image:

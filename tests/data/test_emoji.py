@@ -8,9 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from training_runs import load_script
 
+from diffusers_fm import init_pipeline
 from diffusers_fm.data.sources import load_splits
 
 
@@ -99,3 +101,16 @@ def test_script_composes_over_white_and_adds_tones_to_captions(tmp_path: Path) -
     pack(tmp_path, "emoji-datasource-google-16.0.0", {"other.json": b"{}"})
     with pytest.raises(ValueError, match=r"emoji-datasource-google-16\.0\.0\.tgz has no file package/emoji\.json"):
         list(script.rows(tmp_path, 32))
+
+
+def test_text_encoders_are_trained_and_read_with_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    load_script(EMOJI / "train_text_encoders.py").main(tmp_path / "words", num_steps=1, batch_size=8)
+    assert "of 200 held-out captions find their image" in capsys.readouterr().out
+    pipeline = init_pipeline(tmp_path / "words", seed=0, pipeline_class=StableDiffusion3Pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    captions = sorted({caption.lower() for row in load_splits(str(EMOJI))["test"] for caption in row["text"]})
+    tokens = pipeline.tokenizer(captions).input_ids
+    assert max(map(len, tokens)) <= pipeline.tokenizer_max_length
+    assert len(set(map(tuple, tokens))) == len(captions)
+    output = pipeline("waving hand, dark skin tone", num_inference_steps=1, max_sequence_length=0)
+    assert output.images[0].size == (32, 32)

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PIPELINES = ROOT / "pipelines"
 PRESETS = {
     "sd3-tiny": "StableDiffusion3Pipeline",
+    "sd3-emoji": "StableDiffusion3Pipeline",
     "sd3-medium": "StableDiffusion3Pipeline",
     "flux-dev": "FluxPipeline",
 }

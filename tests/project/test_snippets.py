@@ -106,7 +106,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HF_TOKEN", "token")
         patch.setenv("HF_HOME", str(folder / "cache"))
         matplotlib.use("Agg")
-        for name in ("unet-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits"):
+        for name in ("unet-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits", "unet-emoji"):
             init_pipeline(f"pipelines/{name}", seed=0).save_pretrained(f"runs/{name}")
         tiny_pipeline("unet").save_pretrained("runs/my-images")
         tiny_stable_diffusion_3().save_pretrained("runs/sd3-tiny")
