@@ -15,6 +15,7 @@ from ..data.arrays import ArrayData
 from ..data.cache import DryAccelerator
 from ..data.images import ImageData
 from ..data.randomness import make_generator
+from ..precision import to_float64
 from .arguments import ObjectiveArguments
 from .run import TrainingRun
 
@@ -112,7 +113,7 @@ class SemidiscreteCoupling:
         total, size = self._counts.sum().item(), len(self._counts)
         if total == 0:
             return {}
-        shares = self._counts.double() * size / total
+        shares = to_float64(self._counts) * size / total
         return {"coupling_variance": (shares - 1).square().mean().item() - (size - 1) / total}
 
 
