@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.arguments import Arguments, Count, NotNegative, Size, option, run_script
+from diffusers_fm.arguments import Arguments, Count, ModuleArguments, NotNegative, Size, option, run_script
 from diffusers_fm.data.cache import model_fingerprint
 from diffusers_fm.data.pairs import missing_shards, write_shard
 from diffusers_fm.evaluation.sampling import ModelArguments, Sampler
@@ -37,7 +37,15 @@ logger = logging.getLogger("diffusers_fm.draw_pairs")
 
 
 # Pairs do not depend on these, or are named by their weights.
-FREE = ("pretrained_model_name_or_path", "revision", "variant", "output_dir", "eval_batch_size", "use_cpu")
+FREE = (
+    "pretrained_model_name_or_path",
+    "revision",
+    "variant",
+    "output_dir",
+    "eval_batch_size",
+    "use_cpu",
+    "import_modules",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +67,7 @@ class DrawArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScriptArguments(ModelArguments, DrawArguments):
+class ScriptArguments(ModelArguments, DrawArguments, ModuleArguments):
     """Arguments of this script."""
 
 

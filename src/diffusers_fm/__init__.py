@@ -11,7 +11,14 @@ from diffusers import SchedulerMixin as SchedulerMixin
 
 from ._register import register, register_network
 from .losses import flow_matching_loss
-from .models import ClassEmbedder, IntervalEmbedding, decode_latents, encode_latents
+from .models import (
+    ClassEmbedder,
+    IntervalEmbedding,
+    VelocityUNet2DConditionModel,
+    VelocityUNet2DModel,
+    decode_latents,
+    encode_latents,
+)
 from .paths import (
     PATHS,
     PREDICTION_TYPES,
@@ -39,6 +46,8 @@ from .pipelines import (
     init_pipeline,
     with_flow_map,
     with_stock_scheduler,
+    with_velocity,
+    without_velocity,
 )
 from .schedulers.calibration import calibrate
 from .schedulers.scheduling_flow_match import FlowMatchScheduler
@@ -70,6 +79,8 @@ __all__ = [
     "StockFlow",
     "VEPath",
     "VPPath",
+    "VelocityUNet2DConditionModel",
+    "VelocityUNet2DModel",
     "__version__",
     "calibrate",
     "decode_latents",
@@ -83,6 +94,8 @@ __all__ = [
     "sample_timesteps",
     "with_flow_map",
     "with_stock_scheduler",
+    "with_velocity",
+    "without_velocity",
 ]
 
 register()

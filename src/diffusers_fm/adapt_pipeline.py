@@ -15,7 +15,7 @@ from typing import Any
 
 import datasets
 
-from .arguments import Arguments, Count, option, parse_arguments
+from .arguments import Arguments, Count, option, run_command
 from .data.sources import choose_split, class_names, load_splits
 from .pipelines import FlowMatchPipeline, init_pipeline
 from .pipelines.components import has_weights
@@ -132,15 +132,7 @@ def adapt(args: AdaptArguments) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Adapt a pipeline by a command line: 0 if it succeeded; 2, and a sentence, if not."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and not words[0].startswith("-"):
-        words = ["--pretrained_model_name_or_path", *words]
-    try:
-        adapt(parse_arguments(AdaptArguments, words, __doc__))
-    except ValueError as error:
-        print(f"adapt_pipeline: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command("adapt_pipeline", adapt, AdaptArguments, __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -345,3 +345,35 @@ def run_script(main: Callable[[A], None], arguments: type[A], description: str |
             raise
         print(f"{Path(sys.argv[0]).name}{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run_command(
+    name: str, work: Callable[[A], None], arguments: type[A], description: str | None, argv: list[str] | None
+) -> int:
+    """
+    Run a command of the package, `python -m diffusers_fm.NAME FOLDER ...`.
+
+    Args:
+        name (`str`):
+            Its name.
+        work (`Callable`):
+            The command's function.
+        arguments (`type[Arguments]`):
+            Its class of arguments; a first word without a dash is its `pretrained_model_name_or_path`.
+        description (`str`, *optional*):
+            Its docstring, for `--help`.
+        argv (`list[str]`, *optional*):
+            The command line; defaults to that of the process.
+
+    Returns:
+        `int`: 0 if it succeeded; 2, and a sentence on the console, if something was refused.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-"):
+        words = ["--pretrained_model_name_or_path", *words]
+    try:
+        work(parse_arguments(arguments, words, description))
+    except ValueError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -5,14 +5,12 @@ import json
 import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
-from training_runs import ROOT, environment
+from training_runs import ROOT, run_script, script
 
 from diffusers_fm import init_pipeline
 from diffusers_fm.adapt_pipeline import main
@@ -67,25 +65,24 @@ def test_refusals(words: list[str], sentence: str, tmp_path: Path, capsys: pytes
     assert not (tmp_path / "mine").exists()
 
 
-def test_the_commands_of_the_page(tmp_path: Path) -> None:
+def test_the_commands_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Photos of three classes to samples, with the page's commands word for word; the training is shorter."""
     photos(tmp_path / "photos")
     os.symlink(ROOT / "pipelines", tmp_path / "pipelines")
-    os.symlink(ROOT / "training_scripts", tmp_path / "training_scripts")
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO", "diffusers_fm")
     page = (ROOT / "docs" / "your_own_images.md").read_text(encoding="utf-8")
-    adapt, train = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[:2]
-    sample = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    adapt, train = (
+        shlex.split(command.replace("\\\n", " ")) for command in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)[:2]
+    )
+    assert adapt[:3] == ["python", "-m", "diffusers_fm.adapt_pipeline"]
+    assert main(adapt[3:]) == 0
+    assert train[:3] == ["accelerate", "launch", "training_scripts/train_flow_matching.py"]
     short = ["--max_train_steps", "2", "--num_validation_images", "1", "--num_inference_steps", "2", "--use_cpu"]
-    said = ""
-    for words in (
-        shlex.split(adapt.replace("\\\n", " ")),
-        [*shlex.split(train.replace("\\\n", " "))[2:], *short, "--report_to", "none"],
-        ["python", "-c", sample],
-    ):
-        words = [sys.executable, *words[words[0] == "python" :]]
-        done = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said += done.stderr
-    assert "An epoch has 3.38 steps: 54 samples, 16 in a step." in said
-    assert "The warm-up of 200 steps is not over when the run ends after 2" in said
+    run_script(script, [*train[3:], *short, "--report_to", "none"])
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], {})
+    assert "An epoch has 3.38 steps: 54 samples, 16 in a step." in caplog.text
+    assert "The warm-up of 200 steps is not over when the run ends after 2" in caplog.text
     assert PIL.Image.open(tmp_path / "sample.png").size == (32, 32)

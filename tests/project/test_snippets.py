@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every Python snippet of the pages, from top to bottom, with tiny pipelines in the place of trained ones."""
 
+import argparse
+import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -16,19 +19,17 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
 from fake_hub import User, fake_hub
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from stock_pipelines import stable_diffusion
-from tiny_pipelines import tiny_pipeline
-from tiny_text_to_image import _clip as tiny_clip
-from tiny_text_to_image import clip_tokenizer, tiny_stable_diffusion_3
+from tiny_pipelines import tiny_pipeline, tiny_unet
+from tiny_stable_diffusion import tiny_stable_diffusion, tiny_stable_diffusion_xl
+from tiny_text_to_image import tiny_stable_diffusion_3
 from training_runs import load_script, run_script
 
 from diffusers_fm import FlowMatchScheduler, init_pipeline
-from diffusers_fm.adapt_pipeline import main as adapt
-from diffusers_fm.arguments import parse_arguments
+from diffusers_fm.arguments import make_parser, parse_arguments
 
 
 ROOT = Path(__file__).parents[2]
@@ -37,17 +38,47 @@ PAGES = [
     page for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))] if BLOCK.search(page.read_text("utf-8"))
 ]
 
-SCRIPT = "training_scripts/train_flow_matching.py"
-SHORT = ["--max_train_steps=1", "--train_batch_size=4", "--max_validation_samples=4", "--num_inference_steps=1"]
-SHORT += ["--num_validation_images=0", "--use_cpu", "--report_to=none"]
+# Arguments that make a command short, of those that its script has.
+SHORT = {
+    "max_train_steps": 1,
+    "max_train_samples": 8,
+    "lr_scheduler": "constant_with_warmup",
+    "lr_warmup_steps": 0,
+    "train_batch_size": 2,
+    "max_validation_samples": 4,
+    "num_inference_steps": 1,
+    "num_validation_images": 0,
+    "use_cpu": True,
+    "report_to": "none",
+    "num_pairs": 4,
+    "num_images": 20,
+    "num_solver_images": 4,
+    "likelihood_steps": 2,
+    "num_draws": 1,
+    "num_samples": 2,
+    "num_steps": 2,
+    "rounds": 1,
+}
+# What belongs to the machine, and what test_paper_in_small runs.
+NOT_RUN = ("pip", "make")
+# Long measurements, and what test_throughput runs: their command line is read, and no more.
+ONLY_READ = (
+    *("bench_solvers.py", "bench_marginals.py", "bench_data.py", "bench_training.py", "bench_throughput.py"),
+    *("digits_edit.py", "ema_width.py", "augmentation.py"),
+)
 
-# Several processes, a large network, a loop of the shell, and what needs the results of other commands.
-NOT_RUN = ["--multi_gpu", "unet-images64", "$", "--ema_profile", "runs/dit-digits"]
-
-# Repositories of the Hub, and the tiny pipelines in their place.
+# Repositories of the Hub and data that nobody has here, and what is tiny in their place.
 REPOSITORIES = {
-    "stabilityai/stable-diffusion-3.5-medium": "runs/sd3-tiny",
-    "stabilityai/stable-diffusion-3-medium-diffusers": "runs/sd3-tiny",
+    "stabilityai/stable-diffusion-3.5-medium": "runs/sd3-medium",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "runs/sd3-medium",
+    "stabilityai/stable-diffusion-xl-base-1.0 --variant fp16": "runs/sdxl-base",
+    "/data/paintings": "paintings",
+    "/data/imagenet/train": "photos",
+    "owner/many-parquet-files": "data/digits",
+    "--resolution 1024": "--resolution 16",
+    "pipelines/unet-images64/": "pipelines/unet-images32/",
+    "--train_data_dir my-images": "--train_data_dir photos",
+    "pipelines/unet-imagenet64": "pipelines/unet-digits",
     "black-forest-labs/FLUX.1-dev": "runs/flux-tiny",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "runs/sd1-tiny",
 }
@@ -67,13 +98,6 @@ TINY = {
     "num_probes=4": "num_probes=2, num_steps=2",
     "num_samples=20": "num_samples=2, num_steps=2",
 }
-
-
-def save_variant(folder: Path) -> None:
-    """What posthoc_ema writes."""
-    pipeline = init_pipeline("pipelines/unet-digits", seed=0)
-    pipeline.save_pretrained(folder)
-    pipeline.save_pretrained(folder, variant="ema-0_100")
 
 
 def save_lora(folder: Path) -> None:
@@ -105,14 +129,17 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         hub.users["token"] = User("me")
         patch.setenv("HF_TOKEN", "token")
         patch.setenv("HF_HOME", str(folder / "cache"))
+        Path("docs/images").mkdir(parents=True)
         matplotlib.use("Agg")
-        for name in ("unet-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits", "unet-emoji"):
+        names = ("unet-digits", "dit-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits", "unet-emoji")
+        for name in names:
             init_pipeline(f"pipelines/{name}", seed=0).save_pretrained(f"runs/{name}")
         tiny_pipeline("unet").save_pretrained("runs/my-images")
-        tiny_stable_diffusion_3().save_pretrained("runs/sd3-tiny")
-        parts = stable_diffusion()[0].pipeline.components
-        parts |= {"text_encoder": tiny_clip(16, 0), "tokenizer": clip_tokenizer(), "requires_safety_checker": False}
-        StableDiffusionPipeline(**parts).save_pretrained("runs/sd1-tiny")
+        for name in ("sd3-medium", "sd3-tiny"):
+            tiny_stable_diffusion_3().save_pretrained(f"runs/{name}")
+        tiny_stable_diffusion().save_pretrained("runs/sd1-tiny")
+        tiny_stable_diffusion_xl().save_pretrained("runs/sdxl-base")
+        DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("runs/ddpm-digits")
         save_lora(Path("runs/paintings-lora"))
         few = FlowMatchScheduler(solver="flow_map", flow_map={"first_block": 1, "num_inference_steps": 4})
         tiny_stable_diffusion_3(scheduler=few).save_pretrained("runs/sd3-tiny-few")
@@ -120,11 +147,15 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             Path("photos", name).mkdir(parents=True)
             draw((8, 8), number).save(f"photos/{name}/1.png")
             draw((8, 8), number + 3).save(f"photos/{name}/2.png")
-        save_variant(Path("runs/unet-digits-power"))
+            Path("paintings").mkdir(exist_ok=True)
+            draw((16, 16), number).convert("RGB").save(f"paintings/{name}.png")
+            Path(f"paintings/{name}.txt").write_text(f"a {name}, oil on canvas", encoding="utf-8")
         draw((8, 8), 0).save("digit.png")
         draw((8, 8), 1).point(lambda level: 255 * (level > 127)).save("mask.png")
         draw((4, 4), 2).save("small.png")
         draw((16, 16), 3).convert("RGB").save("cat.png")
+        # Seed, steps and batch of the classifier that tells features.
+        patch.setattr("diffusers_fm.evaluation.features.train_classifier.__defaults__", (0, 2, 8))
         yield folder
 
 
@@ -136,18 +167,83 @@ def run_snippet(block: re.Match[str], page: Path, names: dict[str, Any]) -> None
     exec(compile(code, str(page), "exec"), names)
 
 
-def train(command: str) -> None:
-    """A training of `train_flow_matching.py` in one step; other tests run the other scripts."""
+def short_arguments(parser: argparse.ArgumentParser, line: list[str]) -> list[str]:
+    """The arguments of `SHORT` that a parser has and a command line admits."""
+    known = {action.dest for action in parser._actions}
+    if "validation_prompts" in known:
+        # Prompts ask for pictures.
+        known.discard("num_validation_images")
+    if {"--streaming", "--noise_column", "--array_column"} & set(line):
+        known.discard("max_train_samples")
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in SHORT.items() if name in known]
+
+
+def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch) -> None:
+    """A script without argument groups, shortened when it reads its command line."""
+    parse = argparse.ArgumentParser.parse_known_args
+
+    with patch.context() as inner:
+
+        def parse_short(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> tuple[argparse.Namespace, list[str]]:
+            # What the script reads by other parsers is its own affair.
+            inner.setattr("argparse.ArgumentParser.parse_known_args", parse)
+            found = parse(parser, [*line, *short_arguments(parser, line)])
+            if file.name in ONLY_READ:
+                sys.exit(0)
+            return found
+
+        inner.setattr("argparse.ArgumentParser.parse_known_args", parse_short)
+        inner.setattr("sys.argv", [str(file), *line])
+        inner.syspath_prepend(file.parent)
+        text = file.read_text(encoding="utf-8")
+        if "digits_judge" in text:
+            judge = importlib.import_module("digits_judge")
+            few = {name: [part[:100] for part in judge.load_split(name)] for name in ("train", "test")}
+            inner.setattr(judge, "load_split", few.get)
+        # Some refuse to run beside this package, to show that stock diffusers alone reads what it wrote.
+        if "was imported" in text:
+            for name in [name for name in sys.modules if name.startswith("diffusers_fm")]:
+                inner.delitem(sys.modules, name)
+        try:
+            runpy.run_path(str(file), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
+def run_command(command: str, patch: pytest.MonkeyPatch) -> None:
+    """A command in this process, shortened."""
+    for written, ours in REPOSITORIES.items():
+        command = command.replace(written, ours)
     words = shlex.split(command, comments=True)
-    if "diffusers_fm.adapt_pipeline" in words:
-        shutil.rmtree(words[-1], ignore_errors=True)
-        assert adapt(words[3:]) == 0
-    if SCRIPT not in words or any(word in command for word in NOT_RUN):
+    if not words or words[0] in NOT_RUN or "pytest" in words:
         return
-    script = load_script(ROOT / SCRIPT)
-    line = words[words.index(SCRIPT) + 1 :] + SHORT
-    shutil.rmtree(parse_arguments(script.ScriptArguments, line).output_dir, ignore_errors=True)
+    if "-m" in words:
+        module = importlib.import_module(words[words.index("-m") + 1])
+        line = words[words.index("-m") + 2 :]
+        if "--output" in line:
+            shutil.rmtree(line[line.index("--output") + 1], ignore_errors=True)
+        assert (module.main(line) if line else module.main()) in (0, None)
+        return
+    name = next(word for word in words if word.endswith(".py"))
+    line = words[words.index(name) + 1 :]
+    if not name.startswith("training_scripts/"):
+        run_file(ROOT / name, line, patch)
+        return
+    script = load_script(ROOT / name)
+    line += short_arguments(make_parser(script.ScriptArguments), line)
+    if "train" in Path(name).stem:
+        shutil.rmtree(parse_arguments(script.ScriptArguments, line).output_dir, ignore_errors=True)
     run_script(script, line)
+
+
+def commands(block: str) -> Iterator[str]:
+    """Commands of a block of the shell, a loop's once for each of its values."""
+    block = block.replace("\\\n", " ").replace(" && ", "\n")
+    for loop in re.finditer(r"for (\w+) in (.*?); do\n(.*?)^done$", block, re.DOTALL | re.MULTILINE):
+        turns = "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split())
+        block = block.replace(loop[0], turns)
+    yield from block.splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -162,8 +258,8 @@ def test_snippets_run(page: Path, clone: Path, monkeypatch: pytest.MonkeyPatch) 
         if block[1] == "python":
             run_snippet(block, page, module.__dict__)
         else:
-            for command in block[2].replace("\\\n", " ").splitlines():
-                train(command)
+            for command in commands(block[2]):
+                run_command(command, monkeypatch)
 
 
 def test_the_notebook_has_the_code_of_its_page() -> None:

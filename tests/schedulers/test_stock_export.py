@@ -5,11 +5,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from stock_pipelines import assert_same, flow_cases, record
 from tiny_pipelines import tiny_pipeline
 
@@ -103,41 +104,75 @@ import sys
 sys.modules["diffusers_fm"] = None  # an import of it is an error
 import torch
 from diffusers import DiffusionPipeline
-folder, inputs, images = sys.argv[1:]
 absent = [f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")]
-pipeline = DiffusionPipeline.from_pretrained(folder, **dict.fromkeys(absent))
-assert type(pipeline.scheduler).__module__.startswith("diffusers."), type(pipeline.scheduler)
-pipeline.set_progress_bar_config(disable=True)
-generator = torch.Generator().manual_seed(0)
-torch.save(pipeline(**torch.load(inputs), generator=generator, output_type="pt").images, images)
+for folder in sys.argv[1:]:
+    given = dict.fromkeys(absent) if folder.endswith("sd3") else {}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **given)
+    assert type(pipeline.scheduler).__module__.startswith("diffusers."), type(pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(**torch.load(f"{folder}/inputs.pt"), generator=generator, output_type="pt").images
+    torch.save(images, f"{folder}/images.pt")
 """
 
 
-def test_the_folder_needs_nothing_of_this_package(tmp_path: Path) -> None:
+def test_the_folders_need_nothing_of_this_package(tmp_path: Path) -> None:
     case = flow_cases()["sd3-text"]
-    pipeline = StableDiffusion3Pipeline(
+    sd3 = StableDiffusion3Pipeline(
         **{**case.pipeline.components, "scheduler": FlowMatchScheduler(shift=3.0, timestep_spacing="linspace")}
     )
-    pipeline.set_progress_bar_config(disable=True)
-    with_stock_scheduler(pipeline).save_pretrained(tmp_path / "stock")
+    stock: dict[str, DiffusionPipeline] = {"sd3": with_stock_scheduler(sd3)}
     # The pipeline that trains on is as it was.
-    assert isinstance(pipeline.scheduler, FlowMatchScheduler)
-    assert pipeline.config["scheduler"] == ("diffusers_fm", "FlowMatchScheduler")
-    index = json.loads((tmp_path / "stock/model_index.json").read_text())
+    assert isinstance(sd3.scheduler, FlowMatchScheduler)
+    assert sd3.config["scheduler"] == ("diffusers_fm", "FlowMatchScheduler")
+    ours = {"sd3": lambda: sd3(**case.inputs, generator=torch.Generator().manual_seed(0), output_type="pt").images}
+    inputs: dict[str, dict[str, Any]] = {"sd3": case.inputs}
+
+    pipelines = {
+        "unet": tiny_pipeline("unet", timestep_spacing="linspace", shift=2.0),
+        "unet-diffusion": tiny_pipeline("unet", path="vp_discrete", prediction_type="v_prediction"),
+        "dit": tiny_pipeline("dit-vae", shift=2.0),
+        "dit-pixel": tiny_pipeline("dit"),
+    }
+    for name, pipeline in pipelines.items():
+        stock[name], call = pipeline.to_stock(), {"num_inference_steps": 5}
+        shape = (2, *pipeline.sample_shape)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        if name.startswith("dit"):
+            inputs[name] = call | {"class_labels": [0, 3], "guidance_scale": 2.0}
+            call = inputs[name]
+        else:
+            inputs[name] = call | {"batch_size": 2}
+        ours[name] = lambda pipeline=pipeline, call=call, x=noise: pipeline(**call, latents=x, output_type="pt").images
+
+    for name, pipeline in stock.items():
+        pipeline.save_pretrained(tmp_path / name)
+        assert "diffusers_fm" not in (tmp_path / name / "model_index.json").read_text()
+        torch.save(inputs[name], tmp_path / name / "inputs.pt")
+    index = json.loads((tmp_path / "sd3/model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusion3Pipeline"
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    assert "diffusers_fm" not in json.dumps(index)
 
-    torch.save(case.inputs, tmp_path / "inputs.pt")
-    command = [
-        sys.executable,
-        "-c",
-        WITHOUT_THE_PACKAGE,
-        *(str(tmp_path / name) for name in ("stock", "inputs.pt", "images.pt")),
-    ]
-    subprocess.run(command, check=True)
-    ours = pipeline(**case.inputs, generator=torch.Generator().manual_seed(0), output_type="pt").images
-    torch.testing.assert_close(torch.load(tmp_path / "images.pt"), ours, rtol=0, atol=1e-4)
+    folders = [str(tmp_path / name) for name in stock]
+    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, *folders], check=True)
+    for name, draw in ours.items():
+        torch.testing.assert_close(torch.load(tmp_path / name / "images.pt"), draw(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "sentence"),
+    [
+        ("unet", {}, "FlowMatchEulerDiscreteScheduler cannot give the same images: it lacks timestep_spacing 'trail"),
+        ("unet", {"path": "vp_discrete", "solver": "ab2"}, "DDIMScheduler cannot give .* it lacks solver 'ab2'"),
+        ("unet-classes", {}, "samples a UNet2DModel with 5 classes in pixels by flow matching: DDPMPipeline reads no"),
+        ("dit-vae", {"timestep_spacing": "linspace"}, "it lacks timestep_spacing 'linspace' .not 'trailing'"),
+        ("dit-vae", {"shift_terminal": 0.1}, "it lacks shift_terminal 0.1"),
+        ("sd3", {}, "samples a SD3Transformer2DModel with 5 classes"),
+    ],
+)
+def test_no_stock_pipeline_is_said_why(kind: str, scheduler: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        tiny_pipeline(kind, **scheduler).to_stock()
 
 
 def test_a_stock_scheduler_stays() -> None:

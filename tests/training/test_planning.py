@@ -171,7 +171,9 @@ def test_runs_of_text_to_image_take_what_was_planned(
 def test_flow_matching_plans(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, data = save_untrained(tmp_path / "model", "unet"), make_dataset(tmp_path / "data")
     train(model, data, tmp_path / "run", dry_run=True, gradient_accumulation_steps=2, gradient_checkpointing=True)
-    assert "20 images, 1.2 steps an epoch.\n4 steps of 16 in all" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "20 images, 1.2 steps an epoch.\n4 steps of 16 in all" in told
+    assert told.splitlines()[-1].startswith("  this CPU ")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,6 +2,7 @@
 """What a run says of its speed, and that it asks nothing of the device in a step."""
 
 import json
+import re
 import time
 import traceback
 from pathlib import Path
@@ -24,6 +25,7 @@ from training_runs import (
 )
 
 from diffusers_fm.training.metrics import (
+    FIRST_STEPS,
     GPUS,
     Stopwatch,
     Throughput,
@@ -87,9 +89,11 @@ def test_time_goes_to_the_section_that_ends() -> None:
     assert stopwatch.read() == {}
 
 
-def test_slow_data_is_seen() -> None:
+def test_slow_data_is_seen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "diffusers_fm")
+
     def slow():
-        for number in range(4):
+        for number in range(FIRST_STEPS):
             time.sleep(0.02)
             yield number
 
@@ -98,6 +102,8 @@ def test_slow_data_is_seen() -> None:
     for _ in throughput.watch_data(slow()):
         throughput.stopwatch.mark("model")
         throughput.step()
+    said = re.search(r"([\d.]+) steps a second in the first 10: 1,000 in", caplog.text)
+    assert said is not None and float(said[1]) == pytest.approx(1 / 0.02, rel=0.3)
     figures = throughput.report()
     assert figures["time_share/data"] > 0.8
     assert figures["images_per_second"] == pytest.approx(6 / 0.02, rel=0.3)

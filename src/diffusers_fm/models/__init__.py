@@ -3,12 +3,15 @@ from .autoencoding import decode_latents, encode_latents, encode_moments, latent
 from .class_embedder import ClassEmbedder
 from .interval import IntervalConditioning, IntervalEmbedding
 from .pixel_autoencoder import can_be_identity, set_identity
+from .velocity_unets import VelocityUNet2DConditionModel, VelocityUNet2DModel
 
 
 __all__ = [
     "ClassEmbedder",
     "IntervalConditioning",
     "IntervalEmbedding",
+    "VelocityUNet2DConditionModel",
+    "VelocityUNet2DModel",
     "can_be_identity",
     "decode_latents",
     "encode_latents",

@@ -270,7 +270,11 @@ class ConditionalPath:
         return self._combine(on_output, model_output, on_sample, x_t)
 
     def coefficients(
-        self, t: torch.Tensor, source: str, target: str | tuple[torch.Tensor, torch.Tensor]
+        self,
+        t: torch.Tensor,
+        source: str,
+        target: str | tuple[torch.Tensor, torch.Tensor],
+        check: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The two numbers per time that convert predictions: `target = on_sample * x_t + on_output * source`.
@@ -286,6 +290,8 @@ class ConditionalPath:
                 One of `PREDICTION_TYPES`.
             target (`str` or `tuple[torch.Tensor, torch.Tensor]`):
                 One of `PREDICTION_TYPES`, or `p` and `q` themselves, finite and of the shape of `t`.
+            check (`bool`, *optional*, defaults to `True`):
+                Whether to look for times without a limit, for which an accelerator is waited for.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: `on_sample` and `on_output`, of the shape of `t`.
@@ -294,8 +300,9 @@ class ConditionalPath:
             ValueError: As for `convert`.
         """
         on_sample, on_output, undetermined = self._solve(t, source, target)
-        name = repr(target) if isinstance(target, str) else "derivative"
-        refuse_without_limit(undetermined, t, "The %s that a %r implies on %s", name, source, self)
+        if check:
+            name = repr(target) if isinstance(target, str) else "derivative"
+            refuse_without_limit(undetermined, t, "The %s that a %r implies on %s", name, source, self)
         return on_sample, on_output
 
     def determines(

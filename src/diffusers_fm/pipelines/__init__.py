@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from .base import FlowMatchPipelineOutput
+from .conversion import with_velocity
 from .decode_map import DecodeMap
 from .edits import FlowMatchInversionOutput
 from .flow_map import with_flow_map
@@ -11,7 +12,7 @@ from .pipeline_flow_match_inverse import FlowMatchInversePipeline, FlowMatchInve
 from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
 from .pipeline_stable_diffusion_3_edit import StableDiffusion3EditPipeline
 from .replay import CapturedCall, capture
-from .stock import with_stock_scheduler
+from .stock import with_stock_scheduler, without_velocity
 from .stock_flow import StockFlow
 from .velocity_field import VelocityField
 
@@ -35,4 +36,6 @@ __all__ = [
     "init_pipeline",
     "with_flow_map",
     "with_stock_scheduler",
+    "with_velocity",
+    "without_velocity",
 ]

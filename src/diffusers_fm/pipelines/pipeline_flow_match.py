@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..applications.anomaly import AnomalyScore, noise_test
@@ -26,6 +27,7 @@ from .checks import (
 )
 from .flow_map import check_flow
 from .sampling import SamplingOptions
+from .stock import stock_pipeline
 
 
 class FlowMatchPipeline(FlowMatchPipelineBase):
@@ -342,6 +344,23 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         between = between.reshape(num_images, *noise.shape[1:]).float().to(noise.device)
         args = () if labels is None else (torch.where((part[:, 0] < 0.5).to(labels.device), labels[0], labels[1]),)
         return self.to_images(self._carry(between, args, 1.0, 0.0, num_inference_steps), output_type)
+
+    def to_stock(self) -> DiffusionPipeline:
+        """
+        A pipeline of diffusers alone with the same images, for readers who do not have this package.
+
+        A [`~diffusers.DDPMPipeline`] for a UNet without classes, with the scheduler of
+        [`FlowMatchScheduler.to_stock`]; a [`~diffusers.DDIMPipeline`] on the path `vp_discrete` or after
+        [`with_velocity`]; a [`~diffusers.DiTPipeline`] for a DiT whose grid is `trailing`, with guidance, and in
+        pixels by an autoencoder that is the identity. Nothing else of diffusers samples a flow of such networks.
+
+        Returns:
+            [`~diffusers.DiffusionPipeline`]: It shares the weights.
+
+        Raises:
+            ValueError: If there is none; the message says why, or names every setting that stands in the way.
+        """
+        return stock_pipeline(self)
 
     def log_likelihood(
         self,

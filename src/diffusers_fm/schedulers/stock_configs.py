@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import diffusers
 
-from ..paths import ConditionalPath, OTPath
+from ..paths import ConditionalPath, DiscreteVPPath, OTPath
 from .settings import GRIDS
 
 
@@ -29,6 +29,9 @@ FLOW_KEYS = (
     "stochastic_sampling",
 )
 """The configuration of `FlowMatchEulerDiscreteScheduler`, all of which `FlowMatchScheduler` shares."""
+
+MEANT_KEYS = tuple(key for key in FLOW_KEYS if not key.startswith(("base_", "max_")))
+"""Those of them that schedulers read; the others are for pipelines."""
 
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 """Noise schedule of a diffusion checkpoint's configuration."""
@@ -216,14 +219,35 @@ STOCK_BEHAVIOUR = {
 }
 
 
-def stock_flow_config(config: Mapping[str, Any], path: ConditionalPath) -> dict[str, Any]:
-    """The configuration of `FlowMatchEulerDiscreteScheduler` that gives the images of a configuration of ours."""
+def stock_flow_config(
+    config: Mapping[str, Any],
+    path: ConditionalPath,
+    class_name: str = "FlowMatchEulerDiscreteScheduler",
+    spacing: str = "linspace",
+) -> dict[str, Any]:
+    """The configuration of a stock flow scheduler of Euler steps on a grid that gives the images of one of ours."""
+    shared = _defaults(class_name)
+    behaviour = STOCK_BEHAVIOUR | {"timestep_spacing": spacing}
+    behaviour |= {key: _defaults("FlowMatchEulerDiscreteScheduler")[key] for key in MEANT_KEYS if key not in shared}
     obstacles = [] if path == OTPath() else [f"the path {path} (not {OTPath()})"]
-    obstacles += [
-        f"{key} {config[key]!r} (not {value!r})" for key, value in STOCK_BEHAVIOUR.items() if config[key] != value
-    ]
+    obstacles += [f"{key} {config[key]!r} (not {value!r})" for key, value in behaviour.items() if config[key] != value]
     if obstacles:
-        raise ValueError(
-            f"FlowMatchEulerDiscreteScheduler cannot give the same images: it lacks {', '.join(obstacles)}."
-        )
-    return _pick(config, FLOW_KEYS)
+        raise ValueError(f"{class_name} cannot give the same images: it lacks {', '.join(obstacles)}.")
+    return _pick(config, set(FLOW_KEYS) & set(shared))
+
+
+def stock_diffusion_config(config: Mapping[str, Any], path: ConditionalPath) -> dict[str, Any]:
+    """The configuration of `DDIMScheduler` that gives the images of a configuration of ours."""
+    obstacles = [] if isinstance(path, DiscreteVPPath) else [f"the path {path} (not vp_discrete)"]
+    behaviour = {"solver": "euler", "sampling_path": "ot", "eta": 0.0, "s_churn": 0.0} | dict.fromkeys(GRIDS, False)
+    obstacles += [f"{key} {config[key]!r} (not {value!r})" for key, value in behaviour.items() if config[key] != value]
+    if config["timestep_spacing"] == "graded":
+        obstacles += ["timestep_spacing 'graded'"]
+    if getattr(path, "snr_shift_scale", 1.0) != 1.0:
+        obstacles += ["snr_shift_scale (not 1.0)"]
+    if obstacles:
+        raise ValueError(f"DDIMScheduler cannot give the same images: it lacks {', '.join(obstacles)}.")
+    keys = ("num_train_timesteps", "prediction_type", "timestep_spacing", "steps_offset", "clip_sample")
+    betas = _pick(config["path_kwargs"] or {}, BETA_KEYS[:-1])
+    ends = {"set_alpha_to_one": config["final_sigmas_type"] == "zero"}
+    return _pick(config, (*keys, "clip_sample_range")) | betas | ends

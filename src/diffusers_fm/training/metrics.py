@@ -34,6 +34,9 @@ from .optimizers import GradientGuard
 
 logger = logging.getLogger(__name__)
 
+# Steps of a run whose speed is said at once.
+FIRST_STEPS = 10
+
 T = TypeVar("T")
 
 TIME_BINS = 10
@@ -365,7 +368,9 @@ class Throughput:
         self.flops_per_call: int | None = None
         self.stopwatch = Stopwatch(device)
         self._all_seconds: dict[str, float] = defaultdict(float)
+        self._seconds: dict[str, float] = defaultdict(float)
         self._num_steps = self._num_reported = 0
+        self._warm = 0.0
 
     def watch_model(self, model: nn.Module, bare_model: nn.Module) -> None:
         """Count the operations of a model at its first call; `bare_model` is the same without wrappers."""
@@ -396,14 +401,26 @@ class Throughput:
             yield batch
 
     def step(self) -> None:
-        """Count an optimizer step."""
+        """Count an optimizer step; the speed of the first ones, the very first left out, is logged."""
         self._num_steps += 1
+        if self._num_steps == 1:
+            self._warm = self._read()
+        elif self._num_steps == FIRST_STEPS:
+            speed = (FIRST_STEPS - 1) / max(self._read() - self._warm, 1e-9)
+            hours = 1000 / speed / 3600
+            logger.info("%.3g steps a second in the first %d: 1,000 in %.3g hours.", speed, FIRST_STEPS, hours)
+
+    def _read(self) -> float:
+        """Take the stopwatch's times; all seconds since the beginning."""
+        for section, value in self.stopwatch.read().items():
+            self._seconds[section] += value
+            self._all_seconds[section] += value
+        return sum(self._all_seconds.values())
 
     def report(self) -> dict[str, float]:
         """Figures of the steps since the last report."""
-        seconds = self.stopwatch.read()
-        for section, value in seconds.items():
-            self._all_seconds[section] += value
+        self._read()
+        seconds, self._seconds = self._seconds, defaultdict(float)
         num_steps, self._num_reported = self._num_steps - self._num_reported, self._num_steps
         return self._figures(seconds, num_steps)
 

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -221,12 +222,22 @@ class Plan:
         ]
         for name, gpu in GPUS.items():
             fits = self.peak / GIB + OVERHEAD <= gpu.memory
-            seconds = self.seconds_per_step(gpu)
-            lines.append(
-                f"  {name:<12}{gpu.memory:>6}{'yes' if fits else 'no':>7}{seconds:>12.3g}"
-                f"{seconds * self.num_steps / 3600:>15.3g}"
-            )
+            lines.append(self.row(name, str(gpu.memory), "yes" if fits else "no", self.seconds_per_step(gpu)))
         return "\n".join(lines)
+
+    def row(self, name: str, memory: str, fits: str, seconds: float) -> str:
+        """Line of the table of devices."""
+        return f"  {name:<12}{memory:>6}{fits:>7}{seconds:>12.3g}{seconds * self.num_steps / 3600:>15.3g}"
+
+
+def cpu_speed(side: int = 512, seconds: float = 0.1) -> float:
+    """FLOP/s of this CPU and torch's threads in products of float32 matrices, the best of some."""
+    matrix, best, end = torch.randn(side, side, device="cpu"), 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
 
 
 class _Part(BatchSlice):
@@ -354,7 +365,9 @@ class DryRun(TrainingRun[A]):
     def finish(self) -> None:
         """Print the plan, in the main process."""
         if int(os.environ.get("RANK", "0")) == 0:
-            print(self.plan())
+            plan = self.plan()
+            print(plan)
+            print(plan.row("this CPU", "", "", plan.flops / (USUAL_MFU * cpu_speed())))
 
     def plan(self) -> Plan:
         """Plan of the run, after the loop."""
