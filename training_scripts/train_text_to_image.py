@@ -46,7 +46,6 @@ import torch
 
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
-from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
@@ -64,6 +63,7 @@ from diffusers_fm.text_to_image.setup import (
     freeze,
     open_pipeline,
     prepare_data,
+    save_pipeline,
     validate_field,
     weigh_prior,
 )
@@ -133,13 +133,12 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         saved = as_saved(pipeline)
-        saved.save_pretrained(folder)
+        save_pipeline(saved, folder)
         for auxiliary in auxiliaries:
             auxiliary.save(folder)
         figures = {**figures, **learning_facts(args)}
         card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
-        clean_settings(folder)
 
     wrapped = run.begin(
         model,

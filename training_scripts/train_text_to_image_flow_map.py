@@ -29,7 +29,6 @@ from diffusers.utils.torch_utils import unwrap_module
 from diffusers_fm.arguments import Count, Free, NotNegative, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
-from diffusers_fm.hub.portable import clean_settings
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.flow_map import IntervalField
@@ -44,6 +43,7 @@ from diffusers_fm.text_to_image.setup import (
     freeze,
     open_pipeline,
     prepare_data,
+    save_pipeline,
     validate_field,
     weigh_prior,
 )
@@ -110,11 +110,10 @@ def main(args: ScriptArguments) -> None:
 
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
-        pipeline.save_pretrained(folder)
+        save_pipeline(pipeline, folder)
         figures = {**figures, **flow_map_facts(args, args.objective)}
         card = text_to_image_card(pipeline, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
-        clean_settings(folder)
 
     wrapped = run.begin(
         model,

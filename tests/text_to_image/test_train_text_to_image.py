@@ -94,6 +94,10 @@ def test_half_precision_trains_weights_in_full_precision(model: Path, data: Path
         assert one == pytest.approx(other, rel=2e-2)  # bfloat16 has a spacing of 2^-8
     state = load_file(runs[1] / "transformer" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    # As it is loaded by default, with text encoders that were saved in less, it samples.
+    pipeline = StableDiffusion3Pipeline.from_pretrained(runs[1])
+    assert {pipeline.text_encoder.dtype, pipeline.text_encoder_3.dtype} == {torch.float32}
+    assert np.isfinite(sample(pipeline)).all()
 
 
 def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:

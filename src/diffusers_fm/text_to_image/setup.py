@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +35,7 @@ from ..data.randomness import BatchSlice, make_generator
 from ..data.streams import StreamData
 from ..data.transforms import ImageTransform
 from ..files import written_aside
+from ..hub.portable import clean_settings, components, read_settings
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call
@@ -379,6 +381,19 @@ def as_saved(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     except ValueError as error:
         logger.info("The pipeline is saved with diffusers-fm's scheduler: %s", error)
         return pipeline
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """
+    Save a trained pipeline. Its network has float32 weights, so that text encoders that ran in less must load so too:
+    otherwise what they give would not fit the network.
+    """
+    pipeline.save_pretrained(folder)
+    for path in (folder / name / "config.json" for name in components(folder)):
+        settings = read_settings(path) if path.is_file() else {}
+        if settings.get("dtype"):
+            path.write_text(json.dumps({**settings, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
+    clean_settings(folder)
 
 
 @torch.no_grad()
