@@ -53,18 +53,23 @@ SHORT = {
     "num_pairs": 4,
     "num_images": 20,
     "num_solver_images": 4,
+    "num_calls": 2,
     "likelihood_steps": 2,
     "num_draws": 1,
     "num_samples": 2,
     "num_steps": 2,
     "rounds": 1,
+    "sizes": 7,
+    "seeds": 0,
+    "num_drawn": 1,
+    "classifier_steps": 2,
 }
 # What belongs to the machine, and what test_paper_in_small runs.
 NOT_RUN = ("pip", "make")
-# Long measurements, and what test_throughput runs: their command line is read, and no more.
+# Measurements of a minute or more however short, and what test_throughput runs: their command line is read, no more.
 ONLY_READ = (
     *("bench_solvers.py", "bench_marginals.py", "bench_data.py", "bench_training.py", "bench_throughput.py"),
-    *("digits_edit.py", "ema_width.py", "augmentation.py"),
+    "digits_edit.py",
 )
 
 # Repositories of the Hub and data that nobody has here, and what is tiny in their place.
@@ -156,6 +161,10 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         draw((16, 16), 3).convert("RGB").save("cat.png")
         # Seed, steps and batch of the classifier that tells features.
         patch.setattr("diffusers_fm.evaluation.features.train_classifier.__defaults__", (0, 2, 8))
+        # Points and tolerances of the flow that figures are measured by.
+        patch.setattr("diffusers_fm.evaluation.sampling.trajectories.__defaults__", (3, 1))
+        patch.setattr("diffusers_fm.evaluation.measures.REFERENCE_TOLERANCE", 1e-2)
+        patch.setattr("diffusers_fm.evaluation.measures.TOLERANCES", (1e-2,))
         yield folder
 
 
