@@ -2,15 +2,20 @@
 """Setup of text-to-image runs: the shift of equation 23, sizes, and arguments refused before any work."""
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_text_to_image import tiny_stable_diffusion_3
 
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, TextToImageArguments, parse_call
 from diffusers_fm.text_to_image.field import TrainedField
-from diffusers_fm.text_to_image.setup import as_saved, choose_scheduler, choose_sizes
+from diffusers_fm.text_to_image.setup import as_saved, choose_scheduler, choose_sizes, draw_class_images
 
 
 REQUIRED = ["--pretrained_model_name_or_path=nowhere", "--dataset_name=nowhere"]
@@ -154,3 +159,23 @@ def test_values_are_checked_before_any_work(arguments: type[TextToImageArguments
 def test_values_of_adapters_are_checked_before_any_work(words: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_arguments(LoraTrainingArguments, [*REQUIRED, *words.split()])
+
+
+def test_drawn_images_of_a_class_take_no_file_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "class-00001.png").write_bytes(b"mine")
+    words = ["--instance_prompt=a sks dog", "--class_prompt=a dog", f"--class_data_dir={tmp_path}"]
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, *words, "--num_class_images=4", "--eval_batch_size=2"])
+    batches = []
+
+    def draw(*given: Any) -> list[list[PIL.Image.Image]]:
+        (generators,) = given[6]
+        batches.append(len(generators))
+        return [[PIL.Image.new("RGB", (8, 8)) for _ in generators]]
+
+    monkeypatch.setattr("diffusers_fm.text_to_image.setup.sample_prompts", draw)
+    run, field = SimpleNamespace(accelerator=Accelerator(cpu=True)), SimpleNamespace(pipeline=None)
+    for _ in range(2):  # the second time nothing is missing
+        draw_class_images(run, args, field, (8, 8))  # type: ignore[arg-type]
+    assert batches == [2, 1]
+    assert (tmp_path / "class-00001.png").read_bytes() == b"mine"
+    assert len(list(tmp_path.iterdir())) == 4

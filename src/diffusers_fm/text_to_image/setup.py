@@ -288,16 +288,24 @@ def draw_class_images(run: TrainingRun[Any], args: TextToImageArguments, field: 
         return
     folder = Path(args.class_data_dir).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
-    missing = range(len(_images_of(args.class_data_dir)), args.num_class_images)
-    for start in tqdm(missing[:: args.eval_batch_size], desc="Drawing class images", disable=not missing):
-        numbers = missing[start - missing[0] :][: args.eval_batch_size]
+
+    def file_of(number: int) -> Path:
+        return folder / f"class-{number:05d}.png"
+
+    count = len(_images_of(args.class_data_dir))
+    # A file that is there stays.
+    free = (number for number in itertools.count(count) if not file_of(number).exists())
+    missing = list(itertools.islice(free, max(args.num_class_images - count, 0)))
+    starts = range(0, len(missing), args.eval_batch_size)
+    for start in tqdm(starts, desc="Drawing class images", disable=not missing):
+        numbers = missing[start : start + args.eval_batch_size]
         generators = [make_generator(args.seed or 0, "class image", number) for number in numbers]
         with run.accelerator.autocast(), torch.no_grad():
             (images,) = sample_prompts(
                 field.pipeline, field, args, size, run.accelerator.device, [args.class_prompt], [generators], True
             )
         for number, image in zip(numbers, images):
-            with written_aside(folder / f"class-{number:05d}.png") as aside:
+            with written_aside(file_of(number)) as aside:
                 image.save(aside, format="PNG")
 
 
