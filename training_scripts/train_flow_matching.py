@@ -162,8 +162,7 @@ def main(args: ScriptArguments) -> None:
     def export(folder: Path, figures: dict[str, Any]) -> None:
         """The trained pipeline and its card."""
         pipeline.save_pretrained(folder)
-        for auxiliary in auxiliaries:
-            auxiliary.save(folder)
+        auxiliaries.save(folder)
         card = model_card(
             pipeline, run.args, run.repo_id, run.global_batch_size, {**figures, **learning_facts(args)}, folder
         )
@@ -203,12 +202,11 @@ def main(args: ScriptArguments) -> None:
                     predict = partial(call, labels)
                     loss = partial(flow_matching_loss, path, data=data, noise=noise, t=t, **settings)
                     losses = loss(predict(x_t, t))
-                    for auxiliary in auxiliaries:
+                    if auxiliaries:
                         inputs = StepInputs(step, part, batch, data, noise, x_t, t, predict, loss)
-                        losses = losses + auxiliary.losses(inputs)
+                        losses = losses + auxiliaries.losses(inputs)
                     run.backward(t, losses)
-        for auxiliary in auxiliaries:
-            auxiliary.remove()
+        auxiliaries.remove()
         run.finish()
 
 

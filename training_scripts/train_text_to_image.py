@@ -134,8 +134,7 @@ def main(args: ScriptArguments) -> None:
         """The trained pipeline and its card."""
         saved = as_saved(pipeline)
         save_pipeline(saved, folder)
-        for auxiliary in auxiliaries:
-            auxiliary.save(folder)
+        auxiliaries.save(folder)
         figures = {**figures, **learning_facts(args)}
         card = text_to_image_card(saved, run.args, run.repo_id, run.global_batch_size, figures, folder, model)
         card.save(folder / "README.md")
@@ -172,12 +171,11 @@ def main(args: ScriptArguments) -> None:
                     predict = partial(call, (captions, size, dropped))
                     loss = partial(flow_matching_loss, path, data=data, noise=noise, t=t, **settings)
                     losses = loss(predict(x_t, t))
-                    for auxiliary in auxiliaries:
+                    if auxiliaries:
                         inputs = StepInputs(step, part, batch, data, noise, x_t, t, predict, loss)
-                        losses = losses + auxiliary.losses(inputs)
+                        losses = losses + auxiliaries.losses(inputs)
                     run.backward(t, weigh_prior(args, batch["captions"], losses))
-        for auxiliary in auxiliaries:
-            auxiliary.remove()
+        auxiliaries.remove()
         run.finish()
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Couplings of noise and data in training: independent, or by optimal transport, in each batch or to all data."""
 
+import math
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -103,16 +105,28 @@ def fit_semidiscrete(
     potentials = torch.zeros(len(data), dtype=data.dtype, device=data.device)
     # A difference of potentials moves a wall between cells; the spread of the data gives its unit.
     rate = len(data) ** 0.5 * 2 * data.flatten(1).std(0, correction=0).norm().item()
-    kept, count = torch.zeros_like(potentials), 0
+    first_kept = min(math.ceil((1 - AVERAGED_SHARE) * num_steps), num_steps - 1)
+    kept = torch.zeros_like(potentials)
     for step in range(num_steps):
         noise = torch.randn(FIT_BATCH_SIZE, *data.shape[1:], generator=generator, dtype=data.dtype, device=data.device)
         found = semidiscrete_assignment(data, noise, potentials).bincount(minlength=len(data))
         fall = (1 + 20 * step / num_steps) ** -1
         potentials += rate * fall * (1 / len(data) - found / FIT_BATCH_SIZE)
-        if step >= (1 - AVERAGED_SHARE) * num_steps:
-            kept, count = kept + potentials, count + 1
-    kept = kept / max(count, 1)
+        if step >= first_kept:
+            kept += potentials / (num_steps - first_kept)
     return kept - kept.mean()
+
+
+def share_variance(counts: torch.Tensor) -> float:
+    """
+    Mean of `(share - 1)^2` beyond that of chance, about zero if the marginal of the data is kept.
+
+    Args:
+        counts (`torch.Tensor` of shape `(num_samples,)`):
+            Noise that each sample got, integers; the shares are these over their mean.
+    """
+    num_samples, total = len(counts), counts.sum().item()
+    return num_samples * counts.square().sum().item() / total**2 - 1 - (num_samples - 1) / total
 
 
 def cell_masses(
@@ -129,13 +143,11 @@ def cell_masses(
             Samples of noise, best many for each sample of the data.
 
     Returns:
-        `tuple[torch.Tensor, float]`: shares of shape `(num_samples,)`; and the mean of `(share - 1)^2` beyond that of
-        chance, about zero if the marginal is kept.
+        `tuple[torch.Tensor, float]`: shares of shape `(num_samples,)`, and their [`share_variance`].
     """
     counts = torch.zeros(len(data), dtype=torch.int64, device=data.device)
     for start in range(0, num_noise, FIT_BATCH_SIZE):
         size = (min(FIT_BATCH_SIZE, num_noise - start), *data.shape[1:])
         noise = torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
         counts += semidiscrete_assignment(data, noise, potentials).bincount(minlength=len(data))
-    shares = counts.to(data.dtype) * len(data) / num_noise
-    return shares, (shares - 1).square().mean().item() - (len(data) - 1) / num_noise
+    return counts.to(data.dtype) * len(data) / num_noise, share_variance(counts)

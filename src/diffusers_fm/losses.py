@@ -160,14 +160,16 @@ def flow_matching_loss(
     if not model_output.shape == data.shape == noise.shape:
         shapes = [tuple(tensor.shape) for tensor in (model_output, data, noise)]
         raise ValueError(f"`model_output`, `data` and `noise` must have one shape, got {shapes}.")
-    target = path.target(data.float(), noise.float(), t, prediction_type)
-    error = F.mse_loss(model_output.float(), target, reduction="none").reshape(len(data), -1).mean(1)
+
+    def distance(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        target = path.target(data.float(), noise.float(), t, prediction_type)
+        return F.mse_loss(model_output.float(), target, reduction="none").reshape(len(data), -1).mean(1)
+
+    error = distance(data, noise)
     if contrastive_weight:
         if len(data) == 1:
             raise ValueError("`contrastive_weight` needs batches of at least 2 samples, got 1.")
-        other = path.target(data.roll(1, 0).float(), noise.roll(1, 0).float(), t, prediction_type)
-        others = F.mse_loss(model_output.float(), other, reduction="none").reshape(len(data), -1).mean(1)
-        error = error - contrastive_weight * others
+        error = error - contrastive_weight * distance(data.roll(1, 0), noise.roll(1, 0))
     if SPACES.get(weighting) == prediction_type:
         return error
     if weight_clip > path.ratio_min:

@@ -76,7 +76,7 @@ class ButcherTableau:
 
     @property
     def first_same_as_last(self) -> bool:
-        """Whether the last stage is the first one of the next step, and so costs nothing in a sequence of steps."""
+        """True if the last stage is the first one of the next step, and so costs nothing in a sequence of steps."""
         return self.stages > 1 and self.b[-1] == 0.0 and self.a[-1] == self.b[:-1]
 
     def without_error_estimate(self) -> "ButcherTableau":

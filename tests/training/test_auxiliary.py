@@ -123,8 +123,9 @@ class Step:
         self.pipeline = pipeline_of(kind)
         self.model = TrainableModel(self.pipeline).requires_grad_(True).train()
         scheduler: Any = self.pipeline.scheduler
-        found: list[Auxiliary] = begin_auxiliaries(run, self.model, self.pipeline.denoiser, scheduler, None)
-        (self.auxiliary,) = found
+        made = begin_auxiliaries(run, self.model, self.pipeline.denoiser, scheduler, None)
+        self.auxiliary: Auxiliary = next(iter(made))
+        assert len(made) == 1
         generator = torch.Generator().manual_seed(0)
         self.data, self.noise = torch.randn(2, 3, 1, 8, 8, generator=generator)
         self.t, self.labels = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0, 1, 2])

@@ -168,7 +168,7 @@ class ImageData(Dataset):
 
     @property
     def in_memory(self) -> bool:
-        """Whether all images are decoded beforehand."""
+        """True if all images are decoded beforehand."""
         return self._kept is not None or self._stack is not None
 
     @property

@@ -61,7 +61,7 @@ class VelocityMixin:
 
     @property
     def diffusion_prediction(self) -> str:
-        """What the diffusion model predicted: `epsilon`, `v_prediction` or `sample`."""
+        """Prediction type of the diffusion model: `epsilon`, `v_prediction` or `sample`."""
         return (self.config.diffusion or {}).get("prediction_type", "epsilon")
 
     def straight_times(self, timesteps: torch.Tensor) -> torch.Tensor:

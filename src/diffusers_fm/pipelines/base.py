@@ -106,7 +106,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
 
     @property
     def do_classifier_free_guidance(self) -> bool:
-        """Whether the call in progress evaluates the null class beside the wanted one."""
+        """True if the call in progress evaluates the null class beside the wanted one."""
         return self.guidance_scale != 1.0
 
     @property
@@ -116,7 +116,7 @@ class FlowMatchPipelineBase(FlowMatchComponents):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked to stop, by setting `_interrupt`."""
+        """True if a callback has asked to stop, by setting `_interrupt`."""
         return self._call.interrupt
 
     # diffusers' names of what callbacks set.

@@ -430,7 +430,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
 
     @property
     def makes_pictures(self) -> bool:
-        """Whether samples are pictures: of two dimensions, and of 1, 3 or 4 channels."""
+        """True if samples are pictures: of two dimensions, and of 1, 3 or 4 channels."""
         return len(self.sample_shape) == 3 and self.image_channels in (1, 3, 4)
 
     @property

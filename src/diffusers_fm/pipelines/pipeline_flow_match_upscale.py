@@ -96,7 +96,7 @@ class FlowMatchUpscalePipeline(FlowMatchPipelineBase):
 
     @property
     def takes_noise_level(self) -> bool:
-        """Whether the network has a channel for the noise level of the low-resolution image."""
+        """True if the network has a channel for the noise level of the low-resolution image."""
         return unwrap_module(self.denoiser).config.in_channels == 2 * self.data_channels + 1
 
     def preprocess(self, image: Images) -> torch.Tensor:

@@ -53,7 +53,7 @@ class SamplingOptions:
 
     @property
     def is_adaptive(self) -> bool:
-        """Whether the solver chooses its own steps."""
+        """True if the solver chooses its own steps."""
         return self.solver in ADAPTIVE_SOLVERS
 
     @property

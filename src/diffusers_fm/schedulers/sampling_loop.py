@@ -209,7 +209,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
 
     @property
     def _levels(self) -> bool:
-        """Whether a stock pipeline (Cosmos) has set a Karras-like grid to levels `sigma / alpha` above 1."""
+        """True if a stock pipeline (Cosmos) has set a Karras-like grid to levels `sigma / alpha` above 1."""
         config = self.config
         return config.path == "ot" and any(config[name] for name in GRIDS) and (config.get("sigma_max") or 0.0) > 1.0
 

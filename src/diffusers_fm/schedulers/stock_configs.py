@@ -31,7 +31,7 @@ FLOW_KEYS = (
 """The configuration of `FlowMatchEulerDiscreteScheduler`, all of which `FlowMatchScheduler` shares."""
 
 MEANT_KEYS = tuple(key for key in FLOW_KEYS if not key.startswith(("base_", "max_")))
-"""Those of them that schedulers read; the others are for pipelines."""
+"""Keys of `FLOW_KEYS` that schedulers read; the others are for pipelines."""
 
 BETA_KEYS = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr", "snr_shift_scale")
 """Noise schedule of a diffusion checkpoint's configuration."""

@@ -170,7 +170,7 @@ class TrainedField(OneNetwork):
 
     @property
     def is_empty(self) -> bool:
-        """Whether the models have no contents: those of a dry run."""
+        """True if the models have no contents: those of a dry run."""
         vae: Any = self.pipeline.components["vae"]
         return next(vae.parameters()).is_meta
 

@@ -4,7 +4,7 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -116,7 +116,7 @@ class LearningArguments(Arguments):
 
     @property
     def has_auxiliary(self) -> bool:
-        """Whether there is an auxiliary loss."""
+        """True if there is an auxiliary loss."""
         return any(each is not None for each in (self.repa_teacher, self.internal_block, self.self_block))
 
 
@@ -187,6 +187,27 @@ class Auxiliary(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Save what sampling may use beside the pipeline; by default nothing."""
+
+
+class AuxiliaryLosses(nn.ModuleList):
+    """Auxiliary losses of a run, perhaps none."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return super().__iter__()
+
+    def losses(self, inputs: StepInputs) -> torch.Tensor:
+        """Sum of the losses of the samples, `(batch_size,)`."""
+        return torch.stack([each.losses(inputs) for each in self]).sum(0)
+
+    def remove(self) -> None:
+        """Take all hooks off again."""
+        for each in self:
+            each.remove()
+
+    def save(self, folder: Path) -> None:
+        """Save what sampling may use beside the pipeline."""
+        for each in self:
+            each.save(folder)
 
 
 def block_lists(network: nn.Module) -> list[str]:
@@ -384,7 +405,7 @@ class InternalHead(Auxiliary):
 
 def begin_auxiliaries(
     run: TrainingRun[Any], model: nn.Module, network: nn.Module, scheduler: FlowMatchScheduler, data: TrainingData
-) -> list[Auxiliary]:
+) -> AuxiliaryLosses:
     """
     Auxiliary losses of `--repa_teacher`, `--internal_block` and `--self_block`.
 
@@ -404,21 +425,21 @@ def begin_auxiliaries(
             Training data, whose features are cached.
 
     Returns:
-        `list[Auxiliary]`: empty without such options, and in a dry run.
+        [`AuxiliaryLosses`]: empty without such options, and in a dry run.
 
     Raises:
         ValueError: if the network has no such blocks, or the engine shards it.
     """
     args, accelerator = run.args, run.accelerator
     if not args.has_auxiliary:
-        return []
+        return AuxiliaryLosses()
     if args.saved().get("num_frames", 1) > 1:
         raise ValueError("--repa_teacher, --internal_block and --self_block are for images, not for --num_frames.")
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
             "--repa_teacher, --internal_block and --self_block do not go with FSDP2 and DeepSpeed: use DDP."
         )
-    network, made = unwrap_module(network), list[Auxiliary]()
+    network, made = unwrap_module(network), AuxiliaryLosses()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(run.seed)
         if args.repa_teacher is not None:
@@ -429,8 +450,8 @@ def begin_auxiliaries(
             made.append(InternalHead(args, network))
         if args.self_block is not None:
             made.append(SelfAlignment(args, model, network, scheduler))
-    model.add_module(AUXILIARY, nn.ModuleList(made).train())
-    return [] if isinstance(accelerator, DryAccelerator) else made
+    model.add_module(AUXILIARY, made.train())
+    return AuxiliaryLosses() if isinstance(accelerator, DryAccelerator) else made
 
 
 def _prepare_features(run: TrainingRun[Any], data: TrainingData, encoder: VisionEncoder) -> None:

@@ -10,12 +10,11 @@ from typing import Annotated, Any
 import torch
 
 from ..arguments import Arguments, Count, Needs, option
-from ..couplings import cell_masses, fit_semidiscrete, semidiscrete_assignment
+from ..couplings import cell_masses, fit_semidiscrete, semidiscrete_assignment, share_variance
 from ..data.arrays import ArrayData
 from ..data.cache import DryAccelerator
 from ..data.images import ImageData
 from ..data.randomness import make_generator
-from ..precision import to_float64
 from .arguments import ObjectiveArguments
 from .run import TrainingRun
 
@@ -101,20 +100,17 @@ class SemidiscreteCoupling:
             `torch.Tensor` of the shape of `noise`.
         """
         chosen = torch.empty(len(noise), dtype=torch.int64, device=noise.device)
-        for label, members in self._rows.items():
+        for label in [None] if labels is None else labels.unique().tolist():
             own = torch.ones_like(chosen, dtype=torch.bool) if label is None else labels == label
+            members = self._rows[label]
             found = semidiscrete_assignment(self._data[members], noise[own], self._potentials[label])
             chosen[own] = members[found]
         self._counts += chosen.bincount(minlength=len(self._counts))
         return self._data[chosen]
 
     def figures(self) -> dict[str, float]:
-        """`coupling_variance`: mean of `(share - 1)^2` of the samples' shares in training, beyond that of chance."""
-        total, size = self._counts.sum().item(), len(self._counts)
-        if total == 0:
-            return {}
-        shares = to_float64(self._counts) * size / total
-        return {"coupling_variance": (shares - 1).square().mean().item() - (size - 1) / total}
+        """`coupling_variance`: [`~couplings.share_variance`] of the shares in training, once there are some."""
+        return {"coupling_variance": share_variance(self._counts)} if self._counts.any() else {}
 
 
 def couple_to_all(
