@@ -100,6 +100,23 @@ def test_half_precision_trains_weights_in_full_precision(model: Path, data: Path
     assert np.isfinite(sample(pipeline)).all()
 
 
+def test_a_compiled_run_is_the_same(model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"use_ema": True, "checkpointing_steps": 2}
+    plain = train(model, data, tmp_path / "plain", **options)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    # As by --dynamo_backend of accelerate: --torch_compile takes inductor, which takes minutes.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = train(model, data, tmp_path / "compiled", max_train_steps=2, **options)
+    # The network with gradients, and without them for the held-out loss; nothing of the pipeline, no asking.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND")
+    train(model, data, compiled, resume_from_checkpoint="latest", **options)
+    assert read_log(compiled, "loss") == read_log(plain, "loss")
+    assert_same_weights(plain, compiled)
+
+
 def test_another_path_carries_our_scheduler(data: Path, tmp_path: Path) -> None:
     scheduler = FlowMatchScheduler(path="cosine", prediction_type="v_prediction")
     tiny_stable_diffusion_3(t5=False, scheduler=scheduler).save_pretrained(tmp_path / "model")

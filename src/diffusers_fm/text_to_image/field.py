@@ -24,7 +24,7 @@ from ..pipelines.one_step import map_tensors, straight_scheduler
 from ..pipelines.pipeline_calls import PROBES
 from ..pipelines.velocity_field import VelocityField
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..training.metrics import OneNetwork
+from ..training.networks import OneNetwork
 from .text import TextEncoders
 
 
@@ -104,6 +104,11 @@ class TrainedField(OneNetwork):
     def pipeline(self) -> DiffusionPipeline:
         """The pipeline."""
         return self._hidden[0]
+
+    @property
+    def main_network(self) -> nn.Module:
+        """The network that is trained."""
+        return self.field.network
 
     @property
     def call(self) -> dict[str, Any]:

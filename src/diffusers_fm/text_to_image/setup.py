@@ -41,6 +41,7 @@ from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
+from ..training.networks import compiles
 from ..training.run import TrainingRun
 from ..training.sampler import find_sampler
 from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid
@@ -131,8 +132,8 @@ def choose_sizes(field: TrainedField, args: TextToImageArguments) -> list[Size]:
 
 
 def ask_all(accelerator: Accelerator | DryAccelerator, field: TrainedField, sizes: Sequence[Size]) -> None:
-    """With a sharded network, ask for all sizes beforehand: later processes would have to ask together."""
-    if accelerator.distributed_type in SHARDING:
+    """Ask for all sizes beforehand where later processes would have to ask together, or by a compiled network."""
+    if compiles(accelerator) or accelerator.distributed_type in SHARDING:
         for size in sizes:
             field.check_size(size)
             field.shift(size)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of a run: losses by time, speed, gradients, and the log and trackers that they go to."""
 
-import copy
 import json
 import logging
 import math
@@ -29,6 +28,7 @@ from ..data.streams import StreamPosition
 from ..files import replace_text, written_for_run
 from ..precision import to_float64
 from .arguments import TrainingArguments
+from .networks import OneNetwork
 from .optimizers import GradientGuard
 
 
@@ -97,25 +97,6 @@ def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs or {}))
     return counter.get_total_flops()
-
-
-class OneNetwork(nn.Module):
-    """Model that mainly calls one network, by which its operations and memory are counted."""
-
-    def network_call(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """The network and the arguments that it gets in a call of the model."""
-        raise NotImplementedError
-
-    def measured_call(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """The same with a network without contents: some keep tables that they have computed, and must not here."""
-        network, arguments = self.network_call(*args, **kwargs)
-        tensors = [*network.named_parameters(), *network.named_buffers()]
-        memo: dict[int, Any] = {}
-        for _, tensor in tensors:
-            empty = torch.empty_like(tensor, device="meta")
-            is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-        return copy.deepcopy(network, memo), arguments
 
 
 def with_backward(model: nn.Module, flops: int) -> int:

@@ -28,7 +28,8 @@ from ..data.loading import TrainingData
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData, StreamedRow
 from .arguments import TrainingArguments
-from .metrics import GPU, GPUS, OneNetwork, forward_flops, peak_flops, with_backward
+from .metrics import GPU, GPUS, forward_flops, peak_flops, with_backward
+from .networks import OneNetwork
 from .optimizers import state_bytes
 from .run import TrainingRun
 

@@ -30,6 +30,7 @@ from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint,
 from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .metrics import RunLog, RunMetrics
+from .networks import with_compiled_network
 from .objective import draw_noise
 from .optimizers import clip_gradients, kept_settings, make_optimizer, non_finite_parameters, schedule_free_weights
 from .publishing import Publisher, save_arguments
@@ -204,7 +205,7 @@ class TrainingRun(Generic[A]):
             args.lr_scheduler, optimizer, None, warmup(args), self.max_train_steps, args.lr_num_cycles, args.lr_power
         )
         warn_of_settings(args, self.max_train_steps, data.num_samples, self.global_batch_size)
-        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self.model, self._optimizer = accelerator.prepare(with_compiled_network(accelerator, model), optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._metrics.throughput.watch_model(self.model, self._weights.bare)
@@ -429,9 +430,8 @@ class TrainingRun(Generic[A]):
         self.accelerator.backward(losses.mean())
         self._metrics.throughput.stopwatch.mark("model")
         if self.accelerator.sync_gradients:
-            self._metrics.gradient_norm = norm = clip_gradients(
-                self.accelerator, self._parameters, self.args.max_grad_norm
-            )
+            norm = clip_gradients(self.accelerator, self._parameters, self.args.max_grad_norm)
+            self._metrics.gradient_norm = norm
             if self._metrics.guard.before_step(self._optimizer, norm):
                 self._optimizer.step()
             self._optimizer.zero_grad()
