@@ -69,9 +69,9 @@ def save_pipeline(folder: Path, side: int, channels: tuple[int, ...]) -> None:
     FlowMatchPipeline(FlowMatchScheduler(), unet=unet).save_pretrained(folder)
 
 
-def loader_speed(pictures: Path, side: int, batch_size: int, workers: int, streaming: bool) -> float:
+def loader_speed(pictures: Path, side: int, batch_size: int, workers: int, streaming: bool, num_batches: int) -> float:
     """Images/s of the loader alone."""
-    transform, num_batches = ImageTransform(side, 3, random_flip=True), max(12, 400 // batch_size)
+    transform = ImageTransform(side, 3, random_flip=True)
     if streaming:
         data = StreamData(stream_splits(train_data_dir=str(pictures))["train"], transform)
         position = StreamPosition(data, batch_size, 1, workers)
@@ -96,7 +96,9 @@ def training_speed(
         line = f"--pretrained_model_name_or_path={pipeline} --train_data_dir={pictures} --output_dir={folder} --seed=0"
         line += f" --cache_dir={pictures.parent / 'cache'} --dataloader_num_workers={workers} --random_flip"
         line += f" --train_batch_size={batch_size} --max_train_steps={num_steps} --num_validation_images=0"
-        line += f" --logging_steps={num_steps // 4} --checkpointing_steps=1000000 --report_to=none --use_cpu"
+        line += f" --logging_steps={max(1, num_steps // 4)} --checkpointing_steps=1000000 --report_to=none --use_cpu"
+        # No search for a solver at the end.
+        line += " --num_inference_steps=1"
         script.main(parse_arguments(script.ScriptArguments, [*line.split(), *["--streaming"] * streaming]))
         lines = [json.loads(each) for each in (Path(folder) / "log.jsonl").read_text().splitlines()]
     # The first lines hold the start of the workers.
@@ -121,6 +123,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="Which of them.")
     parser.add_argument("--num_steps", type=int, default=16, help="Training steps of each case.")
+    parser.add_argument("--num_images", type=int, help="Pictures of each case, in place of its own number.")
+    parser.add_argument("--train_batch_size", type=int, help="In place of each case's own.")
+    parser.add_argument("--num_batches", type=int, help="Batches of the loader alone; by default of 400 pictures.")
     args = parser.parse_args()
     script = load_script()
     logging.disable(logging.WARNING)
@@ -128,12 +133,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in args.cases:
             side, ending, size, count, batch_size, channels = CASES[name]
+            batch_size = args.train_batch_size or batch_size
             place = Path(folder) / name.replace(" ", "")
-            write_pictures(place / "pictures", ending, size, count)
+            write_pictures(place / "pictures", ending, size, args.num_images or count)
             save_pipeline(place / "pipeline", side, channels)
             for streaming in (False, True):
                 for workers in (0, 1):
-                    alone = loader_speed(place / "pictures", side, batch_size, workers, streaming)
+                    num_batches = args.num_batches or max(12, 400 // batch_size)
+                    alone = loader_speed(place / "pictures", side, batch_size, workers, streaming, num_batches)
                     speed, waiting = training_speed(
                         script, place / "pipeline", place / "pictures", batch_size, workers, streaming, args.num_steps
                     )

@@ -25,7 +25,6 @@ from diffusers_fm.paths import OTPath
 
 
 MEAN, STD = 0.8, 0.5
-STEPS = (16, 64, 256)
 
 
 def samplers() -> dict[str, tuple[Any, dict[str, Any]]]:
@@ -46,7 +45,7 @@ def samplers() -> dict[str, tuple[Any, dict[str, Any]]]:
     return table
 
 
-def moments(scheduler: Any, options: dict[str, Any], num_steps: int, num_samples: int = 20_000) -> tuple[float, float]:
+def moments(scheduler: Any, options: dict[str, Any], num_steps: int, num_samples: int) -> tuple[float, float]:
     """Mean and standard deviation of what a sampler makes."""
     problem = gaussian((1,), MEAN, STD)
     path = scheduler.path if isinstance(scheduler, FlowMatchScheduler) else OTPath()
@@ -62,11 +61,15 @@ def moments(scheduler: Any, options: dict[str, Any], num_steps: int, num_samples
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_steps", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--num_samples", type=int, default=20_000)
+    args = parser.parse_args()
     print(f"Mean and standard deviation, exactly {MEAN:.3f} and {STD:.3f}\n")
-    print("| sampler | " + " | ".join(f"{steps} steps" for steps in STEPS) + " |\n|---" + "|---:" * len(STEPS) + "|")
+    print("| sampler | " + " | ".join(f"{steps} steps" for steps in args.num_steps) + " |")
+    print("|---" + "|---:" * len(args.num_steps) + "|")
     for name, (scheduler, options) in samplers().items():
-        cells = [moments(scheduler, options, steps) for steps in STEPS]
+        cells = [moments(scheduler, options, steps, args.num_samples) for steps in args.num_steps]
         print(f"| {name} | " + " | ".join(f"{mean:.3f}, {std:.3f}" for mean, std in cells) + " |")
 
 

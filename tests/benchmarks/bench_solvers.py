@@ -51,8 +51,11 @@ from diffusers_fm.solvers import odeint
 
 
 LEVELS = (1e-1, 1e-2, 1e-3)
+# Numbers of steps that are tried, and calls up to which.
 STEPS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20, 24, 28, 34, 40, 48, 57, 68, 80, 96, 114)
 MOST_CALLS = 114
+# Steps of the trajectories that calibrated steps are fitted to, and grids that are tried for each number of them.
+FIT = {"reference_steps": 2 * MOST_CALLS, "max_runs": 32}
 
 GRADED = {"sampling_path": "angle", "timestep_spacing": "graded"}
 OURS: dict[str, dict[str, str]] = {
@@ -172,10 +175,9 @@ def num_noises(shape: Sequence[int]) -> int:
     return max(256, 8192 // math.prod(shape))
 
 
-def mixture_problem(name: str, mixture: GaussianMixture, path_name: str) -> Problem:
+def mixture_problem(name: str, mixture: GaussianMixture, path_name: str, batch_size: int) -> Problem:
     """A mixture on a path, in float64."""
     path = make_path(path_name)
-    batch_size = num_noises(mixture.shape)
     noise = torch.randn(batch_size, *mixture.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     straight = straight_velocity(mixture)
 
@@ -194,7 +196,7 @@ def mixture_problem(name: str, mixture: GaussianMixture, path_name: str) -> Prob
     return Problem(name, config, model, straight, noise, reference)
 
 
-def pipeline_problem(folder: str, batch_size: int = 32) -> Problem:
+def pipeline_problem(folder: str, batch_size: int) -> Problem:
     """A trained pipeline, without guidance, its classes in turn."""
     pipeline = FlowMatchPipeline.from_pretrained(folder)
     pipeline.denoiser.eval()
@@ -248,7 +250,7 @@ def sample(
     return len(scheduler.timesteps), x
 
 
-def measure_calibrated(problem: Problem, batch_size: int, most: int = MOST_CALLS) -> tuple[float, ...]:
+def measure_calibrated(problem: Problem, batch_size: int, most: int, **fit: int) -> tuple[float, ...]:
     """The calls for each level of steps that were fitted to this problem, each number of them on its own."""
     settings = FlowMatchScheduler.from_config(problem.config)
 
@@ -259,12 +261,15 @@ def measure_calibrated(problem: Problem, batch_size: int, most: int = MOST_CALLS
 
     curve: Curve = []
     calls = 0
-    for counts in CALIBRATED_STEPS:
-        calibration = calibrate(run, settings, counts, reference_steps=2 * MOST_CALLS)
+    for group in CALIBRATED_STEPS:
+        counts = [steps for steps in group if steps <= most]
+        if not counts:
+            break
+        calibration = calibrate(run, settings, counts, **fit)
         config = dict(calibration.scheduler.config)
-        curve += [(steps, problem.error(run_ours(problem, config, steps)[1])) for steps in counts if steps <= most]
+        curve += [(steps, problem.error(run_ours(problem, config, steps)[1])) for steps in counts]
         calls += calibration.calls
-        if math.isfinite(needs(curve)[-1]) or counts[-1] >= most:
+        if math.isfinite(needs(curve)[-1]):
             break
     print(f"\n{problem.name}: {len(curve)} numbers of steps were calibrated in {calls} calls.")
     return needs(curve)
@@ -329,7 +334,8 @@ def run_native(problem: Problem, method: str, num_steps: int) -> tuple[int, torc
 
 def existing(problem: Problem) -> dict[str, Callable[[int], tuple[int, torch.Tensor]]]:
     """The solvers to beat, each as a function of the number of steps."""
-    path = FlowMatchScheduler.from_config(problem.config).path
+    ours = FlowMatchScheduler.from_config(problem.config)
+    path = ours.path
     shared = {"solver_order": 2, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     makers: dict[str, Callable[[], Any]] = {}
 
@@ -364,7 +370,7 @@ def existing(problem: Problem) -> dict[str, Callable[[int], tuple[int, torch.Ten
             add(f"UniPC-{order}{grid}", UniPCMultistepScheduler, solver_order=order, **diffusion, **option)
             add(f"DEIS-{order}{grid}", DEISMultistepScheduler, solver_order=order, **diffusion, **option)
         add(f"Heun{grid}", HeunDiscreteScheduler, **diffusion, **option)
-    edm = {"sigma_min": low, "sigma_max": high, "sigma_data": problem.config.get("sigma_data", 1.0)}
+    edm = {"sigma_min": low, "sigma_max": high, "sigma_data": ours.sigma_data}
     for schedule in ("karras", "exponential"):
         grid = schedule.replace("karras", "Karras")
         for order in (2, 3):
@@ -382,7 +388,8 @@ def existing(problem: Problem) -> dict[str, Callable[[int], tuple[int, torch.Ten
 def error_curve(problem: Problem, solve: Callable[[int], tuple[int, torch.Tensor]], most: int = MOST_CALLS) -> Curve:
     """Errors by calls of the model, until the smallest level is reached."""
     curve: Curve = []
-    for num_steps in STEPS:
+    # Each step is a call, or more.
+    for num_steps in [steps for steps in STEPS if steps <= most]:
         try:
             calls, x = solve(num_steps)
         except (ZeroDivisionError, IndexError, RuntimeError, ValueError):
@@ -432,7 +439,7 @@ def measure_existing(problem: Problem, only_the_best: bool, most: int = MOST_CAL
     return table
 
 
-def best_of(table: Table, index: int, most: int = MOST_CALLS) -> tuple[str, float]:
+def best_of(table: Table, index: int, most: int) -> tuple[str, float]:
     """The solver that needs the fewest calls for a level; `most` if none reaches it, as if one just did there."""
     name = min(table, key=lambda name: table[name][index])
     return name, min(table[name][index], most)
@@ -464,41 +471,46 @@ def print_problem(ours: Table, others: Table, all_others: bool) -> None:
     print_header([f"{level:.0e}" for level in LEVELS])
     for name, calls in ours.items():
         print(row(name, [number(value, 1) for value in calls]))
-    best = [best_of(others, i) for i in range(len(LEVELS))]
-    shown = others if all_others else {name: others[name] for name in dict.fromkeys(name for name, _ in best)}
+    best = [min(others, key=lambda name: others[name][i]) for i in INDICES]
+    shown = others if all_others else {name: others[name] for name in dict.fromkeys(best)}
     for name, calls in shown.items():
         print(row(f"existing: {name}", [number(value, 1) for value in calls]))
 
 
-def measure_mixtures(seed: int, path: str, verbose: bool) -> dict[str, tuple[Table, Table, Table]]:
+def measure_mixtures(path: str, args: argparse.Namespace) -> dict[str, tuple[Table, Table, Table]]:
     """Calls for each mixture on a path: of our solvers, of existing ones, and of equal steps in the path's time."""
-    results = {}
-    for name, mixture in mixtures(seed).items():
+    results, most = {}, args.most_calls or MOST_CALLS
+    for name, mixture in list(mixtures(args.seed).items())[: args.num_mixtures]:
         began = time.perf_counter()
-        problem = mixture_problem(name, mixture, path)
+        problem = mixture_problem(name, mixture, path, args.batch_size or num_noises(mixture.shape))
         native = {
-            method: needs(error_curve(problem, lambda n, p=problem, method=method: run_native(p, method, n)))
+            method: needs(error_curve(problem, lambda n, p=problem, method=method: run_native(p, method, n), most))
             for method in NATIVE
         }
-        ours = measure_ours(problem) | {CALIBRATED: measure_calibrated(problem, batch_size=2 * len(problem.noise))}
-        results[name] = (ours, measure_existing(problem, only_the_best=True), native)
-        if verbose:
+        calibrated = measure_calibrated(
+            problem, 2 * len(problem.noise), most, **{name: vars(args)[name] for name in FIT}
+        )
+        ours = measure_ours(problem, most) | {CALIBRATED: calibrated}
+        results[name] = (ours, measure_existing(problem, True, most), native)
+        if args.verbose:
             print(f"\n{path}, {name} ({time.perf_counter() - began:.0f} s)\n")
             print_problem(*results[name][:2], all_others=False)
             sys.stdout.flush()
     return results
 
 
-def print_path(path: str, results: dict[str, tuple[Table, Table, Table]]) -> None:
+def print_path(path: str, results: dict[str, tuple[Table, Table, Table]], most: int) -> None:
     """Our calls relative to the best existing solver."""
     print(f"\n## {path}: calls relative to the best existing solver, geometric mean over {len(results)} problems\n")
     print_header([*(f"{level:.0e}" for level in LEVELS), "worst 1e-2"])
     for solver in (CALIBRATED, *OURS):
-        ratios = [[ours[solver][i] / best_of(others, i)[1] for ours, others, _ in results.values()] for i in INDICES]
+        ratios = [
+            [ours[solver][i] / best_of(others, i, most)[1] for ours, others, _ in results.values()] for i in INDICES
+        ]
         print(row(solver, [*(number(geometric_mean(values)) for values in ratios), number(max(ratios[1]))]))
     print("\nCalls for 1e-2 of the best existing solver, calibrated, and of abm3 and ab3 (angle graded):\n")
     for name, (ours, others, _) in results.items():
-        best, calls = best_of(others, 1)
+        best, calls = best_of(others, 1, most)
         own = ", ".join(number(ours[solver][1], 1) for solver in (CALIBRATED, "abm3 angle graded", "ab3 angle graded"))
         print(f"- {name}: {best} {number(calls, 1)}; {own}")
     sys.stdout.flush()
@@ -524,8 +536,11 @@ def print_between(path: str, results: dict[str, Any], on_ot: dict[str, Any]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pipeline", help="a folder of a trained pipeline, in place of mixtures")
-    parser.add_argument("--batch_size", type=int, default=32, help="samples of the pipeline")
-    parser.add_argument("--most_calls", type=int, default=64, help="of the pipeline's network")
+    parser.add_argument("--batch_size", type=int, help="noises: of a pipeline 32, of a mixture the more the flatter")
+    parser.add_argument("--most_calls", type=int, help=f"of the network: a pipeline's 64, a mixture's {MOST_CALLS}")
+    for name, value in FIT.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help="of a calibration")
+    parser.add_argument("--num_mixtures", type=int, help="by default all nine")
     parser.add_argument("--seed", type=int, default=100, help="of the mixtures")
     parser.add_argument("--paths", nargs="+", default=["ot", "vp", "ve"], help="paths of the mixtures")
     parser.add_argument("--verbose", action="store_true", help="show the calls on each mixture, or of each solver")
@@ -535,14 +550,16 @@ def main() -> None:
         if arguments.pipeline is None:
             results = {}
             for path in arguments.paths:
-                results[path] = measure_mixtures(arguments.seed, path, arguments.verbose)
-                print_path(path, results[path])
+                results[path] = measure_mixtures(path, arguments)
+                print_path(path, results[path], arguments.most_calls or MOST_CALLS)
             for path in arguments.paths:
                 if path != "ot" and "ot" in results:
                     print_between(path, results[path], results["ot"])
             return
-        problem, most = pipeline_problem(arguments.pipeline, arguments.batch_size), arguments.most_calls
-        ours = measure_ours(problem, most) | {CALIBRATED: measure_calibrated(problem, 4 * arguments.batch_size, most)}
+        batch_size, most = arguments.batch_size or 32, arguments.most_calls or 64
+        problem = pipeline_problem(arguments.pipeline, batch_size)
+        calibrated = measure_calibrated(problem, 4 * batch_size, most, **{name: vars(arguments)[name] for name in FIT})
+        ours = measure_ours(problem, most) | {CALIBRATED: calibrated}
         others = measure_existing(problem, False, most)
         print(f"\n## {problem.name}: calls for a relative error\n")
         print_problem(ours, others, arguments.verbose)

@@ -43,7 +43,6 @@ from diffusers_fm.training.run import TrainingRun
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "training_scripts" / "train_flow_matching.py"
-WARMUP = 5
 
 
 def bare_step(model: nn.Module, batch_size: int, shape: tuple[int, ...], labels: bool) -> Callable[[], None]:
@@ -147,7 +146,7 @@ class TimedRun(TrainingRun):
                 self.seconds[name].append(now() - start)
 
 
-def measure(config: Path, num_steps: int, words: list[str]) -> dict[str, Any]:
+def measure(config: Path, num_steps: int, num_warmup_steps: int, words: list[str]) -> dict[str, Any]:
     """
     Medians of the three loops, and of the ratios of their steps.
 
@@ -156,6 +155,8 @@ def measure(config: Path, num_steps: int, words: list[str]) -> dict[str, Any]:
             Arguments of the script.
         num_steps (`int`):
             Steps of each.
+        num_warmup_steps (`int`):
+            Steps before these, not counted.
         words (`list[str]`):
             More arguments of the script.
 
@@ -176,10 +177,16 @@ def measure(config: Path, num_steps: int, words: list[str]) -> dict[str, Any]:
 
     script.TrainingRun = Kept
     with tempfile.TemporaryDirectory() as folder:
-        line = [f"--config={config}", f"--output_dir={folder}/run", f"--max_train_steps={num_steps + WARMUP}"]
+        line = [
+            f"--config={config}",
+            f"--output_dir={folder}/run",
+            f"--max_train_steps={num_steps + num_warmup_steps}",
+        ]
         line += ["--num_validation_images=0", "--checkpointing_steps=1000000", "--validation_steps=1000000"]
+        # No search for a solver at the end.
+        line += ["--num_inference_steps=1"]
         script.main(parse_arguments(script.ScriptArguments, [*line, "--report_to=none", *words]))
-    seconds = {name: np.array(values[WARMUP:]) for name, values in runs[0].seconds.items()}
+    seconds = {name: np.array(values[num_warmup_steps:]) for name, values in runs[0].seconds.items()}
     figures: dict[str, Any] = {}
     for column, clock in enumerate(("wall", "cpu")):
         for name, values in seconds.items():
@@ -194,5 +201,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "pipelines" / "unet-digits" / "training.json")
     parser.add_argument("--num_steps", type=int, default=150)
+    parser.add_argument("--num_warmup_steps", type=int, default=5)
     known, words = parser.parse_known_args()
-    print(json.dumps(measure(known.config, known.num_steps, words), indent=2))
+    print(json.dumps(measure(**vars(known), words=words), indent=2))

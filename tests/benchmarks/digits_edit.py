@@ -11,6 +11,7 @@ pixels in [-1, 1]. `edits.png` has a row for each digit: the original, and what 
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -21,16 +22,19 @@ from labelled import labelled
 from diffusers_fm import FlowMatchEditPipeline
 
 
-EDITS = [
-    *({"strength": strength} for strength in (0.5, 0.75, 1.0)),
-    *({"strength": strength, "guidance_scale": 2.0} for strength in (0.5, 0.6, 0.75)),
-    {"strength": 0.6, "guidance_scale": 2.0, "num_averages": 4},
-    {"strength": 0.6, "guidance_scale": 2.0, "num_free_steps": 10},
-    {"strength": 0.75, "method": "inversion"},
-    {"strength": 0.75, "method": "inversion", "guidance_scale": 2.0},
-]
-
 DIGITS = [str(digit) for digit in range(10)]
+
+
+def edits(num_steps: int) -> list[dict[str, Any]]:
+    """Options of the ways of editing that are compared."""
+    return [
+        *({"strength": strength} for strength in (0.5, 0.75, 1.0)),
+        *({"strength": strength, "guidance_scale": 2.0} for strength in (0.5, 0.6, 0.75)),
+        {"strength": 0.6, "guidance_scale": 2.0, "num_averages": 4},
+        {"strength": 0.6, "guidance_scale": 2.0, "num_free_steps": num_steps // 5},
+        {"strength": 0.75, "method": "inversion"},
+        {"strength": 0.75, "method": "inversion", "guidance_scale": 2.0},
+    ]
 
 
 def save_grid(rows: torch.Tensor, path: Path, columns: list[str], names: list[str]) -> None:
@@ -43,10 +47,10 @@ def save_grid(rows: torch.Tensor, path: Path, columns: list[str], names: list[st
     labelled(picture, columns, names, scale=5).save(path)
 
 
-def main(folder: str, output_dir: Path) -> None:
+def main(folder: str, output_dir: Path, num_images: int | None, num_steps: int, interpolation_steps: int) -> None:
     """Prints the figures and draws the pictures."""
     judge = train_classifier(*load_split("train"))
-    held_out, labels = load_split("test")
+    held_out, labels = (part[:num_images] for part in load_split("test"))
     images = torch.from_numpy(held_out)[:, None].float()
     pipeline = FlowMatchEditPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -54,13 +58,15 @@ def main(folder: str, output_dir: Path) -> None:
     same = pipeline(images, labels, labels, output_type="pt").images
     print("the same class, bit for bit:", torch.equal(same, images))
     wanted = (labels + np.random.default_rng(0).integers(1, 10, len(labels))) % 10
-    for options in EDITS:
+    for options in edits(num_steps):
         generator = torch.Generator().manual_seed(0)
-        output = pipeline(images, labels, wanted, generator=generator, output_type="pt", **options)
+        output = pipeline(
+            images, labels, wanted, num_inference_steps=num_steps, generator=generator, output_type="pt", **options
+        )
         score = judge.score(output.images.flatten(1).numpy(), wanted)
         change = (output.images - images).square().mean().sqrt().item()
         print(f"read as wanted {score:6.1%}  changed {change:.3f}  {output.nfe:3} calls  {options}", flush=True)
-    for solver, steps in (("ab2", 50), ("heun", 25), ("midpoint", 50), ("abm3", 50)):
+    for solver, steps in (("ab2", num_steps), ("heun", num_steps // 2), ("midpoint", num_steps), ("abm3", num_steps)):
         inverted = pipeline.invert(images, labels, steps, solver)
         print(
             f"there and back, {inverted.nfe} calls each way of {solver}: root mean square"
@@ -70,7 +76,7 @@ def main(folder: str, output_dir: Path) -> None:
         )
 
     chosen = torch.stack([images[int((labels == digit).argmax())] for digit in range(10)])
-    options = {"strength": 0.6, "guidance_scale": 2.0, "output_type": "pt"}
+    options = {"strength": 0.6, "guidance_scale": 2.0, "num_inference_steps": num_steps, "output_type": "pt"}
     columns = [
         pipeline(chosen, list(range(10)), digit, generator=torch.Generator().manual_seed(1), **options).images
         for digit in range(10)
@@ -83,6 +89,7 @@ def main(folder: str, output_dir: Path) -> None:
             chosen[(digit + 1) % 10][None],
             num_images=9,
             class_labels=[digit, (digit + 1) % 10],
+            num_inference_steps=interpolation_steps,
             output_type="pt",
         )
         for digit in range(10)
@@ -96,5 +103,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/edit"))
-    arguments = parser.parse_args()
-    main(arguments.folder, arguments.output_dir)
+    parser.add_argument("--num_images", type=int, help="Held-out digits that are edited; by default all.")
+    parser.add_argument("--num_steps", type=int, default=50, help="Steps of an edit and of each way of an inversion.")
+    parser.add_argument("--interpolation_steps", type=int, default=64, help="Steps of each way of an interpolation.")
+    main(**vars(parser.parse_args()))

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
 from fake_hub import User, fake_hub
 from peft import LoraConfig
@@ -63,14 +64,22 @@ SHORT = {
     "seeds": 0,
     "num_drawn": 1,
     "classifier_steps": 2,
+    "interpolation_steps": 2,
+    "num_warmup_steps": 0,
+    "num_batches": 1,
+    "tiny": True,
+    "compile": "off",
+    "batch_size": 2,
+    "most_calls": 2,
+    "reference_steps": 4,
+    "max_runs": 1,
+    "num_mixtures": 1,
+    "cases": "32 x 32 PNG",
+    "paths": "ot",
 }
-# What belongs to the machine, and what test_paper_in_small runs.
+# `pip` changes the environment of the tests. The pages' `make paper` is run by test_paper_in_small; the lines of
+# `make bench`, most of which stand in pages too, have a test below.
 NOT_RUN = ("pip", "make")
-# Measurements of a minute or more however short, and what test_throughput runs: their command line is read, no more.
-ONLY_READ = (
-    *("bench_solvers.py", "bench_marginals.py", "bench_data.py", "bench_training.py", "bench_throughput.py"),
-    "digits_edit.py",
-)
 
 # Repositories of the Hub and data that nobody has here, and what is tiny in their place.
 REPOSITORIES = {
@@ -136,8 +145,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HF_HOME", str(folder / "cache"))
         Path("docs/images").mkdir(parents=True)
         matplotlib.use("Agg")
-        names = ("unet-digits", "dit-digits", "upscale-digits", "flux-tiny", "unet-spoken-digits", "unet-emoji")
-        for name in names:
+        digits = ("unet-digits", "unet-digits-vp", "dit-digits", "upscale-digits")
+        for name in (*digits, "flux-tiny", "unet-spoken-digits", "unet-emoji"):
             init_pipeline(f"pipelines/{name}", seed=0).save_pretrained(f"runs/{name}")
         tiny_pipeline("unet").save_pretrained("runs/my-images")
         for name in ("sd3-medium", "sd3-tiny"):
@@ -187,8 +196,8 @@ def short_arguments(parser: argparse.ArgumentParser, line: list[str]) -> list[st
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in SHORT.items() if name in known]
 
 
-def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch) -> None:
-    """A script without argument groups, shortened when it reads its command line."""
+def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch, only_parsed: bool = False) -> None:
+    """A script without argument groups, shortened when it reads its command line, or ended there."""
     parse = argparse.ArgumentParser.parse_known_args
 
     with patch.context() as inner:
@@ -197,7 +206,7 @@ def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch) -> None:
             # What the script reads by other parsers is its own affair.
             inner.setattr("argparse.ArgumentParser.parse_known_args", parse)
             found = parse(parser, [*line, *short_arguments(parser, line)])
-            if file.name in ONLY_READ:
+            if only_parsed:
                 sys.exit(0)
             return found
 
@@ -218,6 +227,8 @@ def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch) -> None:
         except SystemExit as end:
             if end.code:
                 raise
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def run_command(command: str, patch: pytest.MonkeyPatch) -> None:
@@ -269,6 +280,13 @@ def test_snippets_run(page: Path, clone: Path, monkeypatch: pytest.MonkeyPatch) 
         else:
             for command in commands(block[2]):
                 run_command(command, monkeypatch)
+
+
+def test_scripts_take_the_arguments_of_the_makefile(monkeypatch: pytest.MonkeyPatch) -> None:
+    scripts = re.findall(r"^\t.*python (\S+\.py)(.*)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(scripts) > 10
+    for name, line in scripts:
+        run_file(ROOT / name, shlex.split(line), monkeypatch, only_parsed=True)
 
 
 def test_the_notebook_has_the_code_of_its_page() -> None:
