@@ -13,7 +13,7 @@ Handwritten digits, from the pipeline that train_flow_matching.py makes:
     accelerate launch training_scripts/train_flow_map.py \
       --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-few \
       --train_batch_size 64 --max_train_steps 4000 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
-      --lr_scheduler cosine_with_restarts --lr_num_cycles 2 --flow_teacher --flow_steps 2000 --num_trajectories 8192 \
+      --lr_scheduler cosine --flow_teacher --flow_steps 2000 --num_trajectories 8192 \
       --equal_share 0.15 --noise_share 0.75 --data_share 0.75 --interval_warmup_steps 0
 
 With guidance of scale 2 learned, so that a call takes half of the work:
@@ -142,6 +142,7 @@ def main(args: ScriptArguments) -> None:
         export,
         f"Flow map by {method} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
         f" {prediction_type}; {train_data.description}{size}, {len(held_out_data or [])} held out.",
+        restart_step=args.flow_steps,
     )
 
     def velocity_of(network: Callable[..., torch.Tensor]) -> AverageVelocity:

@@ -26,6 +26,7 @@ from diffusers_fm.training.optimizers import (
     GradientGuard,
     clip_gradients,
     kept_settings,
+    make_lr_scheduler,
     make_optimizer,
     non_finite_parameters,
     state_bytes,
@@ -62,6 +63,19 @@ def test_adamw_takes_what_it_is_given() -> None:
         adapted = m / (1 - 0.5**step) / ((v / (1 - 0.75**step)) ** 0.5 + 0.5)
         expected -= 0.1 * (adapted + 0.25 * expected)
         assert parameter.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_schedule_begins_anew() -> None:
+    """Two cosines with a warm-up each, of 6 and of 4 steps."""
+    optimizer = make_optimizer([torch.nn.Parameter(torch.ones(1))], 0.5)
+    schedule = make_lr_scheduler(optimizer, 10, 6, "cosine", num_warmup_steps=2, num_cycles=1, power=1.0)
+    rates = []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    cosine = [0.5 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates == pytest.approx([0.0, 0.25, *cosine, 0.0, 0.25, *cosine[::2]])
 
 
 def regression(name: str, learning_rate: float, steps: int) -> tuple[torch.optim.Optimizer, list[float]]:

@@ -106,12 +106,19 @@ class TrajectoryArguments(Arguments):
         0.03, "Errors above it count by their size, below by their square; 0 is the square of all."
     )
     flow_steps: Annotated[Size, Needs("flow_teacher", True)] = option(
-        0, "Steps that train the flow alone, before its average becomes the teacher."
+        0, "Steps that train the flow alone, before its average becomes the teacher; then the learning rate restarts."
     )
 
     def check(self) -> None:
-        if isinstance(self, TrainingArguments) and self.flow_steps and not self.use_ema:
+        if not isinstance(self, TrainingArguments) or not self.flow_steps:
+            return
+        if not self.use_ema:
             raise ValueError(f"--flow_steps {self.flow_steps} needs --use_ema.")
+        if self.max_train_steps is not None and self.flow_steps >= self.max_train_steps:
+            raise ValueError(
+                f"--flow_steps must be below --max_train_steps {self.max_train_steps}, got {self.flow_steps}: the"
+                " others train the map."
+            )
 
 
 class IntervalModel(TrainableModel):

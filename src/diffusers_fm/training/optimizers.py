@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
+from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -96,6 +97,26 @@ def make_optimizer(
         weight_decay=weight_decay,
         **moments,
     )
+
+
+def make_lr_scheduler(
+    optimizer: torch.optim.Optimizer,
+    num_steps: int,
+    restart_step: int,
+    name: str,
+    num_warmup_steps: int,
+    num_cycles: int,
+    power: float,
+) -> LambdaLR:
+    """Learning-rate schedule of diffusers; with a `restart_step` it ends there, and begins anew for the other ones."""
+    first, second = (
+        get_scheduler(name, optimizer, None, num_warmup_steps, length, num_cycles, power)
+        for length in (restart_step or num_steps, num_steps - restart_step)
+    )
+    if not restart_step:
+        return first
+    rates = first.lr_lambdas[0], second.lr_lambdas[0]
+    return LambdaLR(optimizer, lambda step: rates[0](step) if step < restart_step else rates[1](step - restart_step))
 
 
 def state_bytes(name: str, shape: Sequence[int]) -> int:

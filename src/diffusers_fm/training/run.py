@@ -15,7 +15,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -32,7 +31,14 @@ from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_l
 from .metrics import RunLog, RunMetrics
 from .networks import with_compiled_network
 from .objective import draw_noise
-from .optimizers import clip_gradients, kept_settings, make_optimizer, non_finite_parameters, schedule_free_weights
+from .optimizers import (
+    clip_gradients,
+    kept_settings,
+    make_lr_scheduler,
+    make_optimizer,
+    non_finite_parameters,
+    schedule_free_weights,
+)
 from .publishing import Publisher, save_arguments
 
 
@@ -153,6 +159,7 @@ class TrainingRun(Generic[A]):
         export: Callable[[Path, dict[str, Any]], None],
         description: str,
         parameters: Iterable[dict] | None = None,
+        restart_step: int = 0,
     ) -> nn.Module:
         """
         Make optimizer, schedule, average, batches and logs, and load the checkpoint that is resumed.
@@ -174,6 +181,8 @@ class TrainingRun(Generic[A]):
                 Model and data in a sentence, for the log.
             parameters (`Iterable[dict]`, *optional*):
                 The trained parameters in groups, where some have settings of their own.
+            restart_step (`int`, *optional*):
+                Step at which the learning-rate schedule begins anew, for the steps that are left.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
@@ -192,18 +201,13 @@ class TrainingRun(Generic[A]):
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._weights = EvalWeights(accelerator, model)
         model = self._weights.for_training()
-        optimizer = make_optimizer(
-            parameters or [parameter for parameter in model.parameters() if parameter.requires_grad],
-            args.learning_rate * (self.global_batch_size if args.scale_lr else 1),
-            args.optimizer,
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            epsilon=args.adam_epsilon,
-        )
+        trained = parameters or [parameter for parameter in model.parameters() if parameter.requires_grad]
+        rate = args.learning_rate * (self.global_batch_size if args.scale_lr else 1)
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = make_optimizer(trained, rate, args.optimizer, betas, args.adam_weight_decay, args.adam_epsilon)
         # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
-        self._lr_scheduler = get_scheduler(
-            args.lr_scheduler, optimizer, None, warmup(args), self.max_train_steps, args.lr_num_cycles, args.lr_power
-        )
+        schedule = (args.lr_scheduler, warmup(args), args.lr_num_cycles, args.lr_power)
+        self._lr_scheduler = make_lr_scheduler(optimizer, self.max_train_steps, restart_step, *schedule)
         warn_of_settings(args, self.max_train_steps, data.num_samples, self.global_batch_size)
         self.model, self._optimizer = accelerator.prepare(with_compiled_network(accelerator, model), optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -322,16 +326,11 @@ class TrainingRun(Generic[A]):
 
     def _stream_batches(self, data: StreamData, num_batches: int) -> Iterator[dict[str, Any]]:
         args = self.args
-        position = StreamPosition(
-            data,
-            args.train_batch_size,
-            self.accelerator.num_processes,
-            args.dataloader_num_workers,
-            self._manifest.get("stream"),
-        )
+        stream, workers = self._manifest.get("stream"), args.dataloader_num_workers
+        position = StreamPosition(data, args.train_batch_size, self.accelerator.num_processes, workers, stream)
         self._metrics.stream = position
         batches = StreamBatches(position, num_batches, self.accelerator.process_index)
-        return position.watch(iter(make_loader(batches, num_workers=args.dataloader_num_workers)))
+        return position.watch(iter(make_loader(batches, num_workers=workers)))
 
     def __enter__(self) -> "TrainingRun[A]":
         """From here on a signal, or a file `STOP`, stops the run after the step that it meets."""
