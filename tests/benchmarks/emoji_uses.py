@@ -24,14 +24,14 @@ from diffusers_fm import StockFlow
 EMOJI = Path(__file__).parents[2] / "data" / "emoji"
 SIDE = 32
 EDITS = (
-    ("waving hand, light skin tone", "waving hand, dark skin tone"),
-    ("woman, dark skin tone", "woman, light skin tone"),
-    ("man, medium skin tone", "woman, medium skin tone"),
-    ("man firefighter, light skin tone", "man astronaut, light skin tone"),
+    ("man: red hair, light skin tone", "man: red hair, dark skin tone"),
+    ("woman: white hair, medium skin tone", "woman: red hair, medium skin tone"),
+    ("man cook, light skin tone", "woman cook, light skin tone"),
+    ("man firefighter, medium skin tone", "man pilot, medium skin tone"),
 )
 BETWEEN = (
-    ("man, light skin tone", "man, dark skin tone"),
-    ("woman, medium skin tone", "woman: red hair, medium skin tone"),
+    ("woman: red hair, light skin tone", "woman vampire, dark skin tone"),
+    ("man firefighter, medium-light skin tone", "man mage, dark skin tone"),
 )
 COLUMNS = 8
 

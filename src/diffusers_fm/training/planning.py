@@ -279,7 +279,14 @@ class DryRun(TrainingRun[A]):
         return pipeline
 
     def begin(
-        self, model: nn.Module, data: TrainingData, validate: Any, export: Any, description: str, *_: object
+        self,
+        model: nn.Module,
+        data: TrainingData,
+        validate: Any,
+        export: Any,
+        description: str,
+        *_: object,
+        **settings: object,
     ) -> Any:
         """Keep model, data and description; returns a stand-in for the model, which is measured and not called."""
         self.model, self._data, self._description = model, data, description
