@@ -47,7 +47,7 @@ import torch
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.text_to_image.arguments import TextToImageArguments
+from diffusers_fm.text_to_image.arguments import TextToImageArguments, parse_columns
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.setup import (
@@ -91,6 +91,8 @@ class ScriptArguments(TextToImageArguments, SamplingArguments, LearningArguments
         for name in ("solver", "calibrate_steps"):
             if self.save_stock and getattr(self, name):
                 raise ValueError(f"--{name} needs this package's scheduler: leave out --save_stock.")
+            if self.call_columns and getattr(self, name):
+                raise ValueError(f"--{name} does not go with --call_columns: it is found by captions alone.")
 
 
 def main(args: ScriptArguments) -> None:
@@ -103,7 +105,8 @@ def main(args: ScriptArguments) -> None:
     pipeline = open_pipeline(run, args)
     network = choose_network(pipeline, args.network)
     freeze(run.accelerator, pipeline, args.network)
-    model = TrainedField(pipeline, args.network, call_arguments(pipeline, args))
+    columns = parse_columns(args.call_columns)
+    model = TrainedField(pipeline, args.network, call_arguments(pipeline, args), call_columns=columns)
     sizes = choose_sizes(model, args)
     scheduler = choose_scheduler(model, args, sizes, args.shift_base_dimension)
     ask_all(run.accelerator, model, sizes)
@@ -163,12 +166,13 @@ def main(args: ScriptArguments) -> None:
                     data = model.encode(batch, device, part)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
                     dropped = draw_encoder_dropout(part, encoder_dropout)
+                    images = model.call_images(batch, part)
 
                     noise = run.draw_noise(part, data)
                     t = draw_times(args, path, part, model.shift(size))
                     x_t = draw_point(args, path, part, data, noise, t)
 
-                    predict = partial(call, (captions, size, dropped))
+                    predict = partial(call, (captions, size, dropped, images))
                     loss = partial(flow_matching_loss, path, data=data, noise=noise, t=t, **settings)
                     losses = loss(predict(x_t, t))
                     if auxiliaries:

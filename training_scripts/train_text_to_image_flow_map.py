@@ -69,6 +69,8 @@ class ScriptArguments(TextToImageArguments, FlowMapArguments):
     tracker_project_name: Free[str] = option("train_text_to_image_flow_map", "Name of the run in the trackers.")
 
     def check(self) -> None:
+        if self.call_columns:
+            raise ValueError("--call_columns is not for flow maps: train the flow with train_text_to_image.py.")
         if self.save_stock:
             raise ValueError("--save_stock does not go with a flow map, which needs diffusers-fm's scheduler.")
         if self.learned_guidance_max is not None and any(word.startswith("guidance_scale=") for word in self.call):

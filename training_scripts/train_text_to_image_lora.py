@@ -35,7 +35,7 @@ from typing import Any
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.text_to_image.arguments import LoraTrainingArguments
+from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, parse_columns
 from diffusers_fm.text_to_image.cards import lora_card
 from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.lora import (
@@ -85,7 +85,8 @@ def main(args: ScriptArguments) -> None:
     check_adaptable(pipeline, network, args)
     freeze(run.accelerator, pipeline, args.network, adapters=True)
     encoders = add_adapters(pipeline, args)
-    model = TrainedField(pipeline, args.network, call_arguments(pipeline, args), encoders)
+    columns = parse_columns(args.call_columns)
+    model = TrainedField(pipeline, args.network, call_arguments(pipeline, args), encoders, columns)
     sizes = choose_sizes(model, args)
     # Adapters carry no scheduler: what is sampled with them is sampled with the base model's own.
     sampling_scheduler = pipeline.scheduler
@@ -139,13 +140,14 @@ def main(args: ScriptArguments) -> None:
                     data = model.encode(batch, device, part)
                     captions = drop_captions(batch["captions"], part.uniform("caption_dropout") < args.caption_dropout)
                     dropped = draw_encoder_dropout(part, encoder_dropout)
+                    images = model.call_images(batch, part)
 
                     noise = run.draw_noise(part, data)
                     t = draw_times(args, path, part, model.shift(size))
                     x_t = path.sample(data, noise, t)
 
                     timesteps = (scheduler.timestep_scale * t).float().to(device)
-                    prediction = wrapped(x_t, timesteps, captions, size, dropped)
+                    prediction = wrapped(x_t, timesteps, captions, size, dropped, images)
                     losses = flow_matching_loss(
                         path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma
                     )

@@ -24,6 +24,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusion3Pipeline
 from fake_hub import User, fake_hub
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from tiny_families_2 import MORE
 from tiny_pipelines import tiny_pipeline, tiny_unet
 from tiny_stable_diffusion import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from tiny_text_to_image import tiny_stable_diffusion_3
@@ -55,8 +56,6 @@ SHORT = {
     "num_images": 20,
     "num_solver_images": 4,
     "num_calls": 2,
-    "num_rows": 1,
-    "strength": 1.0,
     "likelihood_steps": 2,
     "num_draws": 1,
     "num_samples": 2,
@@ -96,6 +95,8 @@ REPOSITORIES = {
     "--train_data_dir my-images": "--train_data_dir photos",
     "pipelines/unet-imagenet64": "pipelines/unet-digits",
     "black-forest-labs/FLUX.1-dev": "runs/flux-tiny",
+    "black-forest-labs/FLUX.1-Kontext-dev": "runs/flux-kontext --call max_area=256 _auto_resize=false",
+    "/data/edits": "edits",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "runs/sd1-tiny",
 }
 # Numbers that make a snippet long, and the ones in their place.
@@ -111,6 +112,7 @@ TINY = {
     'load_config("pipelines/unet-images64"': 'load_config("pipelines/unet-digits"',
     "anomaly_score(images)": "anomaly_score(images, num_steps=2)",
     'anomaly_score(digits[:100]["image"])': 'anomaly_score(digits[:20]["image"], num_steps=2)',
+    "num_layers=12": "num_layers=1",
     "num_probes=4": "num_probes=2, num_steps=2",
     "num_samples=20": "num_samples=2, num_steps=2",
 }
@@ -166,6 +168,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             Path("paintings").mkdir(exist_ok=True)
             draw((16, 16), number).convert("RGB").save(f"paintings/{name}.png")
             Path(f"paintings/{name}.txt").write_text(f"a {name}, oil on canvas", encoding="utf-8")
+        MORE["flux_kontext"]().pipeline.save_pretrained("runs/flux-kontext")
+        Path("edits").mkdir()
+        with open("edits/metadata.jsonl", "w", encoding="utf-8") as metadata:
+            for number in range(20):
+                draw((16, 16), number).convert("RGB").save(f"edits/{number}.png")
+                row = {"file_name": f"{number}.png", "source_file_name": f"{19 - number}.png", "text": "make it night"}
+                metadata.write(json.dumps(row) + "\n")
         draw((8, 8), 0).save("digit.png")
         draw((8, 8), 1).point(lambda level: 255 * (level > 127)).save("mask.png")
         draw((4, 4), 2).save("small.png")

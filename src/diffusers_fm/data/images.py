@@ -2,7 +2,7 @@
 """Map-style dataset of images, labels and captions, with augmentations that depend on the seed alone."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from .buckets import assign_buckets
 from .cache import content_key
 from .captions import CaptionColumn
 from .clips import frame_files
+from .conditions import ConditionImages
 from .decoded import MEMORY_BUDGET, column_key, read_once, read_pixels, read_sizes, unpack
 from .randomness import derive_seed, make_generator
 from .sources import check_label, image_files, read_labels
@@ -61,6 +62,8 @@ class ImageData(Dataset):
         folder (`Path`, *optional*):
             Folder in which decoded images are kept for other processes and later runs, read by memory map; without it
             each process decodes its own.
+        condition_columns (`Mapping[str, str]`, *optional*):
+            Names of arguments and of the columns of their images, see [`ConditionImages`].
 
     Attributes:
         captions ([`CaptionColumn`], *optional*):
@@ -91,6 +94,7 @@ class ImageData(Dataset):
         caption_column: str | None = None,
         max_unreadable: int = 0,
         folder: Path | None = None,
+        condition_columns: Mapping[str, str] | None = None,
     ) -> None:
         self._max_unreadable = max_unreadable
         self._unreadable: dict[int, tuple[int | str, str]] = {}
@@ -112,6 +116,9 @@ class ImageData(Dataset):
         self.captions = None
         if caption_column is not None:
             self.captions = CaptionColumn(dataset, caption_column, self._rows, seed, max_unreadable)
+        self._conditions = None
+        if condition_columns:
+            self._conditions = ConditionImages(dataset, condition_columns, image_column, self._rows, transform)
         self.read_moments: Callable[[int, bool], torch.Tensor] | None = None
         self.read_features: Callable[[int, bool], torch.Tensor] | None = None
         self.bucket_rows: list[np.ndarray] | None = None
@@ -152,6 +159,8 @@ class ImageData(Dataset):
             facts["labels"] = content_key(self._labels.numpy().tobytes())
         if self.captions is not None:
             facts["captions"] = content_key(*map(str, self.captions.values(rows)))
+        if self._conditions is not None:
+            facts["conditions"] = self._conditions.fingerprint(rows)
         keys = []
         for index in rows.tolist():
             try:
@@ -186,8 +195,9 @@ class ImageData(Dataset):
 
         Returns:
             `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)`, or `moments`; with
-            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`; and, where
-            rows were found that cannot be read, `unreadable`, the reasons by row.
+            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`; with further
+            columns of images, `conditions`, uint8 by the names of their arguments; and, where rows were found that
+            cannot be read, `unreadable`, the reasons by row.
         """
         while True:
             try:
@@ -268,10 +278,15 @@ class ImageData(Dataset):
             if read is not None:
                 numbers = zip(indices.tolist(), mirrored.tolist())
                 batch[name] = torch.stack([read(index, mirror) for index, mirror in numbers])
-        if self.read_moments is None:
+        images = None
+        if self.read_moments is None or (self._conditions is not None and self._conditions.needs_image):
             images = self.pixels(keys)
-            if mirrored.any():
-                images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+        if self._conditions is not None:
+            size, places = self.size(int(keys[0, 1])), self.transform.places(self._seed, keys)
+            read = self._conditions.read(keys, images, size, places)
+            batch["conditions"] = {name: _mirror(each, mirrored) for name, each in read.items()}
+        if self.read_moments is None and images is not None:
+            images = _mirror(images, mirrored)
             batch["images"] = self.transform.as_batch(images) if self.transform.num_frames else images
         if self._labels is not None:
             batch["labels"] = self._labels[indices]
@@ -329,3 +344,8 @@ class ImageData(Dataset):
     def _decode(self, index: int) -> np.ndarray:
         with reading(int(self._rows[index]), index):
             return self.transform.decode(self._cell(index), self.size(index))
+
+
+def _mirror(images: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    """Some of the images mirrored."""
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images) if mirrored.any() else images

@@ -92,12 +92,28 @@ def image_size(file: bytes | str) -> tuple[int, int]:
     return (width, height) if lies else (height, width)
 
 
+def _covering(shape: tuple[int, int], size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """Lengths of an image's sides at which it covers a size, however long the other side is."""
+    scale = max(wanted / side for wanted, side in zip(size, shape))
+    if scale == 1 and all(side <= MAX_OVERHANG * wanted for side, wanted in zip(shape, size)):
+        return shape
+    height, width = (max(multiple * round(side * scale / multiple), low) for side, low in zip(shape, size))
+    return height, width
+
+
+def covered_size(shape: tuple[int, int], size: tuple[int, int], multiple: int = 1) -> tuple[int, int]:
+    """Height and width to which [`to_pixels`] brings an image of a shape."""
+    height, width = (min(side, MAX_OVERHANG * low) for side, low in zip(_covering(shape, size, multiple), size))
+    return height, width
+
+
 def to_pixels(
     image: PIL.Image.Image,
     size: tuple[int, int],
     channels: int,
     multiple: int = 1,
     background: tuple[int, int, int] = WHITE,
+    resample: PIL.Image.Resampling = PIL.Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """
     An image's pixels, resized (bicubic, antialiased) to cover a size in both directions, if it does not fit already.
@@ -114,6 +130,8 @@ def to_pixels(
             If it is resized, the other side's length is a multiple of this.
         background (`tuple[int, int, int]`, *optional*, defaults to white):
             Colour behind what is transparent.
+        resample (`PIL.Image.Resampling`, *optional*, defaults to bicubic):
+            How pixels between pixels are found.
 
     Returns:
         `np.ndarray` of shape `(channels, height, width)`: uint8.
@@ -122,15 +140,14 @@ def to_pixels(
         ValueError: if the mode has no 8-bit form.
     """
     image = _opaque(image, background).convert("L" if channels == 1 else "RGB")
-    least = (size[1], size[0])
-    scale = max(wanted / side for wanted, side in zip(least, image.size))
-    if scale != 1 or any(side > MAX_OVERHANG * wanted for side, wanted in zip(image.size, least)):
-        covering = [max(multiple * round(side * scale / multiple), low) for side, low in zip(image.size, least)]
-        wanted = [min(side, MAX_OVERHANG * low) for side, low in zip(covering, least)]
-        spans = [side * part / whole for side, part, whole in zip(image.size, wanted, covering)]
-        starts = [(side - span) / 2 for side, span in zip(image.size, spans)]
-        ends = [start + span for start, span in zip(starts, spans)]
-        image = image.resize((wanted[0], wanted[1]), PIL.Image.Resampling.BICUBIC, box=(*starts, *ends))
+    shape = (image.height, image.width)
+    wanted, covering = covered_size(shape, size, multiple), _covering(shape, size, multiple)
+    if wanted != shape:
+        spans = [side * part / whole for side, part, whole in zip(shape, wanted, covering)]
+        (top, left), (bottom, right) = (
+            [(side + sign * span) / 2 for side, span in zip(shape, spans)] for sign in (-1, 1)
+        )
+        image = image.resize((wanted[1], wanted[0]), resample, box=(left, top, right, bottom))
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

@@ -4,6 +4,7 @@ from .class_embedder import ClassEmbedder
 from .interval import IntervalConditioning, IntervalEmbedding
 from .pixel_autoencoder import can_be_identity, set_identity
 from .velocity_unets import VelocityUNet2DConditionModel, VelocityUNet2DModel
+from .widening import widen_input
 
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "latents_of_moments",
     "set_identity",
     "spatial_scale_factor",
+    "widen_input",
 ]

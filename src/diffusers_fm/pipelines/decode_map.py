@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .one_step import StandIn, map_tensors
+from .one_step import StandIn, map_tensors, precise_encoder
 from .rearrangement import Rearrangement
 from .velocity_field import VelocityField
 
@@ -60,7 +60,8 @@ class DecodeMap:
             raise ValueError(f"The arguments must be those of one sample, got those of {shape[0]}.")
         device = next(field.network.parameters()).device
         # In float32, so that place numbers stay exact.
-        vae = StandIn(self.vae, _unused, decode=_stop, dtype=torch.float32)
+        encode = precise_encoder(self.vae).encode
+        vae = StandIn(self.vae, _unused, decode=_stop, encode=encode, dtype=torch.float32)
 
         def ask(state: torch.Tensor) -> torch.Tensor:
             try:

@@ -77,7 +77,7 @@ class NetworkCalls:
         self.outputs: list[Tree] = []
         self.cubes: list[torch.Tensor] = []
         self.asked: dict[str, Any] = {}
-        self.differentiable = False
+        self.differentiable = self.is_side = False
         self.side_times = side_times or {}
         self.sides: dict[str, NetworkCalls] = {}
 
@@ -98,6 +98,9 @@ class NetworkCalls:
             arguments = {**arguments, **replaced}
         # From here to the step there are gradients; the pipeline's caller restores the mode.
         torch.set_grad_enabled(self.gradients)
+        if self.is_side:
+            # A frozen network in 16 bits takes what one in float32 says; times stay exact.
+            arguments = map_tensors(lambda tensor: self._cast(tensor) if tensor.ndim > 1 else tensor, arguments)
         arguments = {**arguments, self.state: map_tensors(self._cast, arguments[self.state])}
         if any(leaf.is_meta for leaf in leaves(arguments[self.state])):
             # A dry run has models without contents, and times.
@@ -112,8 +115,9 @@ class NetworkCalls:
     def beside(self, network: nn.Module, state: str, name: str) -> "NetworkCalls":
         """Calls of another network at the same times."""
         times = self.side_times.get(name, ({},))
-        calls = NetworkCalls(network, state, self.dtype, times=times, t=self.t, offered=self.offered)
-        calls.gradients = self.gradients
+        dtype: Any = network.dtype
+        calls = NetworkCalls(network, state, dtype, times=times, t=self.t, offered=self.offered)
+        calls.gradients, calls.is_side = self.gradients, True
         return calls
 
     def sign(self, velocity: torch.Tensor) -> str:

@@ -163,6 +163,22 @@ class StandIn:
         return self._call({**dict(zip(argument_names(self._component), args)), **kwargs})
 
 
+def precise_encoder(vae: torch.nn.Module) -> StandIn:
+    """
+    An autoencoder whose encoder runs in its own precision, as that of data does, whatever the precision of the texts:
+    pipelines hand it images in theirs.
+    """
+
+    def encode(images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = images.to(vae.dtype)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        if given.is_meta:
+            return vae.encode(given, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+        with torch.autocast(given.device.type, enabled=False):
+            return vae.encode(given, *args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+    return StandIn(vae, lambda arguments: vae(**arguments), encode=encode)
+
+
 def call_pipeline(
     pipeline: DiffusionPipeline, replaced: dict[str, Any], arguments: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,14 +189,22 @@ def call_pipeline(
     # Not by `setattr`, which would write the class of each component into the configuration.
     vars(one).update(replaced)
     one.set_progress_bar_config(disable=True)
-    # Some pipelines write into the lists that they are given.
-    arguments = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+    arguments = {name: _own(value) for name, value in arguments.items()}
     call = inspect.unwrap(type(pipeline).__call__)  # without its `no_grad`
     try:
         call(one, **arguments)
     except StepReached as reached:
         return reached.velocity, reached.sample
     raise ValueError(f"{type(pipeline).__name__} took no step.")
+
+
+def _own(value: Any) -> Any:
+    """An argument for one call: pipelines write into lists and draw from generators, and the next call is the same."""
+    if isinstance(value, list):
+        return [_own(each) if isinstance(each, torch.Generator) else each for each in value]
+    if isinstance(value, torch.Generator):
+        return torch.Generator(value.device).set_state(value.get_state())
+    return value
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from .one_step import (
     call_pipeline,
     map_tensors,
     one_time_scheduler,
+    precise_encoder,
 )
 
 
@@ -137,9 +138,8 @@ class PipelineCalls(nn.Module):
             encode = self.encode_prompt
             text = {} if encode is None else {"encode_prompt": lambda *a, **k: _wide(encode(*a, **k))}
             arguments = {**self.call, **_wide(call), "num_inference_steps": 4}
-            call_pipeline(
-                self.pipeline, {**self._replaced(scheduler, answer, torch.float32), **text, **components}, arguments
-            )
+            replaced = {**self._replaced(scheduler, answer, torch.float32), **self._beside(self.calls())}
+            call_pipeline(self.pipeline, {**replaced, **text, **components}, arguments)
 
     @torch.no_grad()
     def network_arguments(self, x_t: torch.Tensor, found: Findings, **call: Any) -> dict[str, Any]:
@@ -183,12 +183,12 @@ class PipelineCalls(nn.Module):
         replaced = self._replaced(scheduler, calls)
         if device is not None:
             replaced["_execution_device"] = device
-        for name in self.sides:
-            side = getattr(self.pipeline, name)
-            calls.sides[name] = calls.beside(side, argument_names(side)[0], name)
-            replaced[name] = StandIn(side, calls.sides[name])
+        replaced |= self._beside(calls)
         if entry == "prepare_latents":
-            replaced["prepare_latents"] = lambda *a, **k: _with_first(self.pipeline.prepare_latents(*a, **k), x_t)
+            # With the stand-ins too: an image is noised by the scheduler there.
+            preparing: Any = copy.copy(self.pipeline)
+            vars(preparing).update(replaced)
+            replaced["prepare_latents"] = lambda *a, **k: _with_first(preparing.prepare_latents(*a, **k), x_t)
         # Texts and images are encoded without gradients, unless something that goes in asks for them.
         inputs = [each for each in (*call.values(), x_t) if isinstance(each, torch.Tensor)]
         try:
@@ -198,13 +198,22 @@ class PipelineCalls(nn.Module):
             calls.asked = scheduler.asked
         return Step(velocity, sample, scheduler.asked.get("mu"))
 
+    def _beside(self, calls: NetworkCalls) -> dict[str, StandIn]:
+        """Stand-ins for the networks that are called for this one, which note their calls."""
+        for name in self.sides:
+            side = getattr(self.pipeline, name)
+            calls.sides[name] = calls.beside(side, argument_names(side)[0], name)
+        return {name: StandIn(getattr(self.pipeline, name), side) for name, side in calls.sides.items()}
+
     def _replaced(
         self, scheduler: OneTimeScheduler, visit: Callable[[dict[str, Any]], Tree], dtype: torch.dtype | None = None
     ) -> dict[str, Any]:
         """Stand-ins for components and methods of the pipeline in one call."""
         network = getattr(self.pipeline, self.name)
         others = {} if dtype is None else {"dtype": dtype}
+        vae = self.pipeline.components.get("vae")
         return {
+            **({} if vae is None else {"vae": precise_encoder(vae)}),
             # Guiders count their calls.
             **{name: copy.copy(component) for name, component in self._components.items()},
             **{name: StandIn(getattr(self.pipeline, name), stop_at_other) for name in self.others},

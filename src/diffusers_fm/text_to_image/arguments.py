@@ -44,6 +44,19 @@ def parse_call(words: Sequence[str]) -> dict[str, Any]:
     return call
 
 
+def parse_columns(words: Sequence[str]) -> dict[str, str]:
+    """Arguments of a pipeline's call and their columns from the command line, such as `control_image=depth`."""
+    columns: dict[str, str] = {}
+    for word in words:
+        name, _, column = word.partition("=")
+        if not (name.isidentifier() and column) or name in columns:
+            raise ValueError(
+                f"--call_columns must read like control_image=depth, each argument once, got {' '.join(words)!r}."
+            )
+        columns[name] = column
+    return columns
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaptionArguments(Arguments):
     """Captions, sizes of images, and models kept off the device."""
@@ -76,6 +89,9 @@ class CaptionArguments(Arguments):
     call: Fixed[list[str]] = option(
         [], "Further arguments of the pipeline's call in training and in the pictures, name=value, the value as JSON."
     )
+    call_columns: Fixed[list[str]] = option(
+        [], "Arguments of the pipeline's call that are images of each sample, argument=column: control_image=depth."
+    )
     num_frames: Fixed[Count] = option(1, "Frames of the videos of the image column; 1 is for images.")
     frame_stride: Count = option(1, "Of the videos, every so many frames one is taken.")
     use_aspect_ratio_buckets: bool = option(False, "Keep images near their shape, not square.")
@@ -99,6 +115,15 @@ class CaptionArguments(Arguments):
         if self.aspect_ratio_buckets is not None:
             parse_buckets(self.aspect_ratio_buckets)
         parse_call(self.call)
+        parse_columns(self.call_columns)
+        for name, unset in (("class_prompt", None), ("offload", False), ("validation_prompts", [])):
+            if self.call_columns and getattr(self, name) != unset:
+                reason = {
+                    "class_prompt": "images of the class have no such columns",
+                    "offload": "the autoencoder reads them at each step",
+                    "validation_prompts": "the pictures are of held-out rows, with their captions and images",
+                }[name]
+                raise ValueError(f"--{name} does not go with --call_columns: {reason}.")
         if self.frame_stride > 1 and self.num_frames == 1:
             raise ValueError(f"--frame_stride {self.frame_stride} has no effect without --num_frames.")
         if self.class_prompt is None and self.class_data_dir is not None:
@@ -134,6 +159,8 @@ class TextToImageArguments(TrainingArguments, LatentArguments, CaptionArguments)
     def check(self) -> None:
         if self.validation_prompts and not self.num_validation_images:
             raise ValueError("--validation_prompts has no effect with --num_validation_images 0.")
+        if self.call_columns and self.streaming:
+            raise ValueError("--call_columns does not go with --streaming, which reads one image of a row.")
         if self.class_prompt is not None and self.streaming:
             raise ValueError("--class_prompt does not go with --streaming, which does not know all of the data.")
         if self.shift is not None and self.shift_base_resolution is not None:

@@ -16,7 +16,7 @@ from ..paths import OTPath
 from ..pipelines.cards import describe_network, family_tags, solver_rows
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.publishing import has_picture, with_run
-from .arguments import TextToImageArguments
+from .arguments import TextToImageArguments, parse_columns
 from .field import TrainedField
 
 
@@ -124,10 +124,15 @@ def _content(
     }
     prompt = json.dumps(prompts[0] if prompts else "a photo of a cat", ensure_ascii=False)
     words = ", ".join([prompt, *(f"{name}={_written(value)}" for name, value in call.items() if value is not None)])
+    images = parse_columns(args.call_columns)
+    words = ", ".join([words, *(f"{name}={name}" for name in images)])
     imports, output = "", f'image = pipeline({words}).images[0]\nimage.save("sample.png")'
     if args.num_frames > 1:
-        imports = "from diffusers.utils import export_to_video\n"
+        imports = f"from diffusers.utils import export_to_video{', load_image' if images else ''}\n"
         output = f'video = pipeline({words}).frames[0]\nexport_to_video(video, "sample.mp4")'
+    elif images:
+        imports = "from diffusers.utils import load_image\n"
+    output = "".join(f'{name} = load_image("{name}.png")\n' for name in images) + output
     shift = "by the size of the image" if config.use_dynamic_shifting else f"{config.shift:g}"
     few_steps = "pipeline = diffusers_fm.with_flow_map(pipeline)\n" if config.get("solver") == "flow_map" else ""
     return CardContent(

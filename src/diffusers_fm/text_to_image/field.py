@@ -5,7 +5,7 @@ import contextlib
 import copy
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from ..pipelines.pipeline_calls import PROBES
 from ..pipelines.velocity_field import VelocityField
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.networks import OneNetwork
+from .images import CallImages
 from .text import TextEncoders
 
 
@@ -52,8 +53,12 @@ class TrainedField(OneNetwork):
             Arguments of every call, such as `max_sequence_length`.
         text_encoders (`Sequence[nn.Module]`, *optional*):
             Text encoders of the pipeline that are trained too.
+        call_columns (`Mapping[str, str]`, *optional*):
+            Arguments of the call that are images of each sample, and the columns that they come from.
 
     Attributes:
+        images ([`CallImages`], *optional*):
+            Images of each sample beside its caption.
         square (`tuple[int, int]`, *optional*):
             Size at which the pipeline is asked what does not depend on it; by default the pipeline's own.
 
@@ -67,11 +72,13 @@ class TrainedField(OneNetwork):
         network: str,
         call: dict[str, Any],
         text_encoders: Sequence[nn.Module] = (),
+        call_columns: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         straight = copy.copy(pipeline)
         vars(straight)["scheduler"] = straight_scheduler(pipeline.scheduler)
         self.field = VelocityField(straight, network, **call)
+        self.images = CallImages(self.field, call_columns) if call_columns else None
         # In a tuple, which hides them from the module: what is not trained has no part in its state.
         self._hidden = (pipeline, call)
         self._config: Any = pipeline.scheduler.config
@@ -89,6 +96,9 @@ class TrainedField(OneNetwork):
         pipeline = copy.copy(pipeline)
         vars(pipeline)[self.field.name] = copy.deepcopy(self.field.network, memo)
         copied = type(self)(pipeline, self.field.name, call)
+        if self.images is not None:
+            copied.images = CallImages(copied.field, self.images.columns)
+            copied.images.together = self.images.together
         copied.text = copied.field.encode_prompt = self.text
         # What was found holds for the copy, which may be in shards that are not to be asked.
         copied._config, copied.field._found = self._config, self.field._found
@@ -120,9 +130,17 @@ class TrainedField(OneNetwork):
         self, sample: torch.Tensor, timestep: torch.Tensor, captions: Sequence[str], size: Size, *_: Any
     ) -> tuple[nn.Module, dict[str, Any]]:
         """The network and the arguments that it gets in a call."""
-        network, arguments = self.field.network, self._network_arguments(0.5, captions, size)
+        together = self.images is None or self.images.together
+        arguments = self._network_arguments(0.5, captions if together else captions[:1], size)
+        network = self.field.network
         device = next(network.parameters()).device
-        return network, map_tensors(lambda tensor: tensor.to(device), arguments)
+
+        def prepared(tensor: torch.Tensor) -> torch.Tensor:
+            # Samples that have calls of their own count as those of one.
+            alone = not together and tensor.ndim > 0 and len(tensor) == 1
+            return (tensor.expand(len(captions), *tensor.shape[1:]) if alone else tensor).to(device)
+
+        return network, map_tensors(prepared, arguments)
 
     @torch.no_grad()
     def _network_arguments(self, t: float, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
@@ -135,14 +153,22 @@ class TrainedField(OneNetwork):
         """Findings on a step, in words; of a dry run, where nothing can be verified, time arguments and shapes."""
         described = self.field.describe()
         if described:
-            return _words(**described[0])
+            return _words(**described[0]) + self._described_images()
         runs = [self._network_arguments(t, [""], self.square) for t in PROBES[0]]
         numbers = [
-            {name: value for name, value in seen.items() if isinstance(value, torch.Tensor) and not value.is_meta}
+            {
+                name: value
+                for name, value in seen.items()
+                # The state of a pipeline that begins from an image depends on the time, too.
+                if isinstance(value, torch.Tensor) and not value.is_meta and name != self.field.state
+            }
             for seen in runs
         ]
         times, _ = find_times(numbers, PROBES[0], self.field.state)
-        return _words(times, (1, *self._shapes(self.square)[0]))
+        return _words(times, (1, *self._shapes(self.square)[0])) + self._described_images()
+
+    def _described_images(self) -> str:
+        return "" if self.images is None else f", {self.images.describe()}"
 
     @cached_property
     def factor(self) -> int:
@@ -258,7 +284,9 @@ class TrainedField(OneNetwork):
             if shape != size:
                 raise ValueError(f"it makes images of {shape[0]} x {shape[1]} then")
             x_t = torch.zeros(2, *state.map.x_shape, device=next(self.field.network.parameters()).device)
-            for count in (1, 2):
+            if self.images is not None:
+                self.images.verify(x_t[:1], self._captions([""], size), size)
+            for count in (1, 2) if self.images is None or self.images.together else (1,):
                 self.field.ask(x_t[:count], **self._condition([""] * count, size))
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{name} takes no images of {size[0]} x {size[1]} pixels: {error}") from error
@@ -270,6 +298,7 @@ class TrainedField(OneNetwork):
         captions: Sequence[str],
         size: Size,
         dropped: torch.Tensor | None = None,
+        images: Mapping[str, list[Any]] | None = None,
     ) -> torch.Tensor:
         """
         Prediction of the network, of the scheduler's `prediction_type`.
@@ -285,22 +314,60 @@ class TrainedField(OneNetwork):
                 Height and width in pixels.
             dropped (`torch.Tensor` of shape `(batch_size, num_encoders)`, *optional*):
                 Booleans: text encoders that are taken for zeros.
+            images (`Mapping[str, list]`, *optional*):
+                Images of each sample, of [`~TrainedField.call_images`].
 
         Returns:
             `torch.Tensor` of the shape of `sample`.
         """
+        if self.images is not None and not self.images.together and len(sample) > 1:
+            return torch.cat(
+                [
+                    self.forward(sample[row], timestep[row], captions[row], size, drop, one)
+                    for row, drop, one in self._rows(len(sample), dropped, images)
+                ]
+            )
         t = timestep / self._config.num_train_timesteps
         self.choose_encoder()
         with self.text.dropping(dropped):
-            return self.field(sample, t, **self._condition(captions, size))
+            return self.field(sample, t, **self._condition(captions, size, images))
+
+    def _rows(
+        self, count: int, dropped: torch.Tensor | None, images: Mapping[str, list[Any]] | None
+    ) -> Iterator[tuple[slice, torch.Tensor | None, dict[str, list[Any]] | None]]:
+        """Single samples of a batch."""
+        for row in (slice(number, number + 1) for number in range(count)):
+            one = None if images is None else {name: values[row] for name, values in images.items()}
+            yield row, None if dropped is None else dropped[row], one
 
     def choose_encoder(self) -> None:
         """Kept captions of different lengths are compared with the encoders' own by the field."""
         memo = self.text.memo
         self.field.encode_prompt = self.text if memo is None or self.text.separable else memo
 
-    def _condition(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
+    def _captions(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
         return {"prompt": list(captions), **({} if size is None else {"height": size[0], "width": size[1]})}
+
+    def _condition(
+        self, captions: Sequence[str], size: Size | None, images: Mapping[str, list[Any]] | None = None
+    ) -> dict[str, Any]:
+        """Arguments of a call; where they have to have images and none are given, with some that stand in."""
+        own = self._captions(captions, size)
+        if self.images is None:
+            return own
+        return {**own, **self.images.given(images or self.images.probes(len(captions), size), own)}
+
+    def call_images(self, batch: Mapping[str, Any], part: BatchSlice | None = None) -> dict[str, list[Any]] | None:
+        """
+        Images of a batch as arguments of the call, if there are any.
+
+        Args:
+            batch (`Mapping[str, Any]`):
+                With `conditions`, as [`~data.images.ImageData`] gives them.
+            part ([`BatchSlice`], *optional*):
+                Whose random numbers the autoencoder's posterior of the images is drawn with; without it fixed ones.
+        """
+        return None if self.images is None else self.images.of_batch(batch, part)
 
     def encode_captions(self, captions: Sequence[str]) -> None:
         """Run the pipeline for captions up to its network, for the sake of what it asks its text encoders."""
@@ -318,7 +385,13 @@ class TrainedField(OneNetwork):
     def decode_map(self, size: Size | None) -> DecodeMap:
         """Map between the encoder's latents and the states of the pipeline's loop, by default at its own size."""
         if size not in self._maps:
-            self._maps[size] = DecodeMap(self.field, **self._condition([""], size))
+            try:
+                self._maps[size] = DecodeMap(self.field, **self._condition([""], size))
+            except ValueError as error:
+                if self.images is None:
+                    raise
+                words = " ".join(f"{name}={column}" for name, column in self.images.columns.items())
+                raise ValueError(f"--call_columns {words} cannot be trained: {error}") from error
         return self._maps[size]
 
     def shift(self, size: Size) -> float:

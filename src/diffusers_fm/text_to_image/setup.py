@@ -45,8 +45,9 @@ from ..training.networks import compiles
 from ..training.run import TrainingRun
 from ..training.sampler import find_sampler
 from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid
-from .arguments import TextToImageArguments, parse_call
+from .arguments import TextToImageArguments, parse_call, parse_columns
 from .field import Size, TrainedField
+from .images import held_out_rows
 from .text import TextEncoders, cache_captions, warn_of_long_captions
 
 
@@ -238,6 +239,13 @@ def freeze(
         model.requires_grad_(False)
         if name != network:
             model.eval()
+        if (
+            name != "vae"
+            and not name.startswith("text_encoder")
+            and type(model) is not type(pipeline.components[network])
+        ):
+            # Called beside the network, such as a controlnet.
+            model.to(accelerator.device)
         if name != "vae":
             # Not by diffusers' own `to`, which warns of layers to be kept in float32 where there are none.
             nn.Module.to(model, dtype)
@@ -264,6 +272,7 @@ def load_captioned_data(
         caption_column=args.caption_column,
         caption=args.instance_prompt,
         class_images=class_images(args),
+        **({"condition_columns": parse_columns(args.call_columns)} if args.call_columns else {}),
         make_transform=make_transform,
         clips=args.num_frames > 1,
     )
@@ -335,6 +344,14 @@ def prepare_text(
         captions = data[0] if isinstance(data[0], StreamData) else data[0].captions
         if captions is not None:
             warn_of_long_captions(field.pipeline, captions, args.max_sequence_length)
+    read = set(inspect.signature(field.pipeline.encode_prompt).parameters).intersection(
+        parse_columns(args.call_columns)
+    )
+    if args.cache_text_embeddings and read:
+        raise ValueError(
+            f"--cache_text_embeddings does not go with --call_columns {', '.join(sorted(read))}:"
+            f" {type(field.pipeline).__name__} reads captions together with these images."
+        )
     if args.cache_text_embeddings:
         columns = [each.captions.distinct() for each in data if each is not None and each.captions is not None]
         captions = itertools.chain(args.validation_prompts, *columns)
@@ -357,7 +374,7 @@ def prepare_latents(
     vae: Any = pipeline.components["vae"]
     if args.cache_latents:
         cache_all_latents(accelerator, data, vae, folder, args.train_batch_size)
-    elif not args.offload:
+    if args.call_columns or not (args.cache_latents or args.offload):
         vae.to(accelerator.device)
 
 
@@ -550,12 +567,21 @@ def validate_field(
             scheduler,
             held_out_data,
             args.eval_batch_size,
-            lambda batch: (field.encode(batch, device), (batch["captions"], field.size_of(batch))),
+            lambda batch: (
+                field.encode(batch, device),
+                (batch["captions"], field.size_of(batch), None, field.call_images(batch)),
+            ),
         )
     if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
         with run.accelerator.autocast():
             grid = prompt_grid(pipeline, field, args, size, device)
         run.log.write_grid(step, grid, grid_name)
+    if field.images is not None and held_out_data is not None and args.num_validation_images:
+        if run.accelerator.is_main_process:
+            with prompt_sampler(pipeline, field, args, size, device, args.cache_text_embeddings) as draw:
+                with run.accelerator.autocast(), torch.no_grad():
+                    rows = held_out_rows(draw, pipeline, field.images, args, held_out_data, size)
+            run.log.write_grid(step, make_grid([[picture(image) for image in row] for row in rows]), grid_name)
     return figures
 
 
