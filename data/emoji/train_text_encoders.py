@@ -3,13 +3,14 @@
 # requires-python = ">=3.10"
 # dependencies = ["datasets", "diffusers", "tokenizers", "transformers"]
 # ///
-"""Write `pipelines/sd3-emoji` with tokenizers and with text encoders that know the words of the captions.
+"""Write `pipelines/sd3-emoji` with tokenizers and with text encoders that know the words of its captions, and its rows.
 
     python data/emoji/train_text_encoders.py --output_dir runs/emoji-words
 
 The first CLIP is trained on captions and images of the training split by the contrastive loss of CLIP (Radford et al.,
 arXiv 2103.00020, figure 3), against a linear map of the images' principal components. The second is random, its tokens
-nearly the words' vectors, as in `pipelines/sd3-tiny`.
+nearly the words' vectors, as in `pipelines/sd3-tiny`. The rows are the emoji with a skin tone, which the network then
+trains on.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def text_encoder(name: str) -> CLIPTextModelWithProjection:
     return CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(PIPELINE / name))
 
 
-def main(output_dir: Path, num_steps: int, batch_size: int) -> None:
-    """Train, say how many held-out captions find their image, and write the folder."""
+def main(output_dir: Path, data_dir: Path, num_steps: int, batch_size: int) -> None:
+    """Train, say how many held-out captions find their image, and write both folders."""
     torch.manual_seed(0)
     rows, held_out = load_split("train"), load_split("test")
     captions = list(rows["text"])
@@ -101,11 +102,15 @@ def main(output_dir: Path, num_steps: int, batch_size: int) -> None:
     text_encoder("text_encoder_2").save_pretrained(output_dir / "text_encoder_2")
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_pretrained(output_dir / name)
+    for split in ("train", "test"):
+        with_tone = load_split(split).filter(lambda tone: tone != "none", input_columns="tone")
+        with_tone.to_parquet(data_dir / f"{split}.parquet")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Pipeline folder to write.")
+    parser.add_argument("--data_dir", type=Path, default=Path("runs/emoji-tones"), help="Folder of the rows to write.")
     parser.add_argument("--num_steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=256)
     main(**vars(parser.parse_args()))

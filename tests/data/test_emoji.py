@@ -104,8 +104,12 @@ def test_script_composes_over_white_and_adds_tones_to_captions(tmp_path: Path) -
 
 
 def test_text_encoders_are_trained_and_read_with_the_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    load_script(EMOJI / "train_text_encoders.py").main(tmp_path / "words", num_steps=1, batch_size=8)
+    script = load_script(EMOJI / "train_text_encoders.py")
+    script.main(tmp_path / "words", tmp_path / "tones", num_steps=1, batch_size=8)
     assert "of 200 held-out captions find their image" in capsys.readouterr().out
+    for split, rows in load_splits(str(tmp_path / "tones")).items():
+        assert len(rows) == sum(tone != "none" for tone in load_splits(str(EMOJI))[split]["tone"])
+        assert "none" not in rows["tone"]
     pipeline = init_pipeline(tmp_path / "words", seed=0, pipeline_class=StableDiffusion3Pipeline)
     pipeline.set_progress_bar_config(disable=True)
     captions = sorted({caption.lower() for row in load_splits(str(EMOJI))["test"] for caption in row["text"]})

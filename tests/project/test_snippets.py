@@ -56,6 +56,8 @@ SHORT = {
     "num_images": 20,
     "num_solver_images": 4,
     "num_calls": 2,
+    "num_rows": 1,
+    "strength": 1.0,
     "likelihood_steps": 2,
     "num_draws": 1,
     "num_samples": 2,
