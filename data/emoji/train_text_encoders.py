@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["datasets", "diffusers", "tokenizers", "transformers"]
 # ///
-"""Write `pipelines/sd3-emoji` with tokenizers and with text encoders that know the words of its captions, and its rows.
+"""Write `pipelines/sd3-emoji` with tokenizers and text encoders that know the words of its captions, and its rows.
 
     python data/emoji/train_text_encoders.py --output_dir runs/emoji-words
 
