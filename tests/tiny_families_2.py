@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.guiders import AdaptiveProjectedGuidance, AdaptiveProjectedMixGuidance
+from diffusers.pipelines.ace_step import AceStepConditionEncoder
 from diffusers.video_processor import VideoProcessor
 from stock_pipelines import flux, ltx, qwen_image, sana
 from tiny_encoders import clip, letters, qwen3, qwen25_vl, t5, umt5
@@ -298,6 +299,51 @@ def longcat_audio() -> Family:
     return Family("longcat-audio", pipeline, {"audio_duration_s": 0.002}, "1 - t", "-")
 
 
+def ace_step() -> Family:
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderOobleck(
+        encoder_hidden_size=16,
+        downsampling_ratios=[2, 2],
+        channel_multiples=[1, 2],
+        decoder_channels=8,
+        decoder_input_channels=8,
+        audio_channels=2,
+        sampling_rate=64,
+    ).eval()
+    layers = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(2)
+    condition = AceStepConditionEncoder(
+        **layers,
+        head_dim=16,
+        text_hidden_dim=16,
+        timbre_hidden_dim=8,
+        num_lyric_encoder_hidden_layers=1,
+        num_timbre_encoder_hidden_layers=1,
+    )
+    transformer = network(
+        "AceStepTransformer1DModel",
+        **layers,
+        head_dim=16,
+        num_hidden_layers=1,
+        in_channels=24,
+        audio_acoustic_hidden_dim=8,
+    )
+    pipeline = diffusers.AceStepPipeline(
+        transformer=transformer,
+        vae=vae,
+        scheduler=euler(num_train_timesteps=1, shift=1.0),
+        text_encoder=qwen3(16),
+        tokenizer=letters(),
+        condition_encoder=awake(condition),
+    )
+
+    def own(samples: list[int]) -> dict[str, Any]:
+        return {"lyrics": [""] * len(samples)}
+
+    # Its call leaves out the mask of padded captions.
+    return Family("ace-step", pipeline, {"audio_duration": 1.0}, "t", own=own, neutral=False)
+
+
 def ernie_image() -> Family:
     pipeline = diffusers.ErnieImagePipeline(
         transformer=network(
@@ -459,7 +505,7 @@ MORE = {
     recipe.__name__: cache(recipe)
     for recipe in (
         hunyuan_image, hunyuan_video_15, motif_video, kandinsky5_video, kandinsky5_image, flux2, stable_audio_3,
-        longcat_audio, ernie_image, sd3_image, sd3_controlnet, flux_image, flux_kontext, flux_fill, flux_control,
-        qwen_to_image, z_to_image, chroma_image, wan_image, ltx_image, sana_pag,
+        longcat_audio, ace_step, ernie_image, sd3_image, sd3_controlnet, flux_image, flux_kontext, flux_fill,
+        flux_control, qwen_to_image, z_to_image, chroma_image, wan_image, ltx_image, sana_pag,
     )
 }  # fmt: skip

@@ -124,7 +124,7 @@ def main(args: ScriptArguments) -> None:
         export,
         f"Flow map by {args.objective} of a {type(pipeline).__name__}, {type(network).__name__},"
         f" {scheduler.config.path} path, {prediction_type};"
-        f" {train_data.description} in {len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]},"
+        f" {train_data.description} in {model.describe_sizes(sizes)},"
         f" {len(held_out_data or [])} held out. {model.describe()}.",
     )
 

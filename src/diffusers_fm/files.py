@@ -146,10 +146,10 @@ def is_ours(folder: Path, name: str) -> bool:
 
 def make_way(folder: Path, name: str) -> str:
     """
-    Name for a file of a run, without loss of the user's. A text or a picture of the user's keeps its place, and the
-    run's gets another; any other file of the user's is renamed: a pipeline cannot do without its own.
+    Name for a file of a run, without loss of the user's. A text, a picture or a sound of the user's keeps its place,
+    and the run's gets another; any other file of the user's is renamed: a pipeline cannot do without its own.
     """
-    if not is_ours(folder, name) and (folder / name).exists() and Path(name).suffix in (".md", ".png"):
+    if not is_ours(folder, name) and (folder / name).exists() and Path(name).suffix in (".md", ".png", ".wav"):
         taken, name = name, Path(name).with_stem(f"{Path(name).stem}.new").as_posix()
         logger.warning("%s was not written by this run and stays: the run's is %s.", folder / taken, folder / name)
     parents = [folder / parent for parent in Path(name).parents if (folder / parent).is_file()]

@@ -76,7 +76,7 @@ def test_a_missing_reader_is_named_before_any_work(tmp_path: Path, monkeypatch: 
         pretrained_model_name_or_path="a", train_data_dir=str(tmp_path), output_dir=str(tmp_path / "run"), num_frames=3
     )
     with pytest.raises(ValueError, match=r"PyAV is not installed: video files need .*\[video\]"):
-        make_datasets(args, 9, 16, clips=True, make_transform=lambda *a, **k: ClipTransform(*a, num_frames=3, **k))
+        make_datasets(args, 9, 16, kind="videos", make_transform=lambda *a, **k: ClipTransform(*a, num_frames=3, **k))
 
 
 def test_a_folder_of_videos_and_of_folders_of_frames(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_folder_of_videos_and_of_folders_of_frames(tmp_path: Path) -> None:
         f'{{"file_name": "{name}", "text": "{name}"}}\n' for name in ("train/one", "train/two.mp4", "train/three.gif")
     )
     (tmp_path / "metadata.jsonl").write_text(rows + '{"file_name": "test/four", "text": "short"}\n')
-    splits = read_image_folder(str(tmp_path), clips=True)
+    splits = read_image_folder(str(tmp_path), kind="videos")
     assert sorted(splits["train"]["text"]) == ["train/one", "train/three.gif", "train/two.mp4"]
     transform = ClipTransform(16, 9, center_crop=True, num_frames=3)
     data = ImageData(splits["train"], transform, caption_column="text")

@@ -4,6 +4,7 @@
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -15,7 +16,8 @@ from training_runs import command_line, load, run_script, script
 
 from diffusers_fm import FlowMatchAudioPipeline, FlowMatchScheduler, init_pipeline
 from diffusers_fm.arguments import parse_arguments
-from diffusers_fm.data.sounds import SoundTransform, read_sound
+from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.sounds import SoundTransform, WaveformTransform, read_sound
 from diffusers_fm.data.sources import load_splits
 from diffusers_fm.spectrograms import LogMel
 
@@ -43,7 +45,7 @@ def test_spoken_digits() -> None:
             info = soundfile.info(io.BytesIO(row["audio"]["bytes"]))
             facts = (info.format, info.subtype, info.samplerate, info.channels, info.frames)
             assert facts == ("FLAC", "PCM_16", 8000, 1, 4096)
-            samples = read_sound(row["audio"]["bytes"], 8000)
+            samples = read_sound(row["audio"]["bytes"], 8000)[0]
             # Silence first, one peak, 10 bits, nothing clipped, and a word that lasts 0.1 s at least.
             assert not samples[:160].any()
             assert np.abs(samples).max() == pytest.approx(0.8, abs=1 / 512)
@@ -69,7 +71,7 @@ def test_source_and_licence_are_beside_the_sounds() -> None:
 def test_sound_files_are_averaged_and_resampled(kind: str) -> None:
     time = np.arange(22050 // 2) / 22050
     tone = 0.5 * np.sin(2 * math.pi * 440 * time)
-    samples = read_sound(sound_file(np.stack([tone, 0.5 * tone], axis=1), 22050, kind), 8000)
+    samples = read_sound(sound_file(np.stack([tone, 0.5 * tone], axis=1), 22050, kind), 8000)[0]
     assert samples.dtype == np.float32
     assert len(samples) == 4000
     expected = 0.375 * np.sin(2 * math.pi * 440 * np.arange(4000) / 8000)
@@ -154,3 +156,63 @@ def test_recipe_of_the_spoken_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"| `unet` | `UNet2DModel` | {count} |" in Path("pipelines/unet-spoken-digits/README.md").read_text()
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline([7], guidance_scale=2.0, num_inference_steps=1).audios.shape == (1, 1, 4096)
+
+
+def tone(num_samples: int, channels: int = 1) -> np.ndarray:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (num_samples, channels)).astype(np.float32)
+    return np.round(samples * 32768) / 32768
+
+
+@pytest.mark.parametrize(("has", "wanted"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 3)])
+def test_waveforms_have_the_channels_and_the_length_of_the_autoencoder(has: int, wanted: int) -> None:
+    samples = tone(100, has)
+    expected = {1: samples.mean(1, keepdims=True), has: samples}.get(wanted, samples.repeat(wanted, 1)).T
+    cell = {"bytes": sound_file(samples), "path": None}
+    for num_samples in (100, 60, 130):
+        data = waveforms([cell], num_samples, wanted, center_crop=True)
+        batch = data[np.array([[0, 0]])]["images"]
+        assert batch.shape == (1, wanted, num_samples) and batch.dtype == torch.float32
+        first = max(0, (100 - num_samples) // 2)
+        part = np.pad(expected[:, first : first + num_samples], ((0, 0), (0, max(0, num_samples - 100))))
+        np.testing.assert_allclose(batch[0], part, atol=1e-7)
+
+
+def waveforms(cells: list[dict[str, Any]], num_samples: int, channels: int, **options: Any) -> ImageData:
+    rows = datasets.Dataset.from_dict({"audio": cells}).cast_column("audio", datasets.Audio())
+    return ImageData(rows, WaveformTransform(num_samples, channels, sampling_rate=8000, **options), "audio")
+
+
+def test_long_sounds_are_cut_anywhere_anew_at_each_visit() -> None:
+    samples = tone(100)
+    data = waveforms([{"bytes": sound_file(samples), "path": None}], 60, 1)
+    starts = set()
+    for epoch in range(300):
+        batch = data[np.array([[epoch, 0]])]["images"][0, 0].numpy()
+        (found,) = [start for start in range(41) if np.allclose(batch, samples[start : start + 60, 0], atol=1e-7)]
+        starts.add(found)
+    # Of 41 places in 300 visits, one is missed with a probability of 41 (40 / 41)^300 = .025; the seed is fixed.
+    assert len(starts) >= 40
+    again = data[np.array([[0, 0]])]["images"]
+    assert torch.equal(again, data[np.array([[0, 0]])]["images"])
+
+
+def test_other_channels_and_mirrored_sounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="it has 3 channels, of which 2 are wanted"):
+        waveforms([{"bytes": sound_file(tone(100, 3)), "path": None}], 100, 2)
+    with pytest.raises(ValueError, match="sounds would run backwards"):
+        WaveformTransform(100, 1, random_flip=True, sampling_rate=8000)
+
+
+def test_a_folder_of_sounds_with_captions(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.wav").write_bytes(sound_file(tone(100 + number)))
+        (tmp_path / f"{number}.txt").write_text(f"sound {number}")
+    (tmp_path / "cover.png").write_bytes(b"")
+    (rows,) = load_splits(train_data_dir=str(tmp_path), kind="sounds").values()
+    assert rows["text"][:] == ["sound 0", "sound 1"] and isinstance(rows.features["image"], datasets.Audio)
+    assert rows.select_columns(["text"]).num_rows == 2
+    data = ImageData(rows, WaveformTransform(100, 1, center_crop=True, sampling_rate=8000), "image")
+    np.testing.assert_allclose(data[np.array([[0, 0]])]["images"][0, 0], tone(100)[:, 0], atol=1e-7)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="it contains no sounds that libsndfile can read"):
+        load_splits(train_data_dir=str(tmp_path / "empty"), kind="sounds")

@@ -26,6 +26,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny_families_2 import MORE
 from tiny_pipelines import tiny_pipeline, tiny_unet
+from tiny_sounds import SOUNDS, save_sounds
 from tiny_stable_diffusion import tiny_stable_diffusion, tiny_stable_diffusion_xl
 from tiny_text_to_image import tiny_stable_diffusion_3
 from training_runs import load_script, run_script
@@ -89,6 +90,8 @@ REPOSITORIES = {
     "stabilityai/stable-diffusion-3.5-medium": "runs/sd3-medium",
     "stabilityai/stable-diffusion-3-medium-diffusers": "runs/sd3-medium",
     "stabilityai/stable-diffusion-xl-base-1.0 --variant fp16": "runs/sdxl-base",
+    "stabilityai/stable-audio-3-medium-base": "runs/stable-audio-tiny",
+    "owner/captioned-sounds": "sounds/rows",
     "/data/paintings": "paintings",
     "/data/imagenet/train": "photos",
     "owner/many-parquet-files": "data/digits",
@@ -159,6 +162,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             tiny_stable_diffusion_3().save_pretrained(f"runs/{name}")
         tiny_stable_diffusion().save_pretrained("runs/sd1-tiny")
         tiny_stable_diffusion_xl().save_pretrained("runs/sdxl-base")
+        SOUNDS["stable_audio_3"]().pipeline.save_pretrained("runs/stable-audio-tiny")
+        save_sounds(Path("sounds"))
         DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("runs/ddpm-digits")
         save_lora(Path("runs/paintings-lora"))
         few = FlowMatchScheduler(solver="flow_map", flow_map={"first_block": 1, "num_inference_steps": 4})

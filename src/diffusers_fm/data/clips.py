@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import PIL.Image
@@ -119,6 +119,7 @@ class ClipTransform(ImageTransform):
 
     num_frames: int = 1
     frame_stride: int = 1
+    is_image: ClassVar[bool] = False
 
     @property
     def colours(self) -> int:

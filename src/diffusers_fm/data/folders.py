@@ -20,6 +20,9 @@ import pyarrow.parquet
 
 logger = logging.getLogger(__name__)
 
+# Files of sounds that libsndfile reads.
+SOUND_SUFFIXES = {".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"}
+
 # Videos, and pictures that may have frames, each of which is a video where videos are read.
 VIDEO_SUFFIXES = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
 ANIMATED_SUFFIXES = {".apng", ".gif"}
@@ -39,6 +42,11 @@ _SPLIT_WORDS = {
 }
 _SEPARATORS = "-_.0123456789"
 
+_IMAGES, _SOUNDS = "images that Pillow can read", "sounds that libsndfile can read"
+# What a folder lacks that has none of a kind of data, and what its other files are not.
+_READ = {"images": _IMAGES, "videos": "videos", "sounds": _SOUNDS}
+_OTHERS = {"images": _IMAGES, "videos": _IMAGES, "sounds": _SOUNDS}
+
 
 def image_suffixes() -> set[str]:
     """Suffixes of the images that Pillow reads here, those of its plugins included."""
@@ -47,7 +55,14 @@ def image_suffixes() -> set[str]:
     return {suffix for suffix, name in formats if name in PIL.Image.OPEN and name not in unread}
 
 
-def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Dataset]:
+def suffixes_of(kind: str) -> set[str]:
+    """Suffixes of the files of a kind of data: `images`, `videos` or `sounds`."""
+    if kind == "sounds":
+        return SOUND_SUFFIXES
+    return image_suffixes() | (VIDEO_SUFFIXES if kind == "videos" else set())
+
+
+def read_image_folder(folder: str, kind: str = "images") -> dict[str, datasets.Dataset]:
     """
     Splits of a folder of images, each with the columns of its metadata files, or with labels by class folders and with
     captions, the column `text`, of `.txt` files of the images' names.
@@ -58,8 +73,9 @@ def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Da
     Args:
         folder (`str`):
             The folder. Links are followed.
-        clips (`bool`, *optional*, defaults to `False`):
-            Whether it is one of videos: files of them, animated pictures, and folders of frames, each of which is one.
+        kind (`str`, *optional*, defaults to `"images"`):
+            `"videos"`: files of them, animated pictures, and folders of frames, each of which is one; or `"sounds"`,
+            which stand in the place of the images.
 
     Returns:
         `dict[str, datasets.Dataset]`: the splits by name, rows in the order of the paths, images as paths.
@@ -69,22 +85,22 @@ def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Da
         ValueError: if splits stand beside other folders, or metadata cannot be read.
     """
     root, left_out = Path(folder).expanduser(), defaultdict[str, list[str]](list)
-    images, metadata = _walk(root, left_out, image_suffixes() | (VIDEO_SUFFIXES if clips else set()))
-    if clips:
+    images, metadata = _walk(root, left_out, kind)
+    if kind == "videos":
         # Pictures that stand in a folder are its frames, unless they have frames themselves.
         whole = {*VIDEO_SUFFIXES, *ANIMATED_SUFFIXES}
         kept = (path if _suffix(path) in whole else posixpath.dirname(path) for path in images)
         images = sorted({path for path in kept if path})
     if not images:
-        named, kind = _describe(left_out), "videos" if clips else "images that Pillow can read"
-        raise FileNotFoundError(f"it contains no {kind}; left out are {named or 'no files'}")
+        named = _describe(left_out)
+        raise FileNotFoundError(f"it contains no {_READ[kind]}; left out are {named or 'no files'}")
     split_of, class_of = _splits_and_classes(folder, images, left_out)
     if metadata:
         table = _with_metadata(root, metadata, split_of, left_out)
     else:
         table = pa.table({"image": list(split_of)})
     paths = table["image"].to_pylist()
-    captions = {} if metadata else _captions(root, paths, left_out)
+    captions = {} if metadata else _captions(root, paths, left_out, kind)
     if captions:
         table = table.append_column("text", pa.array([captions.get(path) for path in paths], type=pa.string()))
     features = datasets.Features.from_arrow_schema(table.schema)
@@ -95,7 +111,7 @@ def read_image_folder(folder: str, clips: bool = False) -> dict[str, datasets.Da
         place, short = table.column_names.index(name), name.removesuffix("_file_name")
         table = table.set_column(place, short, pa.array(cells, type=datasets.Image().pa_type))
         features = datasets.Features({short if old == name else old: value for old, value in features.items()})
-        features[short] = datasets.Image()
+        features[short] = datasets.Audio() if kind == "sounds" else datasets.Image()
     if class_of and not metadata:
         names = sorted(set(class_of.values()))
         features["label"] = datasets.ClassLabel(names=names)
@@ -113,9 +129,9 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _walk(root: Path, left_out: dict[str, list[str]], suffixes: set[str]) -> tuple[list[str], list[str]]:
+def _walk(root: Path, left_out: dict[str, list[str]], kind: str) -> tuple[list[str], list[str]]:
     """Paths below the root, in order, of images and of metadata files."""
-    images, metadata = [], []
+    images, metadata, suffixes = [], [], suffixes_of(kind)
     if any((root / name).is_file() for name in _OUTPUT_FILES):
         raise ValueError(f"The folder of images {str(root)!r} is the output of a run: keep these apart.")
     folders, seen = [""], {os.path.realpath(root)}
@@ -145,13 +161,13 @@ def _walk(root: Path, left_out: dict[str, list[str]], suffixes: set[str]) -> tup
             elif suffix in suffixes:
                 images.append(path)
             elif not entry.name.startswith("."):
-                left_out[f"{suffix or 'other'} files, no images that Pillow can read"].append(path)
+                left_out[f"{suffix or 'other'} files, no {_OTHERS[kind]}"].append(path)
     return sorted(images), sorted(metadata)
 
 
-def _captions(root: Path, images: list[str], left_out: dict[str, list[str]]) -> dict[str, str]:
+def _captions(root: Path, images: list[str], left_out: dict[str, list[str]], kind: str) -> dict[str, str]:
     """Captions in text files that have the names of images, which are then no longer left out."""
-    reason = ".txt files, no images that Pillow can read"
+    reason = f".txt files, no {_OTHERS[kind]}"
     texts = set(left_out[reason])
     files = {path: f"{os.path.splitext(path)[0]}.txt" for path in images}
     captions = {

@@ -126,7 +126,7 @@ class ImageData(Dataset):
         self._kept: list[np.ndarray] | None = None
         self._stack: torch.Tensor | None = None
         # Images that are not square take more; decoding stops where it no longer fits.
-        fits = len(self) * transform.channels * transform.resolution**2 <= memory_budget
+        fits = len(self) * transform.least_bytes <= memory_budget
         key = column_key(self._files, self._rows) if folder is not None and (fits or transform.buckets) else None
         if transform.buckets:
             sizes_key = key and content_key("sizes", key, transform.resolution)
@@ -262,7 +262,7 @@ class ImageData(Dataset):
         self._note_all(bad)
         if not len(pixels):
             return
-        if (shapes == transform.resolution).all():
+        if (shapes == torch.tensor(transform.size)).all():
             self._stack = pixels.view(len(self), transform.channels, *shapes[0].tolist())
             return
         parts = pixels.split((transform.channels * shapes.prod(1)).tolist())
@@ -287,7 +287,7 @@ class ImageData(Dataset):
             batch["conditions"] = {name: _mirror(each, mirrored) for name, each in read.items()}
         if self.read_moments is None and images is not None:
             images = _mirror(images, mirrored)
-            batch["images"] = self.transform.as_batch(images) if self.transform.num_frames else images
+            batch["images"] = images if self.transform.is_image else self.transform.as_batch(images)
         if self._labels is not None:
             batch["labels"] = self._labels[indices]
         if self.captions is not None:
@@ -313,7 +313,7 @@ class ImageData(Dataset):
     def size(self, index: int) -> tuple[int, int]:
         """Height and width to which an image is brought."""
         if self._bucket_of is None:
-            return self.transform.resolution, self.transform.resolution
+            return self.transform.size
         return self.transform.buckets[self._bucket_of[index]]
 
     def pixels(self, keys: np.ndarray) -> torch.Tensor:

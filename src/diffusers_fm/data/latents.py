@@ -28,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Bytes to the range of models: uint8 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """Bytes to the range of models: uint8 to float32 in [-1, 1], where waveforms are already."""
+    return images if images.is_floating_point() else images.float() / 127.5 - 1
 
 
 def latents_of_batch(

@@ -42,12 +42,12 @@ TrainingData = ImageData | StreamData | ArrayData
 CAPTION = "instance_prompt"
 
 
-def open_splits(args: DataArguments, clips: bool = False) -> tuple[AnyDataset, datasets.Dataset | None]:
+def open_splits(args: DataArguments, kind: str = "images") -> tuple[AnyDataset, datasets.Dataset | None]:
     """
     The split to train on, and the one held out, if there is one. With `--streaming` the first is a stream, and of the
     second the first rows are held out.
     """
-    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, clips)
+    source = (args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir, kind)
     if not args.streaming:
         splits = load_splits(*source)
         train_split = choose_split(splits, args.train_split)
@@ -108,7 +108,7 @@ def make_datasets(
     caption: str | None = None,
     class_images: tuple[str, str] | None = None,
     make_transform: Callable[..., ImageTransform] = ImageTransform,
-    clips: bool = False,
+    kind: str = "images",
     **columns: Any,
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """
@@ -135,8 +135,8 @@ def make_datasets(
             Folder and caption of images that take turns with those of the split to train on.
         make_transform (`Callable`, *optional*, defaults to [`ImageTransform`]):
             Makes what is done to each image, with the arguments of [`ImageTransform`].
-        clips (`bool`, *optional*, defaults to `False`):
-            Whether a local folder is one of videos.
+        kind (`str`, *optional*, defaults to `"images"`):
+            What a local folder holds: `"images"`, `"videos"` or `"sounds"`.
         columns:
             Further arguments of [`ImageData`] and [`StreamData`].
 
@@ -146,7 +146,7 @@ def make_datasets(
     Raises:
         ValueError: if there is no such data, or it does not fit.
     """
-    train_split, held_out_split = open_splits(args, clips)
+    train_split, held_out_split = open_splits(args, kind)
     if caption is not None:
         train_split = with_caption(train_split, caption, args.image_column)
         held_out_split = None if held_out_split is None else with_caption(held_out_split, caption, args.image_column)
@@ -165,7 +165,7 @@ def make_datasets(
     if class_images is not None and common["folders"] is not None:
         common["folders"] = (*common["folders"], Path(class_images[0]).expanduser())
     transform = make_transform(resolution, channels, args.center_crop, args.random_flip, **common)
-    if clips and isinstance(train_split, datasets.Dataset) and len(train_split):
+    if kind == "videos" and isinstance(train_split, datasets.Dataset) and len(train_split):
         check_first(image_files(train_split, args.image_column)[0][args.image_column], common["folders"])
     folder = Path(args.cache_dir or datasets.config.HF_DATASETS_CACHE) / "decoded_images"
     if isinstance(train_split, datasets.IterableDataset):
@@ -184,6 +184,17 @@ def make_datasets(
         held_out_split, transform, seed=0, max_samples=args.max_validation_samples, folder=folder, **columns
     )
     return train_data, held_out
+
+
+def refuse_column(split: DatasetT, column: str, refused: type, wanted: type) -> DatasetT:
+    """The split; a `ValueError` if a column holds a kind of data that the pipeline does not learn from."""
+    feature = (split.features or {}).get(column)
+    # The held-out rows of a stream are files of images by now, whatever they hold.
+    if isinstance(feature, refused) and feature.decode:  # pyright: ignore
+        raise ValueError(
+            f"The column {column!r} holds {refused.__name__}, and the pipeline learns from {wanted.__name__}."
+        )
+    return split
 
 
 def load_images(
@@ -205,13 +216,7 @@ def load_images(
     label_column = args.label_column if pipeline.num_classes else None
 
     def check(split: Any) -> Any:
-        feature = (split.features or {}).get(args.image_column)
-        # The held-out rows of a stream are files of images by now, whatever they hold.
-        if isinstance(feature, other) and feature.decode:
-            raise ValueError(
-                f"The column {args.image_column!r} holds {other.__name__}, and the pipeline learns from"
-                f" {wanted.__name__}."
-            )
+        refuse_column(split, args.image_column, other, wanted)
         return with_labels_of_model(pipeline, split, args.label_column)
 
     columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}

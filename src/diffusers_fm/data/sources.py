@@ -19,7 +19,7 @@ from datasets.data_files import FILES_TO_IGNORE
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 from .cache import content_key
-from .folders import METADATA_FILES, VIDEO_SUFFIXES, image_suffixes, is_data_folder, read_image_folder, split_of_name
+from .folders import METADATA_FILES, is_data_folder, read_image_folder, split_of_name, suffixes_of
 from .transforms import image_file
 from .unreadable import UnreadableImageError, reading
 
@@ -55,7 +55,7 @@ def load_splits(
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
     cache_dir: str | None = None,
-    clips: bool = False,
+    kind: str = "images",
 ) -> datasets.DatasetDict:
     """
     Load every split of a data set, from the Hub or from a local folder.
@@ -69,8 +69,8 @@ def load_splits(
             A folder of images, see [`read_image_folder`]. Exactly one of this and `dataset_name` is given.
         cache_dir (`str`, *optional*):
             Where `datasets` keeps downloaded and prepared files.
-        clips (`bool`, *optional*, defaults to `False`):
-            Whether a local folder is one of videos.
+        kind (`str`, *optional*, defaults to `"images"`):
+            What a local folder holds: `"images"`, `"videos"` or `"sounds"`.
 
     Returns:
         `datasets.DatasetDict`: the splits by name.
@@ -79,7 +79,7 @@ def load_splits(
         ValueError: if both or neither are given, or there is nothing to read.
     """
     with _reading(dataset_name, train_data_dir):
-        return _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, clips, streaming=False)
+        return _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, kind, streaming=False)
 
 
 def stream_splits(
@@ -87,14 +87,14 @@ def stream_splits(
     dataset_config_name: str | None = None,
     train_data_dir: str | None = None,
     cache_dir: str | None = None,
-    clips: bool = False,
+    kind: str = "images",
 ) -> datasets.IterableDatasetDict:
     """
     Open every split of a data set as a stream of known columns, without a download or a preparation beforehand.
     Arguments and errors are those of [`load_splits`]; a split that is empty is an error, too.
     """
     with _reading(dataset_name, train_data_dir):
-        splits = _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, clips, streaming=True)
+        splits = _open(dataset_name, dataset_config_name, train_data_dir, cache_dir, kind, streaming=True)
         for name, split in list(splits.items()):
             if isinstance(split, datasets.Dataset):
                 del splits[name]
@@ -119,7 +119,7 @@ def _open(
     dataset_config_name: str | None,
     train_data_dir: str | None,
     cache_dir: str | None,
-    clips: bool,
+    kind: str,
     streaming: bool,
 ) -> Any:
     """Splits of any source; those of a folder of images or of `save_to_disk` are no streams."""
@@ -134,9 +134,9 @@ def _open(
             options["cache_dir"] = _cache_of(dataset_name, cache_dir)
             return _load(dataset_name, dataset_config_name, **options)
     counts, files = _find_files(folder, cache_dir)
-    images = sum(counts[suffix] for suffix in image_suffixes() | (VIDEO_SUFFIXES if clips else set()))
+    images = sum(counts[suffix] for suffix in suffixes_of(kind))
     if images > len(files) or not files or (train_data_dir is not None and images):
-        rows: Any = read_image_folder(str(folder), clips)
+        rows: Any = read_image_folder(str(folder), kind)
         return datasets.DatasetDict(rows)
     module = Counter(_MODULES[os.path.splitext(file)[1].lower()] for file in files).most_common(1)[0][0]
     module = "imagefolder" if train_data_dir is not None else module

@@ -186,7 +186,7 @@ class StreamData:
             with reading(row.name):
                 return self.transform.size_of(row.values[self._image_column])
         except UnreadableImageError:
-            return self.transform.resolution, self.transform.resolution
+            return self.transform.size
 
     def decode(self, row: StreamedRow, size: tuple[int, int]) -> np.ndarray:
         """Check a row's label and caption, and decode its image to cover a height and width."""
@@ -219,7 +219,7 @@ class StreamData:
     def spread_batches(self, num_samples: int, batch_size: int) -> Iterator[dict[str, Any]]:
         """Batches of the first rows of the shards, at most so many; rows that cannot be read are left out."""
         shards = range(0, self.num_shards, -(-self.num_shards // MEASURED_SHARDS))
-        size = (self.transform.resolution, self.transform.resolution)
+        size = self.transform.size
         for shard in shards:
             rows, pixels = [], []
             for number, values, _ in itertools.islice(self.read(shard), -(-num_samples // len(shards))):
@@ -345,7 +345,7 @@ class ShardReader:
         order = torch.randperm(len(block), generator=make_generator(seed, "block", *visit)).tolist()
         rows = [block[place] for place in order]
         if not transform.buckets:
-            return [([row], (transform.resolution, transform.resolution)) for row in rows]
+            return [([row], transform.size) for row in rows]
         sizes = np.array([self._data.image_size(row) for row in rows])
         bucket_of = assign_buckets(sizes, transform.buckets)
         members = [np.flatnonzero(bucket_of == bucket) for bucket in range(len(transform.buckets))]

@@ -212,8 +212,8 @@ class ImageTransform:
     buckets: tuple[tuple[int, int], ...] = ()
     multiple: int = 1
     background: tuple[int, int, int] = WHITE
-    # Frames of a clip; an image is none.
-    num_frames: ClassVar[int] = 0
+    # Whether models take the pixels as they are, without [`as_batch`].
+    is_image: ClassVar[bool] = True
     folders: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -224,6 +224,16 @@ class ImageTransform:
     def colours(self) -> int:
         """Channels of a picture."""
         return self.channels
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width without buckets."""
+        return self.resolution, self.resolution
+
+    @property
+    def least_bytes(self) -> int:
+        """Bytes of a sample that is not larger than its size."""
+        return self.channels * self.resolution**2
 
     @property
     def settings(self) -> tuple[Any, ...]:

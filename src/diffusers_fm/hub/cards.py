@@ -2,6 +2,7 @@
 """Model cards from plain data: metadata that the Hub validates, and a text for the model's reader."""
 
 import dataclasses
+import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,7 +48,10 @@ EQUATIONS: dict[type[ConditionalPath], Callable[[Any], tuple[str, str]]] = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture by its path in the repository; one with the prompt that it shows goes to the Hub's gallery."""
+    """
+    A picture by its path in the repository; one with the prompt that it shows goes to the Hub's gallery. A WAV file is
+    heard in its place.
+    """
 
     file: str
     prompt: str | None = None
@@ -155,8 +159,13 @@ class CardContent:
 def model_card(content: CardContent) -> ModelCard:
     """Render a card; its `save` writes it."""
     plain = [f"![Samples]({picture.file})" for picture in content.pictures if picture.prompt is None]
-    gallery = ["<Gallery />"] if len(plain) < len(content.pictures) else []
-    sections = [f"# {content.repo_id.rpartition('/')[2]}", content.summary, *gallery, *plain]
+    players = [
+        f'{html.escape(str(sound.prompt))}: <audio controls src="{sound.file}"></audio>'
+        for sound in content.pictures
+        if sound.file.endswith(".wav")
+    ]
+    gallery = ["<Gallery />"] if len(plain) + len(players) < len(content.pictures) else []
+    sections = [f"# {content.repo_id.rpartition('/')[2]}", content.summary, *gallery, *players, *plain]
     if content.instance_prompt is not None:
         sections += [f"## Trigger words\n\nUse `{content.instance_prompt}` to bring out what it has learned."]
     sections += [f"## Use\n\n```python\n{_own_imports(content)}{content.snippet.strip()}\n```"]

@@ -20,7 +20,7 @@ WEIGHTS = tuple(
 # pickles, code, and what a user has put there.
 ROOT_FILES = (
     *("README.md", "model_index.json", "scheduler_config.json", "config.json", "training_args.json", "metrics.json"),
-    *("log.jsonl", "grid.png", "image_*.png"),
+    *("log.jsonl", "grid.png", "image_*.png", "sound_*.wav"),
     *WEIGHTS,
 )
 # Figures and their plots; not pictures of the data.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to latents and back: the one place of the scaling, shift and mean factors of an autoencoder."""
 
+import inspect
 import itertools
 import threading
 from typing import Any
@@ -74,13 +75,13 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
         vae (`ModelMixin`):
             The autoencoder; it runs in its own dtype, or in float32 where that is float16 and its config says
             `force_upcast`.
-        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`):
+        images (`torch.Tensor` of shape `(batch_size, channels, height, width)`, or of sounds without the height):
             Images with values in [-1, 1]; an autoencoder of videos takes each as a video of one frame.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, 2 * latent_channels, height / factor, width / factor)`: means and log
         variances of the posterior, in the dtype in which the autoencoder ran; of a deterministic autoencoder, its
-        `latent_channels` latents.
+        `latent_channels` latents; of one that keeps its posterior to itself, the means.
 
     Raises:
         ValueError: if the images are integers, or the autoencoder's `encode` returns a kind of output that is not
@@ -90,6 +91,8 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"`images` must be floating-point with values in [-1, 1], got {images.dtype}.")
     if images.ndim == 4 and any(isinstance(layer, nn.Conv3d) for layer in vae.modules()):
         images = images.unsqueeze(2)
+    if images.ndim == 3:
+        return _moments_of_sounds(vae, images)
     encoded = _run(vae, "encode", images)
     if isinstance(encoded, AutoencoderKLOutput):
         return encoded.latent_dist.parameters
@@ -101,6 +104,20 @@ def encode_moments(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
         f"{vae.__class__.__name__}.encode returned {encoded.__class__.__name__}; the autoencoders that can be used"
         " are those that return AutoencoderKLOutput, AutoencoderTinyOutput or EncoderOutput."
     )
+
+
+def _moments_of_sounds(vae: Any, waveforms: torch.Tensor) -> torch.Tensor:
+    """Moments of waveforms: autoencoders of sounds have outputs, and posteriors, of their own."""
+    encoded = vae.encode(waveforms.to(vae.dtype), **without_draw(vae))
+    if "latent_dist" in encoded:
+        return torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], dim=1)
+    return encoded[0]
+
+
+def without_draw(vae: Any) -> dict[str, Any]:
+    """Arguments with which `vae.encode` draws nothing from a posterior that it keeps to itself."""
+    names = inspect.signature(vae.encode).parameters
+    return {"sample_posterior": False} if "sample_posterior" in names else {}
 
 
 def latents_of_moments(

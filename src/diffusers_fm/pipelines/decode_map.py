@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ..models.autoencoding import without_draw
 from .one_step import StandIn, map_tensors, precise_encoder
 from .rearrangement import Rearrangement
 from .velocity_field import VelocityField
@@ -84,7 +85,7 @@ class DecodeMap:
         Args:
             images (`torch.Tensor` of shape `(batch_size, channels, height, width)`, or with frames before the height):
                 Images or videos in [-1, 1], at the size of the field's arguments. Autoencoders of videos take an image
-                as a video of one frame.
+                as a video of one frame. Or waveforms of shape `(batch_size, channels, num_samples)`.
             sample (`bool`, *optional*, defaults to `False`):
                 Whether to draw from the posterior; its mode by default.
             generator (`torch.Generator`, *optional*):
@@ -98,7 +99,8 @@ class DecodeMap:
         """
         if images.ndim == 4 and len(self.map.y_shape) == 4:
             images = images.unsqueeze(2)
-        output = self.vae.encode(images.to(self.vae.device, self.vae.dtype))
+        options = without_draw(self.vae) and {"sample_posterior": sample, "generator": generator}
+        output = self.vae.encode(images.to(self.vae.device, self.vae.dtype), **options)
         if "latent_dist" in output:
             posterior = output.latent_dist
             latents = posterior.sample(generator) if sample else posterior.mode()

@@ -26,6 +26,9 @@ REFUSED = {
 # Scales at which guidance is off, where they are not 1.
 GUIDANCE_OFF = {"ZImage": 0.0, "Krea2": 0.0}
 
+# Arguments of a call that lists of prompts need an entry of for each prompt.
+PER_PROMPT = {"AceStep": {"lyrics": ""}}
+
 # Ends of the names of layers that LoRA adapts.
 LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 LORA_LAYERS_OF = {
@@ -34,17 +37,16 @@ LORA_LAYERS_OF = {
     "PRX": ("img_qkv_proj", "txt_kv_proj", "to_out.0"),
 }
 
-
 # Names of families in Hub tags, where they are not those of their folders in diffusers.
 TAGS = {"stable_diffusion_3": "sd3", "z_image": "z-image"}
 
 # Pipelines that this package's tests check against their stock steps; what is not here may work, and is asked.
 CHECKED = """
-AuraFlow BriaFibo Bria ChromaImg2Img Chroma CogView4 ErnieImage Flux2Klein Flux2 FluxControl FluxFill FluxImg2Img
-FluxKontext Flux HiDreamImage HunyuanImage HunyuanVideo15 HunyuanVideo Kandinsky5T2I Kandinsky5T2V Krea2
+AceStep AuraFlow BriaFibo Bria ChromaImg2Img Chroma CogView4 ErnieImage Flux2Klein Flux2 FluxControl FluxFill
+FluxImg2Img FluxKontext Flux HiDreamImage HunyuanImage HunyuanVideo15 HunyuanVideo Kandinsky5T2I Kandinsky5T2V Krea2
 LTXImageToVideo LTX LongCatAudioDiT LongCatImage Lumina2 Lumina Mochi MotifVideo OvisImage PRX QwenImageImg2Img
-QwenImage SanaPAG Sana SanaVideo SkyReelsV2 StableAudio3 StableDiffusion3ControlNet
-StableDiffusion3Img2Img StableDiffusion3 WanImageToVideo Wan ZImageImg2Img ZImage
+QwenImage SanaPAG Sana SanaVideo SkyReelsV2 StableAudio3 StableDiffusion3ControlNet StableDiffusion3Img2Img
+StableDiffusion3 WanImageToVideo Wan ZImageImg2Img ZImage
 """.split()
 
 

@@ -246,7 +246,10 @@ def _start_as_identity(model: ModelMixin) -> bool:
 def untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
     """A model from its config, in evaluation mode, with random weights; library and class are of model_index.json."""
     own = NETWORKS.get(f"{library}.{class_name}")
-    if own is None and library not in LIBRARIES:
+    if library not in LIBRARIES and library in dir(diffusers.pipelines):
+        # A model that one family of diffusers has beside its pipelines, named by the family's module.
+        library = f"diffusers.pipelines.{library}"
+    elif own is None and library not in LIBRARIES:
         raise ValueError(
             f"The {class_name} of an untrained pipeline is from the module {library!r}, which is not one of"
             f" {', '.join(LIBRARIES)}: import the module that calls `diffusers_fm.register_network({class_name})`"

@@ -29,6 +29,12 @@ from ..training.arguments import TrainingArguments
 MAX_SEQUENCE_LENGTH = 512
 MAX_TEXT_ENCODERS = 4
 
+# Arguments that sounds have no use for.
+IMAGES_ALONE = (
+    *("resolution", "random_flip", "num_frames", "use_aspect_ratio_buckets", "aspect_ratio_buckets"),
+    *("shift_base_resolution", "shift_base_dimension", "class_prompt", "call_columns"),
+)
+
 
 def parse_call(words: Sequence[str]) -> dict[str, Any]:
     """Arguments of a pipeline's call from the command line, such as `num_frames=1`."""
@@ -94,6 +100,9 @@ class CaptionArguments(Arguments):
     )
     num_frames: Fixed[Count] = option(1, "Frames of the videos of the image column; 1 is for images.")
     frame_stride: Count = option(1, "Of the videos, every so many frames one is taken.")
+    audio_seconds: Fixed[Positive | None] = option(
+        None, "Length of the sounds of the image column, for a pipeline that makes sounds."
+    )
     use_aspect_ratio_buckets: bool = option(False, "Keep images near their shape, not square.")
     aspect_ratio_buckets: str | None = option(
         None, 'The sizes themselves, height,width: "1024,1024;832,1216;1216,832".'
@@ -126,6 +135,11 @@ class CaptionArguments(Arguments):
                 raise ValueError(f"--{name} does not go with --call_columns: {reason}.")
         if self.frame_stride > 1 and self.num_frames == 1:
             raise ValueError(f"--frame_stride {self.frame_stride} has no effect without --num_frames.")
+        if self.audio_seconds is not None:
+            for name in IMAGES_ALONE:
+                value = getattr(self, name, None)
+                if value and (name, value) != ("num_frames", 1):
+                    raise ValueError(f"--{name} {value} does not go with --audio_seconds: it is for images.")
         if self.class_prompt is None and self.class_data_dir is not None:
             raise ValueError(f"--class_data_dir {self.class_data_dir!r} has no effect without --class_prompt.")
         if self.class_prompt is not None and self.class_data_dir is None:

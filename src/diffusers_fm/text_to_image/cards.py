@@ -96,6 +96,8 @@ def lora_card(
 
 def _task(args: TextToImageArguments) -> str:
     """The Hub's name of the task."""
+    if args.audio_seconds is not None:
+        return "text-to-audio"
     return "text-to-video" if args.num_frames > 1 else "text-to-image"
 
 
@@ -121,6 +123,7 @@ def _content(
         "guidance_scale": args.guidance_scale,
         "height": args.resolution,
         "width": args.resolution,
+        "output_type": None if args.audio_seconds is None else "np",
     }
     prompt = json.dumps(prompts[0] if prompts else "a photo of a cat", ensure_ascii=False)
     words = ", ".join([prompt, *(f"{name}={_written(value)}" for name, value in call.items() if value is not None)])
@@ -133,6 +136,10 @@ def _content(
     elif images:
         imports = "from diffusers.utils import load_image\n"
     output = "".join(f'{name} = load_image("{name}.png")\n' for name in images) + output
+    if field is not None and field.sounds is not None:
+        imports = "import soundfile\n"
+        rate = field.sounds.sampling_rate
+        output = f'audio = pipeline({words}).audios[0]\nsoundfile.write("sample.wav", audio.T, {rate})'
     shift = "by the size of the image" if config.use_dynamic_shifting else f"{config.shift:g}"
     few_steps = "pipeline = diffusers_fm.with_flow_map(pipeline)\n" if config.get("solver") == "flow_map" else ""
     return CardContent(
@@ -149,7 +156,8 @@ from diffusers import {load.partition(".")[0]}
         pipeline_tag=_task(args),
         pictures=[
             Picture(name, prompt)
-            for name, prompt in ((f"image_{i}.png", prompt) for i, prompt in enumerate(prompts))
+            for i, prompt in enumerate(prompts)
+            for name in (f"image_{i}.png", f"sound_{i}_0.wav")
             if has_picture(name, args, folder)
         ],
         facts={

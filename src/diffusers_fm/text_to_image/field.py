@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -22,10 +23,11 @@ from ..pipelines.decode_map import DecodeMap
 from ..pipelines.network_calls import NetworkReached, find_times
 from ..pipelines.one_step import map_tensors, straight_scheduler
 from ..pipelines.pipeline_calls import PROBES
-from ..pipelines.velocity_field import VelocityField
+from ..pipelines.velocity_field import VelocityField, per_prompt
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.networks import OneNetwork
 from .images import CallImages
+from .sounds import Sounds, check_seconds, find_sounds, seconds_argument
 from .text import TextEncoders
 
 
@@ -61,6 +63,8 @@ class TrainedField(OneNetwork):
             Images of each sample beside its caption.
         square (`tuple[int, int]`, *optional*):
             Size at which the pipeline is asked what does not depend on it; by default the pipeline's own.
+        sounds ([`Sounds`], *optional*):
+            What a pipeline of sounds makes. A sound's size is a height of 1 and a width of its samples.
 
     Raises:
         ValueError: if the pipeline cannot be verified to be a velocity field.
@@ -84,6 +88,7 @@ class TrainedField(OneNetwork):
         self._config: Any = pipeline.scheduler.config
         self._known: dict[Size | None, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self.square: Size | None = None
+        self.sounds: Sounds | None = None
         self._maps: dict[Size | None, DecodeMap] = {}
         self._shifts: dict[Size, float] = {}
         self.text_encoders = nn.ModuleList(text_encoders)
@@ -102,6 +107,7 @@ class TrainedField(OneNetwork):
         copied.text = copied.field.encode_prompt = self.text
         # What was found holds for the copy, which may be in shards that are not to be asked.
         copied._config, copied.field._found = self._config, self.field._found
+        copied.sounds = self.sounds
         return copied
 
     def set_scheduler(self, scheduler: FlowMatchScheduler) -> None:
@@ -255,6 +261,39 @@ class TrainedField(OneNetwork):
                 return
         raise ValueError(f"{model} makes no videos of {num_frames} frames.")
 
+    @torch.no_grad()
+    def set_seconds(self, seconds: float) -> Size:
+        """
+        Ask the pipeline for sounds of a length from now on.
+
+        Args:
+            seconds (`float`):
+                Their length.
+
+        Returns:
+            `tuple[int, int]`: the size of a sound, 1 and its samples.
+
+        Raises:
+            ValueError: if the pipeline makes no sounds of that length, or its autoencoder cannot be verified.
+        """
+        check_seconds(self.pipeline, seconds)
+        name = str(seconds_argument(self.pipeline))
+        self.call[name] = self.field.call[name] = seconds
+        model = type(self.pipeline).__name__
+        if self.is_empty:
+            raise ValueError(f"--dry_run does not work for {model}: the length of its sounds is found with weights.")
+        try:
+            found = self.decode_map(None).map
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"{model} makes no sounds of {seconds:g} s: {error}") from error
+        self.sounds = find_sounds(self.pipeline, found.y_shape, seconds)
+        self.square = size = (1, self.sounds.num_samples)
+        self._maps[size] = self._maps[None]
+        x_t = torch.zeros(2, *found.x_shape, device=next(self.field.network.parameters()).device)
+        for count in (1, 2):
+            self.field.ask(x_t[:count], **self._condition([""] * count, size))
+        return size
+
     def _latent_frames(self, num_frames: int) -> int:
         """Frames of the latents of a video."""
         vae: Any = self.pipeline.components["vae"]
@@ -346,7 +385,17 @@ class TrainedField(OneNetwork):
         self.field.encode_prompt = self.text if memo is None or self.text.separable else memo
 
     def _captions(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
-        return {"prompt": list(captions), **({} if size is None else {"height": size[0], "width": size[1]})}
+        return {"prompt": list(captions), **per_prompt(self.pipeline, len(captions)), **self.size_arguments(size)}
+
+    def size_arguments(self, size: Size | None) -> dict[str, Any]:
+        """Arguments of a call that are a size; none for sounds, whose length is that of every call."""
+        return {} if size is None or self.sounds is not None else {"height": size[0], "width": size[1]}
+
+    def describe_sizes(self, sizes: Sequence[Size]) -> str:
+        """Sizes in words, for the log."""
+        if self.sounds is not None:
+            return str(self.sounds)
+        return f"{len(sizes)} sizes of about {sizes[0][0]} x {sizes[0][1]}"
 
     def _condition(
         self, captions: Sequence[str], size: Size | None, images: Mapping[str, list[Any]] | None = None
@@ -400,8 +449,15 @@ class TrainedField(OneNetwork):
             self._shifts[size] = self.field.shift(**self._condition([""], size))
         return self._shifts[size]
 
+    def has_own_grid(self, size: Size) -> bool:
+        """Whether the pipeline gives its scheduler other sigmas than those of equal steps."""
+        sigmas = self.field.timesteps(4, **self._condition([""], size)).get("sigmas")
+        return sigmas is not None and not np.allclose(sigmas, (1, 0.75, 0.5, 0.25), rtol=0, atol=1e-4)
+
     def size_of(self, batch: dict[str, Any]) -> Size:
         """Height and width in pixels of the images of a batch."""
+        if self.sounds is not None:
+            return 1, self.sounds.num_samples
         if "images" in batch:
             height, width = batch["images"].shape[-2:]
             return height, width

@@ -23,6 +23,10 @@ from ..training.validation import EVALUATION_SEED
 from .arguments import TextToImageArguments
 
 
+# Frames of a video in a picture grid at most.
+SHOWN_FRAMES = 8
+
+
 # Arguments that a run gives itself.
 OWN = ("self", "prompt", "height", "width", "generator", "output_type", "num_frames")
 
@@ -245,3 +249,12 @@ def _distance(one: list[Any], other: list[Any]) -> float:
         a, b = a.float(), b.float()
         most = max(most, ((a - b).abs().max() / b.abs().max().clamp(min=1e-6)).item())
     return most
+
+
+def picture(image: Any) -> PIL.Image.Image:
+    """Picture of an image or of a video, whose frames, PIL images or arrays in [0, 1], stand side by side."""
+    if isinstance(image, PIL.Image.Image):
+        return image
+    frames = [np.asarray(frame) / 255 if isinstance(frame, PIL.Image.Image) else frame for frame in image]
+    shown = [frames[number] for number in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN_FRAMES)).astype(int)]
+    return PIL.Image.fromarray(np.round(np.concatenate(shown, axis=1) * 255).astype(np.uint8))

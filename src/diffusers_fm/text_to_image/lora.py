@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.loaders import PeftAdapterMixin
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel
 
@@ -104,6 +105,11 @@ def add_lora(
 
 def check_adaptable(pipeline: DiffusionPipeline, network: nn.Module, args: LoraTrainingArguments) -> None:
     """Refuse a network that is untrained, or lacks the layers or blocks of the adapters, and CLIPs without loader."""
+    if not isinstance(network, PeftAdapterMixin):
+        raise ValueError(
+            f"diffusers has no adapters for the {type(network).__name__} of {type(pipeline).__name__}: train it whole,"
+            " with train_text_to_image.py."
+        )
     layers, blocks = _targets(pipeline, network, args)
     _check_layers(network, layers)
     _check_blocks(network, blocks)

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
@@ -38,7 +36,7 @@ from ..files import written_aside
 from ..hub.portable import clean_settings, components, read_settings
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
-from ..pipelines.velocity_field import guidance_call
+from ..pipelines.velocity_field import guidance_call, per_prompt
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
 from ..training.networks import compiles
@@ -47,7 +45,8 @@ from ..training.sampler import find_sampler
 from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid
 from .arguments import TextToImageArguments, parse_call, parse_columns
 from .field import Size, TrainedField
-from .images import held_out_rows
+from .images import held_out_rows, picture
+from .sounds import check_seconds, load_captioned_sounds, write_sounds
 from .text import TextEncoders, cache_captions, warn_of_long_captions
 
 
@@ -55,8 +54,6 @@ logger = logging.getLogger(__name__)
 
 # Sides of buckets are multiples of about this part of the resolution, as 64 of 1024.
 BUCKET_STEPS = 16
-# Frames of a video in a picture grid at most.
-SHOWN_FRAMES = 8
 # Samples by which a sampler is searched for, at most.
 MAX_SEARCHED = 16
 
@@ -110,6 +107,9 @@ def choose_sizes(field: TrainedField, args: TextToImageArguments) -> list[Size]:
     Raises:
         ValueError: if the pipeline does not take them.
     """
+    if args.audio_seconds is not None:
+        return [field.set_seconds(args.audio_seconds)]
+    check_seconds(field.pipeline, None)
     square = field.default_size if args.resolution is None else (args.resolution, args.resolution)
     if args.num_frames > 1:
         field.set_frames(frames_argument(field.pipeline), args.num_frames, square)
@@ -206,6 +206,10 @@ def choose_scheduler(
         scheduler.to_stock()
     if scheduler.config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
+    if args.saved().get("calibrate_steps") and field.has_own_grid(sizes[0]):
+        raise ValueError(
+            f"--calibrate_steps does not go with the grid that {type(pipeline).__name__} gives its scheduler."
+        )
     pipeline.scheduler = scheduler
     field.set_scheduler(scheduler)
     return scheduler
@@ -274,7 +278,7 @@ def load_captioned_data(
         class_images=class_images(args),
         **({"condition_columns": parse_columns(args.call_columns)} if args.call_columns else {}),
         make_transform=make_transform,
-        clips=args.num_frames > 1,
+        kind="videos" if args.num_frames > 1 else "images",
     )
 
 
@@ -314,7 +318,7 @@ def draw_class_images(run: TrainingRun[Any], args: TextToImageArguments, field: 
             (images,) = sample_prompts(
                 field.pipeline, field, args, size, run.accelerator.device, [args.class_prompt], [generators], True
             )
-        for number, image in zip(numbers, images):
+        for number, image in zip(numbers, map(picture, images)):
             with written_aside(file_of(number)) as aside:
                 image.save(aside, format="PNG")
 
@@ -386,7 +390,10 @@ def prepare_data(
     with run.accelerator.main_process_first():
         if run.accelerator.is_main_process and not field.is_empty:
             draw_class_images(run, args, field, sizes[0])
-        data = load_captioned_data(args, field.pipeline, sizes)
+        if field.sounds is None:
+            data = load_captioned_data(args, field.pipeline, sizes)
+        else:
+            data = load_captioned_sounds(args, field.sounds)
     prepare_latents(run.accelerator, args, field.pipeline, data, folder)
     prepare_text(run.accelerator, args, field, data, folder)
     return data
@@ -423,15 +430,15 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def prompt_grid(
+def sample_validation_prompts(
     pipeline: DiffusionPipeline,
     field: TrainedField,
     args: TextToImageArguments,
     size: Size,
     device: torch.device,
-) -> PIL.Image.Image:
+) -> list[list[Any]]:
     """
-    Sample pictures of the validation prompts from fixed noise, a row for each prompt.
+    Sample the validation prompts from fixed noise, a row for each prompt.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
@@ -446,12 +453,12 @@ def prompt_grid(
             Device of the network.
 
     Returns:
-        `PIL.Image.Image`: the grid.
+        `list[list[Any]]`: images, videos or sounds, as the pipeline gives them.
     """
     prompts, numbers = args.validation_prompts, range(args.num_validation_images)
     generators = [[make_generator(EVALUATION_SEED, "grid", row, i) for i in numbers] for row in range(len(prompts))]
     offload = args.offload or args.cache_text_embeddings
-    return make_grid(sample_prompts(pipeline, field, args, size, device, prompts, generators, offload))
+    return sample_prompts(pipeline, field, args, size, device, prompts, generators, offload)
 
 
 def sample_prompts(
@@ -463,13 +470,14 @@ def sample_prompts(
     prompts: Sequence[str],
     generators: Sequence[list[torch.Generator]],
     offload: bool,
-) -> list[list[PIL.Image.Image]]:
-    """Pictures of each prompt, one for each of its generators; otherwise as [`prompt_grid`]."""
+) -> list[list[Any]]:
+    """Samples of each prompt, one for each of its generators; otherwise as [`sample_validation_prompts`]."""
     scheduler, rows = pipeline.scheduler, []
     with prompt_sampler(pipeline, field, args, size, device, offload) as draw:
         for prompt, own in zip(prompts, generators):
-            images = draw(type(scheduler).from_config(scheduler.config), args.num_inference_steps, [prompt], own)
-            rows.append([picture(image) for image in images])
+            rows.append(
+                [*draw(type(scheduler).from_config(scheduler.config), args.num_inference_steps, [prompt], own)]
+            )
     return rows
 
 
@@ -488,7 +496,7 @@ def prompt_sampler(
 
     Args:
         pipeline, field, args, size, device:
-            As for [`prompt_grid`].
+            As for [`sample_validation_prompts`].
         offload (`bool`):
             Whether encoders and autoencoder are on the device for this time only.
     """
@@ -499,7 +507,7 @@ def prompt_sampler(
     network.eval()
     models = [pipeline.components["vae"], *field.text.encoders]
     own = {**field.call, **guidance_call(pipeline, network, args.guidance_scale)}
-    own |= {"height": size[0], "width": size[1]}
+    own |= field.size_arguments(size)
 
     def draw(
         scheduler: Any, steps: int, prompts: Sequence[str], generators: list[torch.Generator], **options: Any
@@ -510,6 +518,7 @@ def prompt_sampler(
             with_flow_map(sampler, field.field.name)
         repeated = {name: [value] * count for name, value in own.items() if name == "negative_prompt"}
         prompt = [prompts[number % len(prompts)] for number in range(count)]
+        repeated |= per_prompt(pipeline, count)
         call = {**own, **repeated, **options, "num_inference_steps": steps}
         return sampler(prompt=prompt, generator=generators, **call)[0]
 
@@ -574,7 +583,12 @@ def validate_field(
         )
     if args.validation_prompts and args.num_validation_images and run.accelerator.is_main_process:
         with run.accelerator.autocast():
-            grid = prompt_grid(pipeline, field, args, size, device)
+            rows = sample_validation_prompts(pipeline, field, args, size, device)
+        if field.sounds is None:
+            grid = make_grid([[picture(image) for image in row] for row in rows])
+        else:
+            name = f"samples/step-{step}" if grid_name is None else "sound"
+            grid = write_sounds(rows, field.sounds, run.output_dir, name)
         run.log.write_grid(step, grid, grid_name)
     if field.images is not None and held_out_data is not None and args.num_validation_images:
         if run.accelerator.is_main_process:
@@ -583,12 +597,3 @@ def validate_field(
                     rows = held_out_rows(draw, pipeline, field.images, args, held_out_data, size)
             run.log.write_grid(step, make_grid([[picture(image) for image in row] for row in rows]), grid_name)
     return figures
-
-
-def picture(image: Any) -> PIL.Image.Image:
-    """Picture of an image or of a video, whose frames, PIL images or arrays in [0, 1], stand side by side."""
-    if isinstance(image, PIL.Image.Image):
-        return image
-    frames = [np.asarray(frame) / 255 if isinstance(frame, PIL.Image.Image) else frame for frame in image]
-    shown = [frames[number] for number in np.linspace(0, len(frames) - 1, min(len(frames), SHOWN_FRAMES)).astype(int)]
-    return PIL.Image.fromarray(np.round(np.concatenate(shown, axis=1) * 255).astype(np.uint8))

@@ -433,8 +433,9 @@ def begin_auxiliaries(
     args, accelerator = run.args, run.accelerator
     if not args.has_auxiliary:
         return AuxiliaryLosses()
-    if args.saved().get("num_frames", 1) > 1:
-        raise ValueError("--repa_teacher, --internal_block and --self_block are for images, not for --num_frames.")
+    others = {"num_frames": args.saved().get("num_frames", 1) > 1, "audio_seconds": args.saved().get("audio_seconds")}
+    for name in (name for name, given in others.items() if given):
+        raise ValueError(f"--repa_teacher, --internal_block and --self_block are for images, not for --{name}.")
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
             "--repa_teacher, --internal_block and --self_block do not go with FSDP2 and DeepSpeed: use DDP."

@@ -352,7 +352,7 @@ class DryRun(TrainingRun[A]):
         """A batch of the first image or, in buckets, the first of the largest, of which all of a batch may be."""
         size, data = self._size, self._data
         if isinstance(data, StreamData):
-            largest = max(data.transform.buckets or [(data.transform.resolution,) * 2], key=math.prod)
+            largest = max(data.transform.buckets or [data.transform.size], key=math.prod)
             row = StreamedRow(0, 0, 0, next(data.read(0))[1], {})
             batch = data.batch([row] * size, [data.decode(row, largest)] * size, largest)
         else:
