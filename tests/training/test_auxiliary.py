@@ -2,6 +2,7 @@
 """Options that may learn faster: gradients reach what they should, and nothing of them is left in what is saved."""
 
 import shutil
+import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,18 @@ from diffusers import DiTTransformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_class_embedder, tiny_dit, tiny_sd3, tiny_unet
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, load_script, make_dataset, read_log, script, train
+from training_runs import (
+    ROOT,
+    assert_same_weights,
+    command_line,
+    environment,
+    launch,
+    load_script,
+    make_dataset,
+    read_log,
+    script,
+    train,
+)
 from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
@@ -24,10 +36,15 @@ from diffusers_fm.data.features import VisionEncoder
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.auxiliary import INTERNAL_NETWORK, Auxiliary, StepInputs, begin_auxiliaries
+from diffusers_fm.training.checkpoints import damage, read_manifest
+from diffusers_fm.training.distributed import SHARDING
 from diffusers_fm.training.objective import TrainableModel
+from diffusers_fm.training.planning import DryRun, Plan
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding.
+SMOOTH = {"adam_epsilon": 1e-2}
 SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -112,13 +129,68 @@ def test_stock_pipelines_are_trained_and_saved_alike(tmp_path: Path, teacher: Pa
     assert shift == pytest.approx((values / 64) ** 0.5, rel=1e-6)
 
 
+def test_two_processes_are_a_larger_batch(folder: Path, data: Path, teacher: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {**SMOOTH, "use_ema": True, "checkpointing_steps": 2, "num_validation_images": 1}
+    options |= {"repa_teacher": teacher, "repa_width": 8, "internal_block": 1, "self_block": 1, "mixflow_slowing": 0.8}
+    whole = train(folder, data, tmp_path / "whole", train_batch_size=8, **options)
+    two = tmp_path / "two"
+    line = command_line(folder, data, two, train_batch_size=4, **{**options, "report_to": "tensorboard"})
+    subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=300)
+    assert_same_weights(whole, two, atol=1e-6)
+    # Sums in another order: losses and norms of order one.
+    for name in ("loss", "validation_loss", "gradient_norm"):
+        for one, other in zip(read_log(whole, name), read_log(two, name), strict=True):
+            assert one == pytest.approx(other, rel=2e-6)
+    for (_, one), (_, other) in zip(read_log(whole, "loss_by_time"), read_log(two, "loss_by_time")):
+        assert [value is None for value in one] == [value is None for value in other]
+        assert [value or 0 for value in one] == pytest.approx([value or 0 for value in other], rel=1e-5)
+    # What is trained besides has moved, by the gradients of both processes.
+    states = [[load_file(run / f"checkpoint-{step}" / "model.safetensors") for run in (whole, two)] for step in (2, 4)]
+    for name in (name for name in states[0][0] if "auxiliary" in name):
+        torch.testing.assert_close(*(state[name] for state in states[1]), rtol=0, atol=1e-6)
+        assert not torch.equal(states[0][0][name], states[1][0][name]), name
+    # One process goes on where two were.
+    assert damage(two / "checkpoint-2") is None
+    assert read_manifest(two / "checkpoint-2")["num_processes"] == 2
+    resumed = tmp_path / "resumed"
+    shutil.copytree(two / "checkpoint-2", resumed / "checkpoint-2")
+    train(folder, data, resumed, train_batch_size=8, resume_from_checkpoint="latest", **options)
+    assert_same_weights(whole, resumed, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", SHARDING)
+def test_shards_are_refused(engine: str, teacher: Path) -> None:
+    with pytest.raises(ValueError, match="do not go with FSDP2 and DeepSpeed: use DDP"):
+        Step("dit", engine=engine, repa_teacher=teacher)
+
+
+def test_dry_runs_count_what_is_trained_besides_and_the_teacher(
+    folder: Path, data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[Plan] = []
+    monkeypatch.setattr(DryRun, "finish", lambda run: plans.append(run.plan()))
+    options: dict[str, Any] = {"repa_teacher": teacher, "repa_width": 8, "contrastive_weight": 0.05}
+    cached = {"cache_features": True, "center_crop": True, "precomputed_dir": tmp_path / "cache"}
+    for more in ({}, options, {**options, **cached}):
+        train(folder, data, tmp_path / "run", dry_run=True, **more)
+    step = Step("dit", repa_teacher=teacher, repa_width=8)
+    projector = sum(p.numel() for p in step.auxiliary.parameters())
+    none, online, beforehand = plans
+    assert online.trained_parameters - none.trained_parameters == projector
+    assert online.gradients - none.gradients == 4 * projector
+    assert online.activations > none.activations
+    encoder = VisionEncoder(str(teacher)).model
+    assert online.frozen - none.frozen == sum(p.nbytes for p in [*encoder.parameters(), *encoder.buffers()])
+    assert beforehand.frozen == none.frozen
+
+
 class Step:
     """An auxiliary loss on a pipeline, without a run."""
 
-    def __init__(self, kind: str, **options: Any) -> None:
+    def __init__(self, kind: str, engine: str = "NO", **options: Any) -> None:
         words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", *(f"--{k}={v}" for k, v in options.items())]
         args = parse_arguments(script.ScriptArguments, words)
-        accelerator = SimpleNamespace(distributed_type="NO", device=torch.device("cpu"))
+        accelerator = SimpleNamespace(distributed_type=engine, device=torch.device("cpu"))
         run: Any = SimpleNamespace(args=args, accelerator=accelerator, seed=0)
         self.pipeline = pipeline_of(kind)
         self.model = TrainableModel(self.pipeline).requires_grad_(True).train()

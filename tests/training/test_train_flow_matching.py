@@ -283,28 +283,6 @@ def test_accumulation_is_a_larger_batch(folder: Path, data: Path, tmp_path: Path
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_two_processes_are_a_larger_batch(folder: Path, data: Path, tmp_path: Path) -> None:
-    options = {**SMOOTH, "use_ema": True, "checkpointing_steps": 2, "num_validation_images": 1}
-    whole = train(folder, data, tmp_path / "whole", train_batch_size=8, **options)
-    two = tmp_path / "two"
-    line = command_line(folder, data, two, train_batch_size=4, **{**options, "report_to": "tensorboard"})
-    subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=300)
-    assert_same_weights(whole, two, atol=1e-6)
-    for name in ("loss", "validation_loss", "gradient_norm"):
-        for one, other in zip(read_log(whole, name), read_log(two, name), strict=True):
-            assert one == pytest.approx(other, rel=1e-5)
-    for (_, one), (_, other) in zip(read_log(whole, "loss_by_time"), read_log(two, "loss_by_time")):
-        assert [value is None for value in one] == [value is None for value in other]
-        assert [value or 0 for value in one] == pytest.approx([value or 0 for value in other], rel=1e-5)
-    # One process goes on where two were.
-    assert damage(two / "checkpoint-2") is None
-    assert read_manifest(two / "checkpoint-2")["num_processes"] == 2
-    resumed = tmp_path / "resumed"
-    shutil.copytree(two / "checkpoint-2", resumed / "checkpoint-2")
-    train(folder, data, resumed, train_batch_size=8, resume_from_checkpoint="latest", **options)
-    assert_same_weights(whole, resumed, atol=1e-6)
-
-
 def test_workers_and_memory_do_not_matter(
     folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,10 +70,14 @@ def _checksum(tensors: Sequence[torch.Tensor]) -> int:
 
 @dataclass
 class DryAccelerator:
-    """Accelerator of a dry run: one process on the meta device, which notes the bytes of caches and writes none."""
+    """
+    Accelerator of a dry run: one process on the meta device, which notes the bytes of caches and of frozen models that
+    are no part of the pipeline, and writes none.
+    """
 
     mixed_precision: str
     cached: dict[str, int] = field(default_factory=dict)
+    frozen: int = 0
     device = torch.device("meta")
     distributed_type = DistributedType.NO
     num_processes = 1

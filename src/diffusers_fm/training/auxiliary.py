@@ -127,7 +127,8 @@ def loss_settings(args: Any, prediction_type: str) -> dict[str, Any]:
         "weighting": args.weighting_scheme,
         "snr_gamma": args.snr_gamma,
         "weight_clip": args.weight_clip,
-        "contrastive_weight": args.contrastive_weight,
+        # Batches of a dry run may have one sample.
+        "contrastive_weight": 0.0 if args.dry_run else args.contrastive_weight,
     }
 
 
@@ -464,6 +465,7 @@ def _prepare_features(run: TrainingRun[Any], data: TrainingData, encoder: Vision
         needs = "--cache_features needs images that are known beforehand" if args.cache_features else "needs images"
         raise ValueError(f"--repa_teacher {args.repa_teacher}: {needs}, got a {type(data).__name__}.")
     if isinstance(accelerator, DryAccelerator):
+        accelerator.frozen += 0 if args.cache_features else encoder.model.get_memory_footprint()
         return
     if args.cache_features:
         folder = precomputed_folder(args, run.output_dir) / "features"

@@ -395,7 +395,7 @@ class DryRun(TrainingRun[A]):
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             trained_parameters=sum(parameter.numel() for parameter in trained),
             weights=tensor_bytes(model),
-            frozen=self._frozen,
+            frozen=self._frozen + self.accelerator.frozen,
             gradients=trained_bytes,
             buckets=trained_bytes if self._num_processes > 1 else 0,
             optimizer=optimizer,
