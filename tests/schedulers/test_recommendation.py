@@ -8,6 +8,7 @@ import torch
 from helpers import draw_mixture
 
 from diffusers_fm import FlowMatchScheduler
+from diffusers_fm.schedulers import recommendation
 from diffusers_fm.schedulers.recommendation import recommend
 
 
@@ -33,7 +34,7 @@ def test_few_calls_err_less_than_fifty_euler_calls(settings: dict[str, Any]) -> 
     scheduler = FlowMatchScheduler(**settings, sigma_data=0.8)
     found = recommend(run, scheduler)
     config = found.scheduler.config
-    assert config.default_num_inference_steps <= 12
+    assert config.default_num_inference_steps * found.scheduler.order <= 10
     assert (config.sampling_path, config.timestep_spacing, config.sigma_data) == ("angle", "graded", 0.8)
     assert (config.path, config.shift) == (settings["path"], settings.get("shift", 1.0))
     # On noise of a third seed, against a solver that is not among those of the search; and what it says is true.
@@ -54,6 +55,24 @@ def test_the_only_solver_to_try() -> None:
     # Euler does not fall below itself.
     config = recommend(run, FlowMatchScheduler(), solver="euler").scheduler.config
     assert (config.solver, config.default_num_inference_steps) == ("euler", 50)
+
+
+def test_steps_are_fitted_where_no_solver_does_in_few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recommendation, "CANDIDATES", ("euler",))
+    scheduler = FlowMatchScheduler(sigma_data=0.8)
+    found = recommend(run, scheduler)
+    config = found.scheduler.config
+    assert (config.solver, list(config.calibration), config.default_num_inference_steps) == ("calibrated", ["10"], 10)
+    # On noise that they were neither fitted to nor judged on.
+    abm3 = scheduler.with_settings(**recommendation.REFERENCE)
+    fine, few, euler = run(abm3, 200, 2), run(found.scheduler, 10, 2), run(scheduler, 50, 2)
+    assert (few - fine).norm() < (euler - fine).norm()
+    # Other numbers of steps are made, too.
+    assert torch.equal(run(found.scheduler, 7, 2), run(abm3, 7, 2))
+    # What is no better on the other noise is not taken.
+    monkeypatch.setattr(recommendation, "MARGIN", 0.0)
+    config = recommend(run, scheduler).scheduler.config
+    assert (config.solver, config.calibration, config.default_num_inference_steps) == ("euler", None, 50)
 
 
 def test_fitted_steps_are_saved_with_the_fewest_that_suffice() -> None:

@@ -27,6 +27,8 @@ REFERENCE_STEPS = 128
 # Solvers and numbers of calls that are tried.
 CANDIDATES = ("abm3", "ab3", "abm2", "ab2", "midpoint")
 CALLS = (3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14, 16, 18, 20, 24, 28, 32, 40)
+# So many steps are fitted where no solver does with so few calls, and grids tried for them.
+FITTED_CALLS, FITTED_RUNS = 10, 8
 
 # Solvers that do not add noise, need no fit and work with any network.
 SOLVERS = (*RUNGE_KUTTA, *ADAMS, "dpmpp_2m")
@@ -73,7 +75,8 @@ def recommend(
     Find the settings by which a network is sampled in the fewest calls with less error than in 50 Euler steps.
 
     Solvers and numbers of steps are tried on one batch of noise; the first that falls below there and on another batch
-    is taken. If none does in 40 calls, 50 calls are.
+    is taken. If none does in 10 calls, 10 steps are fitted to the first batch ([`calibrate`]) and taken if they fall
+    below on the other. If they do not, and no solver does in 40 calls, 50 Euler steps are taken.
 
     Args:
         run (`Callable`):
@@ -124,6 +127,10 @@ def recommend(
             for trial in sorted(trials, key=lambda trial: error(*trial, CHOICE)):
                 if falls_below(*trial, CHOICE) and falls_below(*trial, CHECK):
                     return trial
+            if calls == FITTED_CALLS and solver is None:
+                fitted = calibrate(run, scheduler, FITTED_CALLS, max_runs=FITTED_RUNS).scheduler
+                if falls_below(fitted, FITTED_CALLS, CHECK):
+                    return fitted, FITTED_CALLS
         last = baseline if solver is None else candidates[0]
         return last, BASELINE_STEPS // last.order
 

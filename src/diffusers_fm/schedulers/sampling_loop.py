@@ -274,9 +274,12 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
     def _calibrated_ratios(
         self, num_inference_steps: int | None, sigmas: list[float] | None, timesteps: list[float] | None
     ) -> torch.Tensor:
-        """Straight times of the calibration. Equal steps, which pipelines give on their own, ask for no other grid."""
-        num_steps = num_inference_steps if sigmas is None else len(sigmas)
-        equal = torch.arange(num_steps or 0, 0, -1, dtype=torch.float64) / max(num_steps or 1, 1)
+        """
+        Straight times of the calibration, or of `timestep_spacing` for numbers of steps that it does not have. Equal
+        steps, which pipelines give on their own, ask for no other grid.
+        """
+        num_steps = num_inference_steps or 0 if sigmas is None else len(sigmas)
+        equal = torch.arange(num_steps, 0, -1, dtype=torch.float64) / max(num_steps, 1)
         plain = sigmas is None or torch.allclose(equal.new_tensor(sigmas), equal, rtol=0.0, atol=1e-4)
         if timesteps is not None or not plain:
             raise ValueError(
@@ -284,10 +287,7 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
                 f"{'sigmas' if timesteps is None else 'timesteps'}."
             )
         if num_steps not in self._calibrated_steps:
-            raise ValueError(
-                f"`num_inference_steps` must be one that was calibrated, {sorted(self._calibrated_steps)}, got "
-                f"{num_steps}."
-            )
+            return self._spaced(num_steps)
         return torch.tensor(self._calibrated_steps[num_steps].sigmas, dtype=torch.float64)
 
     def stretch_shift_to_terminal(self, t: Any) -> Any:

@@ -121,8 +121,8 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
             Its factor, at least 0.
         calibration (`dict`, *optional*):
             For `calibrated`: by number of steps, the `sigmas` of its calls, and `keep` and `weights` of its steps, as
-            [`~schedulers.calibration.calibrate`] finds them. The sampling path is `angle`, and the grid is neither
-            shifted nor replaced.
+            [`~schedulers.calibration.calibrate`] finds them; other numbers of steps are made by `abm3`. The sampling
+            path is `angle`, and the grid is neither shifted nor replaced.
         flow_map (`dict`, *optional*):
             Of a network that is conditioned on the end of its step: `first_block`, the first block of a transformer
             that gets it; `num_inference_steps`, the number of calls that it draws best in; `guidance_scale`, the
