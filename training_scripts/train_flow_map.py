@@ -37,8 +37,8 @@ from diffusers.utils.torch_utils import unwrap_module
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Count, Free, option, run_script
 from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentArguments, PairArguments
-from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
-from diffusers_fm.data.loading import load_arrays, load_images
+from diffusers_fm.data.latents import latents_of_batch
+from diffusers_fm.data.loading import load_data
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.precision import to_float64
 from diffusers_fm.training.arguments import TrainingArguments
@@ -101,13 +101,8 @@ def main(args: ScriptArguments) -> None:
     choose_flow_map(pipeline, args, run.seed)
 
     # 2. Data
-    with run.accelerator.main_process_first():
-        data_sets: Any = load_arrays(args, pipeline) if arrays else load_images(args, pipeline, resolution)
-    train_data, held_out_data = data_sets
+    train_data, held_out_data = load_data(run.accelerator, args, pipeline, resolution, run.output_dir)
     size = f" of side {resolution}" if resolution else ""
-    if args.cache_latents:
-        folder = precomputed_folder(args, run.output_dir)
-        cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
 
     # 3. Model
     model = IntervalModel(pipeline)

@@ -62,8 +62,8 @@ import torch
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentArguments, PairArguments
-from diffusers_fm.data.latents import cache_all_latents, latents_of_batch, precomputed_folder
-from diffusers_fm.data.loading import load_arrays, load_images
+from diffusers_fm.data.latents import latents_of_batch
+from diffusers_fm.data.loading import load_data
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.auxiliary import (
@@ -126,13 +126,8 @@ def main(args: ScriptArguments) -> None:
         raise ValueError(f"--cache_latents needs an autoencoder, and {args.pretrained_model_name_or_path!r} has none.")
 
     # 2. Data
-    with run.accelerator.main_process_first():
-        data_sets: Any = load_arrays(args, pipeline) if arrays else load_images(args, pipeline, resolution)
-    train_data, held_out_data = data_sets
+    train_data, held_out_data = load_data(run.accelerator, args, pipeline, resolution, run.output_dir)
     size = f" of side {resolution}" if resolution else ""
-    if args.cache_latents:
-        folder = precomputed_folder(args, run.output_dir)
-        cache_all_latents(run.accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
 
     def encode(batch: dict[str, Any]) -> torch.Tensor:
         """Data of a batch as the flow sees it."""

@@ -38,6 +38,7 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
 from diffusers_fm.arguments import make_parser, parse_arguments
+from diffusers_fm.data import loading
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.timesteps import DENSITIES
@@ -288,7 +289,7 @@ def test_workers_and_memory_do_not_matter(
 ) -> None:
     one = train(folder, data, tmp_path / "one", random_flip=True)
     decoded = functools.partial(ImageData, memory_budget=0)
-    monkeypatch.setattr(script, "load_images", functools.partial(script.load_images, make_data=decoded))
+    monkeypatch.setattr(loading, "load_images", functools.partial(loading.load_images, make_data=decoded))
     two = train(folder, data, tmp_path / "two", random_flip=True, dataloader_num_workers=2)
     assert_same_weights(one, two)
 

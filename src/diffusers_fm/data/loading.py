@@ -9,13 +9,16 @@ from typing import Any
 
 import datasets
 import numpy as np
+from accelerate import Accelerator
 
 from ..pipelines import FlowMatchAudioPipeline
 from ..pipelines.base import FlowMatchPipelineBase
 from .arguments import DataArguments, rgb
 from .arrays import ArrayData
+from .cache import DryAccelerator
 from .clips import check_first
 from .images import ImageData
+from .latents import cache_all_latents, precomputed_folder
 from .sounds import SoundTransform
 from .sources import (
     AnyDataset,
@@ -222,6 +225,29 @@ def load_images(
     columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}
     columns["make_transform"] = make_transform
     return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
+
+
+def load_data(
+    accelerator: Accelerator | DryAccelerator,
+    args: Any,
+    pipeline: FlowMatchPipelineBase,
+    resolution: int,
+    output_dir: Path,
+) -> tuple[ImageData | StreamData | ArrayData, ImageData | ArrayData | None]:
+    """
+    Data of a training script, by its arguments: what [`load_arrays`] or [`load_images`] gives, the main process first,
+    and the latents of all images where they are cached.
+    """
+    data_sets: Any
+    with accelerator.main_process_first():
+        if args.array_column or args.noise_column:
+            data_sets = load_arrays(args, pipeline)
+        else:
+            data_sets = load_images(args, pipeline, resolution)
+    if args.cache_latents:
+        folder = precomputed_folder(args, output_dir)
+        cache_all_latents(accelerator, data_sets, pipeline.vae, folder, args.train_batch_size)
+    return data_sets
 
 
 def load_arrays(args: Any, pipeline: FlowMatchPipelineBase) -> tuple[ArrayData, ArrayData | None]:
