@@ -28,6 +28,7 @@ PRESETS = {
     "dit-digits": ("ot", "flow_prediction", 10, 10, (1, 8, 8)),
     "jit-digits": ("ot", "sample", 10, 10, (1, 8, 8)),
     "sd3-digits": ("ot", "flow_prediction", 10, 10, (1, 8, 8)),
+    "dit-emoji": ("ot", "flow_prediction", 10, 10, (3, 32, 32)),
     "unet-emoji": ("ot", "flow_prediction", 10, 10, (3, 32, 32)),
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),

@@ -4,6 +4,7 @@
 import argparse
 import importlib
 import json
+import logging
 import re
 import runpy
 import shlex
@@ -44,6 +45,8 @@ PAGES = [
 # Arguments that make a command short, of those that its script has.
 SHORT = {
     "max_train_steps": 1,
+    "flow_steps": 0,
+    "num_trajectories": 8,
     "max_train_samples": 8,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 0,
@@ -246,6 +249,7 @@ def run_file(file: Path, line: list[str], patch: pytest.MonkeyPatch, only_parsed
             if end.code:
                 raise
         finally:
+            logging.disable(logging.NOTSET)
             AcceleratorState._reset_state(reset_partial_state=True)
 
 

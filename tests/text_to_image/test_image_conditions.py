@@ -313,6 +313,7 @@ def test_adapters(run: Any, tmp_path: Path) -> None:
     done = run("flux_fill", "train_text_to_image_lora", tmp_path / "run", *columns, rank=2, mixed_precision="bf16")
     pipeline: Any = make("flux_fill")[0]
     pipeline.load_lora_weights(done)
+    pipeline.unload_lora_weights()
     state = load_file(done / "pytorch_lora_weights.safetensors")
     assert any(each.any() for key, each in state.items() if "lora_B" in key)
     assert (done / "grid.png").is_file()
