@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from tiny_text_to_image import tiny_stable_diffusion_3
 
+from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, TextToImageArguments, parse_call
 from diffusers_fm.text_to_image.field import TrainedField
@@ -63,6 +64,18 @@ def test_a_given_shift_is_that_of_every_size() -> None:
     field = TrainedField(pipeline, "transformer", {})
     choose_scheduler(field, args, [(16, 24), (8, 8)])
     assert [field.shift((side, side)) for side in (8, 24)] == [2.5, 2.5]
+
+
+def test_steps_that_were_fitted_to_the_network_are_left_behind() -> None:
+    pipeline = tiny_stable_diffusion_3(t5=False)
+    fitted = {"1": {"sigmas": [0.99], "keep": [1.0], "weights": [[-1.0]]}}
+    pipeline.scheduler = FlowMatchScheduler(
+        solver="calibrated", sampling_path="angle", calibration=fitted, default_num_inference_steps=1
+    )
+    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift", "2.5"])
+    config = choose_scheduler(TrainedField(pipeline, "transformer", {}), args, [(8, 8)]).config
+    assert (config.solver, config.sampling_path, config.shift) == ("euler", "ot", 2.5)
+    assert (config.calibration, config.default_num_inference_steps) == (None, None)
 
 
 def test_sizes_that_the_model_does_not_take_are_refused() -> None:

@@ -135,6 +135,19 @@ def test_settings_of_the_command_line_are_saved(
     assert pipeline().nfe == expected[-1] * pipeline.scheduler.order
 
 
+def test_fitted_steps_do_not_outlive_their_network(data: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_train_steps": 1, "num_inference_steps": None, "eval_batch_size": 2}
+    fitted = train(save_untrained(tmp_path / "unet", "unet"), data, tmp_path / "run", calibrate_steps=4, **options)
+    assert list(load(fitted).scheduler.config.calibration) == ["4"]
+    searched = train(fitted, data, tmp_path / "searched", **options)
+    assert len(read_log(searched, "sampling_error")) == 1
+    assert list(load(searched).scheduler.config.calibration or {}) in ([], ["10"])
+    options |= {"num_inference_steps": 7, "shift": 2.0}
+    config = load(train(fitted, data, tmp_path / "seven", **options)).scheduler.config
+    assert (config.solver, config.default_num_inference_steps, config.shift) == ("euler", 7, 2.0)
+    assert config.calibration is None
+
+
 def test_a_folder_that_says_how_to_sample_is_not_searched(data: Path, tmp_path: Path) -> None:
     folder = save_untrained(tmp_path / "unet", "unet", solver="heun")
     output = train(folder, data, tmp_path / "run", max_train_steps=1, num_inference_steps=None)

@@ -37,6 +37,7 @@ from ..hub.portable import clean_settings, components, read_settings
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call, per_prompt
+from ..schedulers.recommendation import solver_settings
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING
 from ..training.networks import compiles
@@ -192,6 +193,9 @@ def choose_scheduler(
     if args.save_stock:
         changes["timestep_spacing"] = "linspace"
     config = pipeline.scheduler.config
+    if config.get("solver") == "calibrated":
+        # Its steps were fitted to the network before this training.
+        changes |= {**solver_settings("euler"), "calibration": None, "default_num_inference_steps": None}
     if config.get("invert_sigmas") and not isinstance(pipeline.scheduler, FlowMatchScheduler):
         # The pipeline keeps its scheduler, whose time runs the other way; the field is that of noise - data.
         if changes:
@@ -243,11 +247,8 @@ def freeze(
         model.requires_grad_(False)
         if name != network:
             model.eval()
-        if (
-            name != "vae"
-            and not name.startswith("text_encoder")
-            and type(model) is not type(pipeline.components[network])
-        ):
+        encodes = name == "vae" or name.startswith("text_encoder")
+        if not encodes and type(model) is not type(pipeline.components[network]):
             # Called beside the network, such as a controlnet.
             model.to(accelerator.device)
         if name != "vae":
@@ -348,14 +349,6 @@ def prepare_text(
         captions = data[0] if isinstance(data[0], StreamData) else data[0].captions
         if captions is not None:
             warn_of_long_captions(field.pipeline, captions, args.max_sequence_length)
-    read = set(inspect.signature(field.pipeline.encode_prompt).parameters).intersection(
-        parse_columns(args.call_columns)
-    )
-    if args.cache_text_embeddings and read:
-        raise ValueError(
-            f"--cache_text_embeddings does not go with --call_columns {', '.join(sorted(read))}:"
-            f" {type(field.pipeline).__name__} reads captions together with these images."
-        )
     if args.cache_text_embeddings:
         columns = [each.captions.distinct() for each in data if each is not None and each.captions is not None]
         captions = itertools.chain(args.validation_prompts, *columns)
@@ -387,6 +380,12 @@ def prepare_data(
 ) -> tuple[ImageData | StreamData, ImageData | None]:
     """Captioned images to train on and those held out, with caches of what the frozen models compute of them."""
     folder = precomputed_folder(args, run.output_dir)
+    read = parse_columns(args.call_columns).keys() & inspect.signature(field.pipeline.encode_prompt).parameters
+    if args.cache_text_embeddings and read:
+        raise ValueError(
+            f"--cache_text_embeddings does not go with --call_columns {', '.join(sorted(read))}:"
+            f" {type(field.pipeline).__name__} reads captions together with these images."
+        )
     with run.accelerator.main_process_first():
         if run.accelerator.is_main_process and not field.is_empty:
             draw_class_images(run, args, field, sizes[0])

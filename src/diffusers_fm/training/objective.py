@@ -53,13 +53,16 @@ class TrainableModel(nn.Module):
 def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dimension: int | None = None) -> float:
     """
     Shift of the training times: the one given, or by [`~timesteps.dimension_shift`], which the pipeline's scheduler
-    takes over; or the scheduler's own.
+    takes over; or the scheduler's own. Steps that were fitted to the network before this training are dropped: they
+    have a grid that is not shifted.
 
     Raises:
         ValueError: if the scheduler's shift depends on the image, or its time runs from noise to data.
     """
     if base_dimension is not None:
         shift = dimension_shift(math.prod(pipeline.sample_shape), base_dimension)
+    if pipeline.scheduler.config.solver == "calibrated":
+        pipeline.scheduler = pipeline.scheduler.with_settings(solver="euler")
     config = pipeline.scheduler.config
     if config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
