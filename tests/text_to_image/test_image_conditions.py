@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -28,7 +29,7 @@ from diffusers_fm.data.unreadable import UnreadableImageError
 from diffusers_fm.models import widen_input
 from diffusers_fm.pipelines.replay import capture
 from diffusers_fm.text_to_image.field import TrainedField
-from diffusers_fm.text_to_image.images import pictures
+from diffusers_fm.text_to_image.images import held_out_rows, pictures
 
 
 COLUMNS = {
@@ -196,6 +197,40 @@ def test_conditions_have_crop_and_mirror_of_their_image(budget: int) -> None:
     assert data.fingerprint() != ImageData(table(rows), transform, condition_columns={"image": "image"}).fingerprint()
 
 
+def test_a_resumed_run_knows_the_contents_of_conditions(tmp_path: Path) -> None:
+    def fingerprint(folder: Path) -> dict[str, Any]:
+        cells = {name: {"bytes": None, "path": str(folder / f"{name}.png")} for name in ("image", "source", "mask")}
+        data = table([{"text": "red", **cells}])
+        return ImageData(data, ImageTransform(16, 3), condition_columns={"image": "source"}).fingerprint()
+
+    (tmp_path / "data").mkdir()
+    for name, colour in (("image", "red"), ("source", "green")):
+        PIL.Image.new("RGB", (16, 16), colour).save(tmp_path / "data" / f"{name}.png")
+    before = fingerprint(tmp_path / "data")
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    assert fingerprint(moved) == before
+    PIL.Image.new("RGB", (16, 16), "blue").save(moved / "source.png")
+    after = fingerprint(moved)
+    assert [name for name in before if after[name] != before[name]] == ["conditions"]
+
+
+def test_held_out_rows_that_cannot_be_read_are_not_shown() -> None:
+    rows = rows_of(3, 16, 16)
+    rows[1]["source"] = {"bytes": b"none", "path": None}
+    names = COLUMNS["flux_kontext"]
+    options: dict[str, Any] = {"caption_column": "text", "max_unreadable": 1, "condition_columns": names}
+    data = ImageData(table(rows), ImageTransform(16, 3, center_crop=True), **options)
+    pipeline, call = make("flux_kontext")
+    field = TrainedField(pipeline, "transformer", dict(call), call_columns=names)
+    assert field.images is not None
+    field.images.together = True
+    args: Any = SimpleNamespace(num_validation_images=3, num_inference_steps=1)
+    drawn = PIL.Image.new("RGB", (16, 16))
+    shown = held_out_rows(lambda *_, **__: [drawn], pipeline, field.images, args, data, (16, 16))
+    # The source is the target here, and of the row without one there is no picture.
+    assert [row[0].tobytes() == row[2].tobytes() for row in shown] == [True, True]
+
+
 def test_a_condition_that_cannot_be_read_is_named() -> None:
     rows = rows_of(3, 16, 16)
     rows[1]["source"] = {"bytes": b"none", "path": None}
@@ -204,6 +239,8 @@ def test_a_condition_that_cannot_be_read_is_named() -> None:
         data[np.array([[0, 0], [0, 1]])]
     data = ImageData(table(rows), ImageTransform(16, 3), condition_columns={"image": "source"}, max_unreadable=1)
     assert "1" in map(str, data[np.array([[0, 0], [0, 1]])]["unreadable"])
+    with pytest.raises(ValueError, match="--call_columns mask_image=image: masks need a column of their own"):
+        ImageData(table(rows), ImageTransform(16, 3), condition_columns={"mask_image": "image"})
     with pytest.raises(ValueError, match="no image column 'depth'"):
         ImageData(table(rows), ImageTransform(16, 3), condition_columns={"image": "depth"})
 

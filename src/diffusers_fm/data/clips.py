@@ -14,6 +14,7 @@ import PIL.Image
 import torch
 
 from ..arguments import install
+from .cache import content_key
 from .transforms import ImageTransform, image_file, open_image, to_pixels
 
 
@@ -75,6 +76,13 @@ def read_frames(file: bytes | str, num_frames: int, stride: int = 1) -> list[PIL
 def frame_files(folder: str) -> list[Path]:
     """Files of a folder of frames, in the order of their names."""
     return sorted(path for path in Path(folder).iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def file_key(file: bytes | str) -> str:
+    """Digest of the contents of a file, or of the files of a folder of frames."""
+    if isinstance(file, bytes):
+        return content_key(file)
+    return content_key(*(path.read_bytes() for path in (frame_files(file) if os.path.isdir(file) else [Path(file)])))
 
 
 def _middle(count: int, num_frames: int, stride: int) -> range:

@@ -10,6 +10,7 @@ import PIL.Image
 import torch
 
 from .cache import content_key
+from .clips import file_key
 from .sources import image_files
 from .transforms import ImageTransform, covered_size, image_file, open_image, to_pixels
 from .unreadable import reading
@@ -41,7 +42,7 @@ class ConditionImages:
             What is done to each image.
 
     Raises:
-        ValueError: if there is no such column, or it holds no images.
+        ValueError: if there is no such column, it holds no images, or masks are to be the images themselves.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class ConditionImages:
         rows: np.ndarray,
         transform: ImageTransform,
     ) -> None:
+        for name in (name for name, column in columns.items() if is_mask(name) and column == image_column):
+            raise ValueError(f"--call_columns {name}={image_column}: masks need a column of their own.")
         self._columns, self._image_column, self._rows, self._transform = dict(columns), image_column, rows, transform
         self._files = {column: image_files(dataset, column) for column in {image_column, *columns.values()}}
 
@@ -63,7 +66,7 @@ class ConditionImages:
     def fingerprint(self, numbers: np.ndarray) -> str:
         """Digest of arguments, columns and the files of some samples."""
         names = (f"{name}={column}" for name, column in self._columns.items())
-        files = (repr(self._file(column, number)) for column in self._columns.values() for number in numbers.tolist())
+        files = (self._key(column, number) for column in self._columns.values() for number in numbers.tolist())
         return content_key(*names, *files)
 
     def read(
@@ -100,6 +103,13 @@ class ConditionImages:
 
     def _file(self, column: str, number: int) -> dict[str, Any] | None:
         return self._files[column][int(self._rows[number])][column]
+
+    def _key(self, column: str, number: int) -> str:
+        try:
+            return file_key(image_file(self._file(column, number), self._transform.folders))
+        except (ValueError, OSError):
+            # Unreadable then and now.
+            return ""
 
     def _pixels(self, name: str, column: str, number: int, size: tuple[int, int]) -> np.ndarray:
         """Pixels of the shape to which the image that they go with is brought."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .buckets import assign_buckets
 from .cache import content_key
 from .captions import CaptionColumn
-from .clips import frame_files
+from .clips import file_key
 from .conditions import ConditionImages
 from .decoded import MEMORY_BUDGET, column_key, read_once, read_pixels, read_sizes, unpack
 from .randomness import derive_seed, make_generator
@@ -194,10 +194,10 @@ class ImageData(Dataset):
                 Epoch (for augmentation) and number of each sample.
 
         Returns:
-            `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)`, or `moments`; with
-            labels, `labels`, int64 of shape `(batch_size,)`; with captions, `captions`, a `list[str]`; with further
-            columns of images, `conditions`, uint8 by the names of their arguments; and, where rows were found that
-            cannot be read, `unreadable`, the reasons by row.
+            `dict[str, Any]`: `images`, uint8 of shape `(batch_size, channels, height, width)` or what the transform's
+            `as_batch` makes of them, or `moments`; with labels, `labels`, int64 of shape `(batch_size,)`; with
+            captions, `captions`, a `list[str]`; with further columns of images, `conditions`, uint8 by the names of
+            their arguments; and, where rows were found that cannot be read, `unreadable`, the reasons by row.
         """
         while True:
             try:
@@ -332,11 +332,7 @@ class ImageData(Dataset):
 
     def file_key(self, index: int) -> str:
         """Digest of the contents of an image's file."""
-        file = self.file(index)
-        if isinstance(file, bytes):
-            return content_key(file)
-        paths = frame_files(file) if Path(file).is_dir() else [Path(file)]
-        return content_key(*(path.read_bytes() for path in paths))
+        return file_key(self.file(index))
 
     def _cell(self, index: int) -> dict[str, Any] | None:
         return next(iter(self._files[int(self._rows[index])].values()))
