@@ -136,6 +136,17 @@ def test_training_from_an_audio_column(sounds: Path, untrained: Path, tmp_path: 
     assert type(load(tmp_path / "run")).__name__ == "FlowMatchPipeline"
 
 
+def test_training_from_a_folder_of_sound_files(untrained: Path, tmp_path: Path) -> None:
+    for label in range(NUM_CLASSES):
+        folder = tmp_path / "data" / f"pitch {label}"
+        folder.mkdir(parents=True)
+        for number in range(4):
+            (folder / f"{number}.wav").write_bytes(sound_file(tone(1024)))
+    options = {"dataset_name": None, "train_data_dir": tmp_path / "data", "train_batch_size": 2, "max_train_steps": 1}
+    run_script(script, command_line(untrained, tmp_path / "data", tmp_path / "run", **options))
+    assert FlowMatchAudioPipeline.from_pretrained(tmp_path / "run").config.id2label["0"] == "pitch 0"
+
+
 def test_columns_of_another_kind_are_refused(sounds: Path, untrained: Path, tmp_path: Path) -> None:
     for pipeline, data, column, message in (
         (Path("pipelines/unet-digits"), sounds, "audio", "'audio' holds Audio, and the pipeline learns from Image"),

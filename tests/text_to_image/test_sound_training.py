@@ -164,6 +164,14 @@ def test_resumed_runs_are_bit_for_bit_those_without_a_stop(
     assert any(not torch.equal(tensor, weights[0][key]) for key, tensor in before.items())
 
 
+def test_sounds_that_cannot_be_written_are_said_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "samples").write_text("the user's")
+    made = sounds.Sounds(8000, 1, 2048)
+    grid = sounds.write_sounds([[torch.zeros(1, 2048)]], made, tmp_path, "samples/step-1")
+    assert grid.size[0] > sounds.PICTURE[0] and (tmp_path / "samples").read_text() == "the user's"
+    assert "step-1_0_0.wav could not be written" in caplog.text
+
+
 def test_adapters(models: Path, data: Path, tmp_path: Path) -> None:
     run = train(
         models / "ace_step", data, tmp_path / "run", "train_text_to_image_lora", rank=2, validation_prompts=PROMPT

@@ -313,6 +313,14 @@ def test_what_does_not_go_together_is_refused(words: list[str], sentence: str) -
         parse_arguments(script.ScriptArguments, ["--pretrained_model_name_or_path=x", "--dataset_name=x", *words])
 
 
+@pytest.mark.parametrize("option", ["--num_frames=5", "--audio_seconds=2"])
+def test_auxiliary_losses_are_for_images(option: str) -> None:
+    arguments = load_script(ROOT / "training_scripts" / "train_text_to_image.py").ScriptArguments
+    words = ["--pretrained_model_name_or_path=x", "--dataset_name=x", "--internal_block=1", option]
+    with pytest.raises(ValueError, match=f"--self_block are for images: leave out {option.partition('=')[0]}"):
+        parse_arguments(arguments, words)
+
+
 def test_blocks_that_are_not_there_are_refused() -> None:
     for kind, options, sentence in (
         ("dit", {"self_block": 5}, "--self_block must be from 1 to 4 for this network, got 5"),

@@ -96,8 +96,8 @@ def read_pixels(
     memory_budget: int,
 ) -> list[torch.Tensor]:
     """
-    Pixels of all images, uint8, one after another, none if they take more than the budget; heights and widths, int64
-    of shape `(num_images, 2)`; and the unreadable ones, which are black.
+    Pixels of all images, uint8, or samples of sounds, float32, one after another, none if they take more than the
+    budget; heights and widths, int64 of shape `(num_images, 2)`; and the unreadable ones, which are black.
     """
     images, used = [], 0
     unreadable = {}

@@ -212,10 +212,10 @@ def load_images(
     [`FlowMatchAudioPipeline`]. Arguments and errors are those of [`make_datasets`].
     """
     make_transform: Callable[..., ImageTransform] = ImageTransform
-    wanted, other = datasets.Image, datasets.Audio
+    wanted, other, kind = datasets.Image, datasets.Audio, "images"
     if isinstance(pipeline, FlowMatchAudioPipeline):
         make_transform = functools.partial(SoundTransform, log_mel=pipeline.log_mel)
-        wanted, other = other, wanted
+        wanted, other, kind = other, wanted, "sounds"
     label_column = args.label_column if pipeline.num_classes else None
 
     def check(split: Any) -> Any:
@@ -223,7 +223,7 @@ def load_images(
         return with_labels_of_model(pipeline, split, args.label_column)
 
     columns: dict[str, Any] = {"label_column": label_column, "num_classes": pipeline.num_classes}
-    columns["make_transform"] = make_transform
+    columns |= {"make_transform": make_transform, "kind": kind}
     return make_datasets(args, pipeline.image_channels, resolution, make_data, (), multiple, check, **columns)
 
 

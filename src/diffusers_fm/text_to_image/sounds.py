@@ -2,6 +2,7 @@
 """Sounds in text-to-image training: their length, their data, and the files of the validation prompts."""
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,8 @@ from ..spectrograms import LogMel
 from ..training.validation import make_grid
 from .arguments import TextToImageArguments
 
+
+logger = logging.getLogger(__name__)
 
 # Arguments of pipelines' calls that are a sound's length in seconds.
 SECONDS = ("audio_end_in_s", "audio_length_in_s", "audio_duration_s", "audio_duration", "duration")
@@ -128,7 +131,7 @@ def load_captioned_sounds(
 
 def write_sounds(rows: Sequence[Sequence[Any]], sounds: Sounds, output_dir: Path, name: str) -> PIL.Image.Image:
     """
-    Write sounds as WAV files of 16 bits.
+    Write sounds as WAV files of 16 bits; one that cannot be written is said in the log.
 
     Args:
         rows (`Sequence[Sequence[Any]]`):
@@ -151,9 +154,12 @@ def write_sounds(rows: Sequence[Sequence[Any]], sounds: Sounds, output_dir: Path
         for number, sound in enumerate(row):
             waveform = torch.as_tensor(sound).float().cpu().nan_to_num().clamp(-1, 1)
             file = f"{name}_{prompt}_{number}.wav"
-            (output_dir / file).parent.mkdir(parents=True, exist_ok=True)
-            with written_for_run(output_dir, file) as aside:
-                soundfile.write(aside, waveform.T.numpy(), sounds.sampling_rate, "PCM_16", format="WAV")
+            try:
+                (output_dir / file).parent.mkdir(parents=True, exist_ok=True)
+                with written_for_run(output_dir, file) as aside:
+                    soundfile.write(aside, waveform.T.numpy(), sounds.sampling_rate, "PCM_16", format="WAV")
+            except (OSError, soundfile.SoundFileError) as error:
+                logger.error("%s could not be written: %s.", output_dir / file, error)
             pictures[-1].append(spectrogram(waveform, sounds.sampling_rate))
     return make_grid(pictures)
 

@@ -108,6 +108,10 @@ class LearningArguments(Arguments):
             return
         if self.torch_compile and self.has_auxiliary:
             raise ValueError("--torch_compile does not go with --repa_teacher, --internal_block and --self_block.")
+        for name, unset in (("num_frames", 1), ("audio_seconds", None)):
+            if self.has_auxiliary and getattr(self, name, unset) != unset:
+                options = "--repa_teacher, --internal_block and --self_block"
+                raise ValueError(f"{options} are for images: leave out --{name}.")
         if self.contrastive_weight and self.train_batch_size == 1:
             raise ValueError("--contrastive_weight needs a --train_batch_size of at least 2, got 1.")
         for name in ("shift", "shift_base_resolution"):
@@ -434,9 +438,6 @@ def begin_auxiliaries(
     args, accelerator = run.args, run.accelerator
     if not args.has_auxiliary:
         return AuxiliaryLosses()
-    others = {"num_frames": args.saved().get("num_frames", 1) > 1, "audio_seconds": args.saved().get("audio_seconds")}
-    for name in (name for name, given in others.items() if given):
-        raise ValueError(f"--repa_teacher, --internal_block and --self_block are for images, not for --{name}.")
     if accelerator.distributed_type in SHARDING:
         raise ValueError(
             "--repa_teacher, --internal_block and --self_block do not go with FSDP2 and DeepSpeed: use DDP."
