@@ -4,6 +4,7 @@
 import inspect
 from typing import Any
 
+import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders import ClassifierFreeGuidance
@@ -52,6 +53,22 @@ def make(name: str, **options: Any) -> tuple[VelocityField, torch.Tensor, dict[s
     fixed, own = split(case)
     field = VelocityField(case.pipeline, **{**fixed, **options})
     return field, torch.randn(field.state_shape(**own), generator=torch.Generator().manual_seed(3)), own
+
+
+class Decoded(Exception):
+    """The decoder was reached."""
+
+
+def stop_at_decoder(monkeypatch: pytest.MonkeyPatch, vae: Any) -> list[torch.Tensor]:
+    """Latents that calls hand to an autoencoder's decoder from now on, which then raises `Decoded`."""
+    given: list[torch.Tensor] = []
+
+    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        given.append(latents)
+        raise Decoded
+
+    monkeypatch.setattr(vae, "decode", decode)
+    return given
 
 
 class StepFrom(FlowMatchEulerDiscreteScheduler):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from stock_fields import TEXT, make, sample, stock_step
+from stock_fields import TEXT, Decoded, make, sample, stock_step, stop_at_decoder
 from stock_pipelines import flow_cases
 
 from diffusers_fm.pipelines import DecodeMap
@@ -31,20 +31,11 @@ def test_the_decoder_is_given_what_the_encoder_said(name: str, monkeypatch: pyte
     data = decode_map.encode(images)
     assert data.shape[1:] == field.state_shape(**one)[1:]
 
-    class Decoded(Exception):
-        pass
-
-    given: list[torch.Tensor] = []
-
-    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        given.append(latents)
-        raise Decoded
-
     vae = pipeline.vae
     encoded = vae.encode(images.unsqueeze(2) if images.ndim == 4 and "Qwen" in type(vae).__name__ else images)
     expected = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
     # At time 0 the stock step of length 0 leaves the state as it is.
-    monkeypatch.setattr(vae, "decode", decode)
+    given = stop_at_decoder(monkeypatch, vae)
     for i in range(2):
         with pytest.raises(Decoded):
             stock_step(pipeline, data[i : i + 1], 0.0, **{**field.call, **one, "output_type": "pt"})

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from stock_fields import stock_step
+from stock_fields import Decoded, stock_step, stop_at_decoder
 from tiny_families import FAMILIES, TIMES, Family
 from tiny_families_2 import MORE
 
@@ -118,17 +118,7 @@ def test_data_are_what_the_decoder_is_given(name: str, monkeypatch: pytest.Monke
         return
     decode_map = DecodeMap(field, **one)
     latents = torch.randn(1, *decode_map.map.y_shape, generator=torch.Generator().manual_seed(2))
-
-    class Decoded(Exception):
-        pass
-
-    given: list[torch.Tensor] = []
-
-    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        given.append(latents)
-        raise Decoded
-
-    monkeypatch.setattr(family.pipeline.vae, "decode", decode)
+    given = stop_at_decoder(monkeypatch, family.pipeline.vae)
     state = decode_map.from_latents(latents)
     assert state.shape == x_t[:1].shape
     output_type = {"output_type": "pt"} if "output_type" in field.arguments else {}

@@ -21,7 +21,8 @@ from stock_fields import stock_step
 from stock_pipelines import flux
 from tiny_encoders import umt5
 from tiny_families_2 import MORE, letters
-from training_runs import ROOT, assert_same_weights, load_script, png, read_log, run_script
+from tiny_text_to_image import train_text_to_image
+from training_runs import ROOT, assert_same_weights, load_script, png, read_log
 
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.transforms import ImageTransform
@@ -264,33 +265,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not (folder / name).exists():
             pipeline.save_pretrained(folder / name)
         words = [f"{key}={json.dumps(value)}" for key, value in call.items() if key not in GIVEN]
-        values = {
-            "pretrained_model_name_or_path": folder / name,
-            "dataset_name": folder / "data",
-            "output_dir": output_dir,
-            "resolution": 16,
-            "max_sequence_length": 16,
-            "seed": 0,
-            "train_batch_size": 4,
-            "max_train_steps": 3,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "num_inference_steps": 2,
-            "num_validation_images": 2,
-            "report_to": "none",
-            "use_cpu": True,
-            "random_flip": True,
-            **options,
-        }
+        values = {"max_train_steps": 3, "num_validation_images": 2, "random_flip": True, **options}
         if options.get("train_data_dir"):
             values["train_data_dir"] = folder / options["train_data_dir"]
-        given = {key: value for key, value in values.items() if value is not None and value is not False}
-        line = [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
-        words = ["--call", *words] if words else []
-        run_script(
-            load_script(ROOT / "training_scripts" / f"{script}.py"), ["--call_columns", *columns, *words, *line]
-        )
-        return output_dir
+        words = ["--call_columns", *columns, *(["--call", *words] if words else [])]
+        trained = load_script(ROOT / "training_scripts" / f"{script}.py")
+        return train_text_to_image(trained, folder / name, folder / "data", output_dir, *words, **values)
 
     return run
 

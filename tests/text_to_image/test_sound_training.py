@@ -14,10 +14,11 @@ import soundfile
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from stock_fields import stock_step
+from stock_fields import Decoded, stock_step, stop_at_decoder
 from tiny_families_2 import longcat_audio
 from tiny_sounds import SOUNDS, save_sounds
-from training_runs import ROOT, load_script, read_log, run_script
+from tiny_text_to_image import train_text_to_image
+from training_runs import ROOT, load_script, read_log
 
 from diffusers_fm.data.randomness import make_generator
 from diffusers_fm.models import encode_moments
@@ -45,26 +46,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(model: Path, data: Path, output_dir: Path, script: str = "train_text_to_image", **options: Any) -> Path:
-    values = {
-        "pretrained_model_name_or_path": model,
-        "dataset_name": data,
-        "image_column": "audio",
-        "audio_seconds": 2.0,
-        "output_dir": output_dir,
-        "seed": 0,
-        "train_batch_size": 4,
-        "max_train_steps": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "num_inference_steps": 2,
-        "guidance_scale": 1.0,
-        "report_to": "none",
-        **options,
-    }
-    given = {name: value for name, value in values.items() if value is not None and value is not False}
-    line = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
-    run_script(load_script(SCRIPTS / f"{script}.py"), line)
-    return output_dir
+    """A short run on sounds of two seconds."""
+    values = {"image_column": "audio", "audio_seconds": 2.0, "resolution": None, "max_sequence_length": None}
+    values |= {"guidance_scale": 1.0, **options}
+    return train_text_to_image(load_script(SCRIPTS / f"{script}.py"), model, data, output_dir, **values)
 
 
 @pytest.mark.parametrize("name", SOUNDS)
@@ -85,16 +70,7 @@ def test_data_are_what_the_decoder_is_handed(name: str, monkeypatch: pytest.Monk
     expected = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latents
     torch.testing.assert_close(found.encode(waveforms), state, atol=1e-6, rtol=0)
 
-    class Decoded(Exception):
-        pass
-
-    given: list[torch.Tensor] = []
-
-    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        given.append(latents)
-        raise Decoded
-
-    monkeypatch.setattr(vae, "decode", decode)
+    given = stop_at_decoder(monkeypatch, vae)
     for i in range(2):
         one = field._condition([PROMPT], field.square)
         with pytest.raises(Decoded):

@@ -450,7 +450,7 @@ class TrainedField(OneNetwork):
         return self._shifts[size]
 
     def has_own_grid(self, size: Size) -> bool:
-        """Whether the pipeline gives its scheduler other sigmas than those of equal steps."""
+        """Return whether the pipeline gives its scheduler other sigmas than those of equal steps."""
         sigmas = self.field.timesteps(4, **self._condition([""], size)).get("sigmas")
         return sigmas is not None and not np.allclose(sigmas, (1, 0.75, 0.5, 0.25), rtol=0, atol=1e-4)
 
