@@ -64,20 +64,25 @@ def judge(rows: datasets.Dataset, labels: np.ndarray, file: Path) -> FeatureExtr
 
 
 def draw(
-    folder: str, labels: np.ndarray, guidance_scale: float, num_inference_steps: int | None, seed: int = 0
+    folder: str | Path,
+    labels: np.ndarray,
+    guidance_scale: float,
+    num_inference_steps: int | None,
+    seed: int = 0,
+    batch_size: int = 90,
 ) -> np.ndarray:
-    """Images `(num_images, 3, 32, 32)` in uint8, one of each label."""
+    """Images `(num_images, channels, height, width)` in uint8, one of each label."""
     pipeline = FlowMatchPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = [
         pipeline(
-            class_labels=labels[start : start + 90],
+            class_labels=labels[start : start + batch_size],
             guidance_scale=guidance_scale,
             num_inference_steps=num_inference_steps,
             generator=torch.Generator().manual_seed(seed + start),
             output_type="np",
         ).images
-        for start in range(0, len(labels), 90)
+        for start in range(0, len(labels), batch_size)
     ]
     return (255 * np.concatenate(images)).round().astype(np.uint8).transpose(0, 3, 1, 2)
 

@@ -20,10 +20,11 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from emoji_quality import by_group, draw
 from torch.nn import functional
 from transformers import ViTConfig, ViTForImageClassification
 
-from diffusers_fm import FlowMatchPipeline, init_pipeline
+from diffusers_fm import init_pipeline
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.latents import normalize
@@ -92,22 +93,10 @@ class Judge:
 
     def __call__(self, folder: Path, wanted: np.ndarray, num_inference_steps: int) -> dict[str, float]:
         """FD and the part that is read as asked."""
-        pipeline = FlowMatchPipeline.from_pretrained(folder)
-        pipeline.set_progress_bar_config(disable=True)
-        images = [
-            pipeline(
-                class_labels=wanted[start : start + 100],
-                num_inference_steps=num_inference_steps,
-                guidance_scale=1.0,
-                generator=torch.Generator().manual_seed(start),
-                output_type="np",
-            ).images
-            for start in range(0, len(wanted), 100)
-        ]
-        drawn = torch.from_numpy((255 * np.concatenate(images)).round().astype(np.uint8)).permute(0, 3, 1, 2)
+        drawn = torch.from_numpy(draw(folder, wanted, 1.0, num_inference_steps, batch_size=100))
         distance = frechet_distance(self.features(drawn)[0], self.reference)
         right = self.reader(drawn)[1].argmax(1) == wanted
-        read = float(np.mean([right[wanted == label].mean() for label in np.unique(wanted)]))
+        read = float(np.mean([*by_group(right, wanted).values()]))
         return {"fd": round(distance, 2), "read": round(read, 4)}
 
 
