@@ -69,13 +69,16 @@ def test_a_given_shift_is_that_of_every_size() -> None:
 def test_steps_that_were_fitted_to_the_network_are_left_behind() -> None:
     pipeline = tiny_stable_diffusion_3(t5=False)
     fitted = {"1": {"sigmas": [0.99], "keep": [1.0], "weights": [[-1.0]]}}
-    pipeline.scheduler = FlowMatchScheduler(
+    calibrated = FlowMatchScheduler(
         solver="calibrated", sampling_path="angle", calibration=fitted, default_num_inference_steps=1
     )
-    args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift", "2.5"])
-    config = choose_scheduler(TrainedField(pipeline, "transformer", {}), args, [(8, 8)]).config
-    assert (config.solver, config.sampling_path, config.shift) == ("euler", "ot", 2.5)
-    assert (config.calibration, config.default_num_inference_steps) == (None, None)
+    for words, spacing in (([], "trailing"), (["--save_stock"], "linspace")):
+        pipeline.scheduler = calibrated
+        args = parse_arguments(TextToImageArguments, [*REQUIRED, "--shift", "2.5", *words])
+        config = choose_scheduler(TrainedField(pipeline, "transformer", {}), args, [(8, 8)]).config
+        assert (config.solver, config.sampling_path, config.shift) == ("euler", "ot", 2.5)
+        assert (config.calibration, config.default_num_inference_steps) == (None, None)
+        assert config.timestep_spacing == spacing
 
 
 def test_sizes_that_the_model_does_not_take_are_refused() -> None:

@@ -53,8 +53,9 @@ class ConditionImages:
         rows: np.ndarray,
         transform: ImageTransform,
     ) -> None:
-        for name in (name for name, column in columns.items() if is_mask(name) and column == image_column):
-            raise ValueError(f"--call_columns {name}={image_column}: masks need a column of their own.")
+        for name, column in columns.items():
+            if is_mask(name) and column == image_column:
+                raise ValueError(f"--call_columns {name}={column}: masks need a column of their own.")
         self._columns, self._image_column, self._rows, self._transform = dict(columns), image_column, rows, transform
         self._files = {column: image_files(dataset, column) for column in {image_column, *columns.values()}}
 

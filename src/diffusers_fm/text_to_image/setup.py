@@ -194,8 +194,8 @@ def choose_scheduler(
         changes["timestep_spacing"] = "linspace"
     config = pipeline.scheduler.config
     if config.get("solver") == "calibrated":
-        # Its steps were fitted to the network before this training.
-        changes |= {**solver_settings("euler"), "calibration": None, "default_num_inference_steps": None}
+        # Its steps were fitted to the network before this training, and leave with the solver.
+        changes = {**solver_settings("euler"), **changes}
     if config.get("invert_sigmas") and not isinstance(pipeline.scheduler, FlowMatchScheduler):
         # The pipeline keeps its scheduler, whose time runs the other way; the field is that of noise - data.
         if changes:
