@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of all tests."""
 
+import multiprocessing
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,14 @@ from diffusers_fm.timesteps import DENSITIES
 
 # Tests run in two processes, and tiny models gain nothing from more threads.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left() -> Iterator[None]:
+    """Processes of tests that failed end with the tests: Python would wait for them."""
+    yield
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @pytest.fixture(autouse=True)

@@ -79,10 +79,10 @@ from diffusers_fm.evaluation.stock import StockModel, StockSampler, latent_likel
 from diffusers_fm.evaluation.store import ResultStore
 from diffusers_fm.files import checksum
 from diffusers_fm.hub.portable import last_part
+from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.pipelines.sampling import default_steps
 from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.training.distributed import make_accelerator
-from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
 
 

@@ -40,10 +40,7 @@ from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentAr
 from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.data.loading import load_data
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
-from diffusers_fm.precision import to_float64
-from diffusers_fm.training.arguments import TrainingArguments
-from diffusers_fm.training.distributed import SHARDING
-from diffusers_fm.training.flow_maps import (
+from diffusers_fm.objectives.flow_maps import (
     FlowMapArguments,
     IntervalModel,
     TrajectoryArguments,
@@ -54,7 +51,10 @@ from diffusers_fm.training.flow_maps import (
     interval_losses,
     learned_velocity,
 )
-from diffusers_fm.training.objective import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.objectives.flow_matching import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.precision import to_float64
+from diffusers_fm.training.arguments import TrainingArguments
+from diffusers_fm.training.distributed import SHARDING
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun

@@ -65,15 +65,14 @@ from diffusers_fm.data.arguments import ArrayArguments, LabelArguments, LatentAr
 from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.data.loading import load_data
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
-from diffusers_fm.training.auxiliary import (
+from diffusers_fm.objectives.auxiliary import (
     LearningArguments,
     StepInputs,
     begin_auxiliaries,
     learning_facts,
     loss_settings,
 )
-from diffusers_fm.training.objective import (
+from diffusers_fm.objectives.flow_matching import (
     TrainableModel,
     choose_label_dropout,
     choose_resolution,
@@ -81,11 +80,12 @@ from diffusers_fm.training.objective import (
     draw_point,
     draw_times,
 )
+from diffusers_fm.objectives.semidiscrete import SemidiscreteArguments, couple_to_all
+from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
-from diffusers_fm.training.semidiscrete import SemidiscreteArguments, couple_to_all
 from diffusers_fm.training.validation import validate_pipeline
 
 

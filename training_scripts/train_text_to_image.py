@@ -47,6 +47,14 @@ import torch
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
+from diffusers_fm.objectives.auxiliary import (
+    LearningArguments,
+    StepInputs,
+    begin_auxiliaries,
+    learning_facts,
+    loss_settings,
+)
+from diffusers_fm.objectives.flow_matching import draw_point, draw_times
 from diffusers_fm.text_to_image.arguments import TextToImageArguments, parse_columns
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.field import TrainedField
@@ -68,14 +76,6 @@ from diffusers_fm.text_to_image.setup import (
     weigh_prior,
 )
 from diffusers_fm.training.arguments import SamplingArguments
-from diffusers_fm.training.auxiliary import (
-    LearningArguments,
-    StepInputs,
-    begin_auxiliaries,
-    learning_facts,
-    loss_settings,
-)
-from diffusers_fm.training.objective import draw_point, draw_times
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import measure_sigma_data

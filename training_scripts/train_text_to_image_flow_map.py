@@ -29,6 +29,15 @@ from diffusers.utils.torch_utils import unwrap_module
 from diffusers_fm.arguments import Count, Free, NotNegative, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
+from diffusers_fm.objectives.flow_maps import (
+    FlowMapArguments,
+    draw_guidance,
+    draw_intervals,
+    flow_map_facts,
+    interval_losses,
+    learned_velocity,
+    set_flow_map,
+)
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.flow_map import IntervalField
@@ -46,15 +55,6 @@ from diffusers_fm.text_to_image.setup import (
     save_pipeline,
     validate_field,
     weigh_prior,
-)
-from diffusers_fm.training.flow_maps import (
-    FlowMapArguments,
-    draw_guidance,
-    draw_intervals,
-    flow_map_facts,
-    interval_losses,
-    learned_velocity,
-    set_flow_map,
 )
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun

@@ -47,19 +47,19 @@ from diffusers_fm.data.loading import load_images
 from diffusers_fm.data.streams import StreamData
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.models import encode_latents
-from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
-from diffusers_fm.training.objective import (
+from diffusers_fm.objectives.flow_matching import (
     TrainableModel,
     choose_label_dropout,
     choose_resolution,
     choose_shift,
     draw_times,
 )
+from diffusers_fm.objectives.upscaling import PairedImageData, low_resolution, upscaling_report
+from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
 from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
-from diffusers_fm.training.upscaling import PairedImageData, low_resolution, upscaling_report
 from diffusers_fm.training.validation import held_out_loss
 
 

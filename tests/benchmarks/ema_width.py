@@ -34,7 +34,7 @@ from diffusers_fm.data.sources import choose_split, load_splits
 from diffusers_fm.data.transforms import ImageTransform
 from diffusers_fm.evaluation.distances import frechet_distance
 from diffusers_fm.evaluation.report import pyplot
-from diffusers_fm.training.objective import TrainableModel
+from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.posthoc_ema import find_snapshots, posthoc_ema
 from diffusers_fm.training.validation import data_and_labels, held_out_loss
 

@@ -21,13 +21,13 @@ import PIL.Image
 import pytest
 import torch
 from fake_hub import File, fake_hub
+from processes import check_processes
 from tiny_text_to_image import tiny_stable_diffusion_3
 from training_runs import (
     SCRIPT,
     assert_same_weights,
     command_line,
     environment,
-    launch,
     load,
     load_script,
     make_dataset,
@@ -589,7 +589,7 @@ def test_two_processes_stream_and_resume(tmp_path: Path) -> None:
     for name, resumed in (("whole", None), ("run", tmp_path / "whole" / "checkpoint-3")):
         place = (model, Path(data["dataset_name"]), tmp_path / name)
         line = command_line(*place, resume_from_checkpoint=resumed, **options)
-        subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=500)
+        check_processes(SCRIPT, line, num_processes=2)
     assert_same_weights(tmp_path / "whole", tmp_path / "run")
     assert read_log(tmp_path / "run", "loss") == read_log(tmp_path / "whole", "loss")[3:]
     manifest = json.loads((tmp_path / "whole" / "checkpoint-6" / "checkpoint.json").read_text())

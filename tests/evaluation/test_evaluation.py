@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import math
-import subprocess
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +16,10 @@ import pytest
 import scipy.linalg
 import torch
 from helpers import gaussian
+from processes import check_processes
 from tiny_pipelines import tiny_pipeline
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
-from training_runs import ROOT, environment, launch, load_script, make_dataset, run_script
+from training_runs import ROOT, load_script, make_dataset, run_script
 
 from diffusers_fm import FlowMatchPipeline, StockFlow
 from diffusers_fm.data.images import ImageData
@@ -318,7 +318,7 @@ def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path
     run_script(script, command_line(model, data, tmp_path / "one"))
     # The classifier is trained in either run; the weights differ by rounding if threads do.
     line = command_line(model, data, tmp_path / "two")
-    subprocess.run(launch(line, num_processes=2, file=SCRIPT), env=environment(), check=True, timeout=300)
+    check_processes(SCRIPT, line, num_processes=2)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     rows, others = ({row["metric"]: row["value"] for row in flat_rows(metrics)} for metrics in (one, two))
     assert rows.keys() == others.keys()

@@ -139,7 +139,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             server.fail("GET /someone/.*/resolve/.*safetensors", how, 2)
         server.fail("GET /our/flaky/resolve/.*safetensors", 503)
         command = [sys.executable, str(TESTS / "pull_client.py"), str(hub.answers)]
-        subprocess.run(command, check=True, env=hub.environment("cache"))
+        subprocess.run(command, check=True, env=hub.environment("cache"), timeout=300)
         hub.client = json.loads((hub.answers / "results.json").read_text())
         yield hub
 
@@ -186,7 +186,7 @@ torch.save(pipeline(sys.argv[1], generator=torch.Generator().manual_seed(0), **o
 def test_a_reader_without_this_package_pulls_stock_class_names(hub: Hub) -> None:
     file = hub.answers / "stock.pt"
     command = [sys.executable, "-c", STOCK_READER, PROMPT, str(file)]
-    subprocess.run(command, check=True, env=hub.environment("other-cache"))
+    subprocess.run(command, check=True, env=hub.environment("other-cache"), timeout=300)
     torch.testing.assert_close(torch.load(file), hub.images["stock"], rtol=0, atol=1e-4)
 
 

@@ -50,7 +50,8 @@ def run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess
     """A process of a user, in a folder that Python does not search by itself."""
     hub = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "cache")}
     command = [sys.executable, *words]
-    return subprocess.run(command, cwd=folder, env={**environment(), **hub}, capture_output=True, text=True)
+    variables = {**environment(), **hub}
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def write_pipeline(folder: Path) -> None:

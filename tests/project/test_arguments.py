@@ -4,14 +4,14 @@
 import dataclasses
 import json
 import math
-import subprocess
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from training_runs import ROOT, environment, load_script
+from processes import run_processes
+from training_runs import ROOT, load_script
 
 from diffusers_fm.arguments import (
     Arguments,
@@ -212,7 +212,7 @@ def test_help_shows_groups_choices_and_defaults(file: Path) -> None:
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_a_refused_script_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
     words = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path / 'run'}", "--eval_batch_size=0"]
-    ended = subprocess.run([sys.executable, str(file), *words], capture_output=True, text=True, env=environment())
+    (ended,) = run_processes(file, words)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1] == f"{file.name}: --eval_batch_size must be at least 1, got 0."

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files are whole or not there, on every system, and the user's stay."""
 
+import contextlib
 import errno
 import os
-import subprocess
-import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import server
 
 from diffusers_fm.files import (
     PARTIAL,
@@ -208,32 +210,38 @@ def test_leftovers_are_swept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "unet"]
 
 
-HOLDER = """
-import sys, time
-from pathlib import Path
-from diffusers_fm.files import lock_folder
-lock_folder(Path(sys.argv[1]))
-print("locked", flush=True)
-time.sleep(100)
-"""
+def hold(folder: Path, locked: Event) -> None:
+    """All of a process that has a folder locked until it is killed."""
+    lock_folder(folder)
+    locked.set()
+    time.sleep(100)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Within this context another process has a folder locked, which is then killed."""
+    locked = server().Event()
+    process = server().Process(target=hold, args=(folder, locked))
+    process.start()
+    try:
+        assert locked.wait(60)
+        yield
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_locked_folder_is_refused_until_its_process_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
+    with held(tmp_path):
         monkeypatch.setattr("diffusers_fm.files.LOCK_TIMEOUT", 0.1)
         with pytest.raises(
             ValueError, match=r"Another run is using the output folder .*: wait for its end, or choose"
         ):
             lock_folder(tmp_path)
-        holder.kill()
     # Twice by one process, and by another spelling of the folder: the same run.
     lock_folder(tmp_path)
     lock_folder(tmp_path / ".." / tmp_path.name)
     unlock_folder(tmp_path)
     unlock_folder(tmp_path)
-    with subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "locked\n"
-        holder.kill()
+    with held(tmp_path):
+        pass

@@ -146,7 +146,8 @@ def test_every_source_file_names_its_licence() -> None:
 
 
 def test_import_prints_nothing() -> None:
-    said = subprocess.run([sys.executable, "-c", "import diffusers_fm"], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", "import diffusers_fm"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     assert (said.stdout, said.stderr) == ("", "")
 
 

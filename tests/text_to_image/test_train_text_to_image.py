@@ -14,10 +14,11 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from processes import check_processes
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import colours, sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, environment, launch, load_script, read_log
+from training_runs import ROOT, assert_same_weights, environment, load_script, read_log
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.arguments import make_parser
@@ -208,8 +209,7 @@ def test_two_processes_share_buckets(model: Path, tmp_path: Path) -> None:
         "none",
         "--use_cpu",
     ]
-    command = launch([str(word) for word in line], num_processes=2, file=ROOT / "tests" / "recorded_batches.py")
-    subprocess.run(command, env=environment(), check=True, timeout=300, capture_output=True)
+    check_processes(ROOT / "tests" / "recorded_batches.py", line, num_processes=2)
 
     taken = []
     for rank in range(2):

@@ -3,7 +3,6 @@
 
 import re
 import shutil
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
+from processes import check_processes
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, environment, launch, load_script, weights
+from training_runs import ROOT, assert_same_weights, load_script, weights
 
 from diffusers_fm import init_pipeline, with_flow_map
 from diffusers_fm.flow_maps import OBJECTIVES
@@ -89,7 +89,7 @@ def test_two_processes_are_one(model: Path, data: Path, tmp_path: Path) -> None:
     values |= {"resolution": 16, "max_sequence_length": 16, "seed": 0, "train_batch_size": 2, "max_train_steps": 4}
     values |= {"learning_rate": 1e-3, "num_inference_steps": 2, "report_to": "none", **options}
     line = ["--use_cpu", *(f"--{name}={value}" for name, value in values.items())]
-    subprocess.run(launch(line, 2, SCRIPT), check=True, capture_output=True, env=environment())
+    check_processes(SCRIPT, line, num_processes=2)
     assert_same_weights(one, tmp_path / "two", atol=1e-6)
 
 

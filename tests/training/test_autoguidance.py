@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_auxiliary import pipeline_of
 from training_runs import load, make_dataset, train
 
-from diffusers_fm.training.autoguidance import main
+from diffusers_fm.autoguidance import main
 from diffusers_fm.training.posthoc_ema import find_snapshots, posthoc_ema
 
 

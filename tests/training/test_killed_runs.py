@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that are killed at any moment and resumed, again and again, end as the uninterrupted ones: bit for bit."""
 
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+from processes import server
 from safetensors.torch import load_file
 from tiny_pipelines import save_untrained_upscaler
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
@@ -67,21 +66,6 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ForkServerContext]:
-    """Real processes for the runs, without the seconds that imports take: a server forks them, having imported all."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "tiny_text_to_image"])
-    former = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    try:
-        yield context
-    finally:
-        os.environ.pop("PYTHONPATH")
-        if former is not None:
-            os.environ["PYTHONPATH"] = former
-
-
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
@@ -117,10 +101,10 @@ def steps_done(output_dir: Path) -> int:
     return file.read_text().count('"loss"') if file.exists() else 0
 
 
-def start(processes: ForkServerContext, script: str, line: list[str]) -> ForkServerProcess:
+def start(script: str, line: list[str]) -> ForkServerProcess:
     """A process that runs the script from its newest checkpoint."""
     file = SCRIPT.with_name(f"{script}.py")
-    process = processes.Process(target=run_script_file, args=(file, [*line, "--resume_from_checkpoint=latest"]))
+    process = server().Process(target=run_script_file, args=(file, [*line, "--resume_from_checkpoint=latest"]))
     process.start()
     return process
 
@@ -128,8 +112,10 @@ def start(processes: ForkServerContext, script: str, line: list[str]) -> ForkSer
 def hit(process: ForkServerProcess, output_dir: Path, place: str, number: int, chance: random.Random) -> bool:
     """Hit a run that has been started; whether it was hit where it should be."""
     has_come = moment(place, output_dir, chance)
+    end = time.monotonic() + 120
     assert process.pid is not None
     while not has_come():
+        assert time.monotonic() < end, f"did not come to where it could be hit: {place}"
         assert process.is_alive(), f"ended with {process.exitcode} before it could be hit: {place}"
         time.sleep(0.0005)
     if place == "loop":
@@ -166,23 +152,23 @@ def assert_same_tensors(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_killed_runs_end_as_uninterrupted_ones(run: str, processes: ForkServerContext, tmp_path: Path) -> None:
+def test_killed_runs_end_as_uninterrupted_ones(run: str, tmp_path: Path) -> None:
     script, options, what_is_left = RUNS[run]
     options = {**OPTIONS, **options}
     chance = random.Random(run)
     folder, data = untrained(run, tmp_path)
     whole, output_dir = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = start(processes, script, command_line(folder, data, whole, **options))
+    undisturbed = start(script, command_line(folder, data, whole, **options))
     undisturbed.join(timeout=120)
     assert undisturbed.exitcode == 0
     line = command_line(folder, data, output_dir, **{"dataloader_num_workers": 1, **options})
     inside = {"checkpoint": 0, "export": 0, "loop": 0}
     for place, number in HITS:
-        inside[place] += hit(start(processes, script, line), output_dir, place, number, chance)
+        inside[place] += hit(start(script, line), output_dir, place, number, chance)
         # What there is of a pipeline is whole or not there.
         assert not (output_dir / what_is_left).exists()
     assert min(inside.values()) >= 1
-    last = start(processes, script, line)
+    last = start(script, line)
     last.join(timeout=120)
     assert last.exitcode == 0
     assert (output_dir / what_is_left).is_file()

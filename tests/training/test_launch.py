@@ -32,6 +32,7 @@ def test_slurm_starts_a_launcher_on_each_machine(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
+        timeout=60,
     )
     for rank, line in enumerate(done.stdout.splitlines(keepends=True)):
         assert line == (

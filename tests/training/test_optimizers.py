@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from tiny_pipelines import KINDS, labels_of, tiny_pipeline
 from training_runs import assert_same_weights, load, make_dataset, read_log, save_untrained, train, weights
 
+from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.distributed import StopSignal
-from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.optimizers import (
     OPTIMIZERS,
     GradientGuard,

@@ -24,6 +24,7 @@ from training_runs import (
     train,
 )
 
+from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.metrics import (
     FIRST_STEPS,
     GPUS,
@@ -34,7 +35,6 @@ from diffusers_fm.training.metrics import (
     peak_flops,
     with_backward,
 )
-from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.run import TrainingRun
 
 

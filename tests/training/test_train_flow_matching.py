@@ -302,9 +302,11 @@ def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_pa
     # One process is started without the launcher, which ends at SIGTERM without telling the script.
     words = launch(line, num_processes) if num_processes > 1 else [*launch(line)[:1], str(SCRIPT), *line]
     process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
     try:
         while not (output_dir / "log.jsonl").exists() or len(read_log(output_dir, "loss")) < 3:
             assert process.poll() is None
+            assert time.monotonic() < end
             time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=120)

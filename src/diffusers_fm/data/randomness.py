@@ -7,10 +7,15 @@ nor on accumulation, nor on the workers that load data.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from ..couplings import minibatch_ot
 
 
 # A generator is made for each block of samples of about this many values: few seedings for small samples, few numbers
@@ -184,3 +189,37 @@ def seed_layers(seed: int, step: int, micro_step: int, process: int, device: tor
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)
+
+
+def draw_noise(
+    coupling: str,
+    scope: str,
+    accelerator: Accelerator,
+    part: BatchSlice,
+    data: torch.Tensor,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    Noise for a part of a batch, standard normal in float32, paired with its data by the `coupling`, `"independent"` or
+    `"minibatch_ot"`, within the `scope`, `"process"` or `"global"`, and within a label, if there are `labels` (dropped
+    ones as such). Every process calls it.
+    """
+    shape = tuple(data.shape[1:])
+    # Batches of one step may differ in size, and their noise must not share numbers.
+    purpose = f"noise {' x '.join(map(str, shape[1:]))}"
+    if coupling == "independent":
+        return part.normal(purpose, shape, data.device)
+    if scope == "process" or accelerator.num_processes == 1:
+        noise = part.normal(purpose, shape, data.device)
+        return noise[minibatch_ot(data, noise, labels).to(data.device)]
+    # The parts of all processes lie side by side; noise is drawn, not sent.
+    first = accelerator.process_index * part.size
+    whole = replace(part, offset=part.offset - first, size=accelerator.num_processes * part.size)
+    noise = whole.normal(purpose, shape, data.device)
+    everything: Any = accelerator.gather((data.contiguous(), labels) if labels is not None else (data.contiguous(),))
+    permutation = torch.arange(whole.size)
+    if accelerator.is_main_process:
+        permutation = minibatch_ot(everything[0], noise, *everything[1:])
+    # One process decides: on unequal devices, roundings might make the pairings differ.
+    permutation = broadcast(permutation.to(noise.device))
+    return noise[permutation[first : first + part.size]]

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.loading import TrainingData
 from ..data.order import BucketSampler, StreamSampler, make_loader
-from ..data.randomness import BatchSlice, seed_layers
+from ..data.randomness import BatchSlice, draw_noise, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
 from ..files import lock_folder, replace_contents, unlock_folder
 from ..pipelines.init_pipeline import init_pipeline
@@ -30,7 +30,6 @@ from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accel
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .metrics import RunLog, RunMetrics
 from .networks import with_compiled_network
-from .objective import draw_noise
 from .optimizers import (
     clip_gradients,
     kept_settings,
@@ -410,7 +409,7 @@ class TrainingRun(Generic[A]):
         """
         if self.args.coupling != "independent":
             self._metrics.throughput.stopwatch.mark("model")
-        noise = draw_noise(self.args, self.accelerator, part, data, labels)
+        noise = draw_noise(self.args.coupling, self.args.coupling_scope, self.accelerator, part, data, labels)
         if self.args.coupling != "independent":
             self._metrics.throughput.stopwatch.mark("coupling")
         return noise

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained model of a pipeline, training times, noise, and the settings that the pipeline decides."""
+"""Trained model of a pipeline, training times, and the settings that the pipeline decides."""
 
 import copy
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast
 from torch import nn
 
-from ..couplings import minibatch_ot
 from ..data.randomness import BatchSlice
 from ..losses import slowed_sample
 from ..paths import ConditionalPath
 from ..pipelines.base import FlowMatchPipelineBase
 from ..timesteps import dimension_shift, sample_timesteps, shift_time
-from .arguments import ObjectiveArguments
+from ..training.arguments import ObjectiveArguments
 
 
 class TrainableModel(nn.Module):
@@ -151,35 +147,3 @@ def draw_point(
     if not args.mixflow_slowing:
         return path.sample(data, noise, t)
     return slowed_sample(path, data, noise, t, args.mixflow_slowing * part.uniform("mixflow"))
-
-
-def draw_noise(
-    args: ObjectiveArguments,
-    accelerator: Accelerator,
-    part: BatchSlice,
-    data: torch.Tensor,
-    labels: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """
-    Noise for a part of a batch, standard normal in float32, paired with its data as `--coupling` says; within a label,
-    if there are `labels` (dropped ones as such). Every process calls it.
-    """
-    shape = tuple(data.shape[1:])
-    # Batches of one step may differ in size, and their noise must not share numbers.
-    purpose = f"noise {' x '.join(map(str, shape[1:]))}"
-    if args.coupling == "independent":
-        return part.normal(purpose, shape, data.device)
-    if args.coupling_scope == "process" or accelerator.num_processes == 1:
-        noise = part.normal(purpose, shape, data.device)
-        return noise[minibatch_ot(data, noise, labels).to(data.device)]
-    # The parts of all processes lie side by side; noise is drawn, not sent.
-    first = accelerator.process_index * part.size
-    whole = replace(part, offset=part.offset - first, size=accelerator.num_processes * part.size)
-    noise = whole.normal(purpose, shape, data.device)
-    everything: Any = accelerator.gather((data.contiguous(), labels) if labels is not None else (data.contiguous(),))
-    permutation = torch.arange(whole.size)
-    if accelerator.is_main_process:
-        permutation = minibatch_ot(everything[0], noise, *everything[1:])
-    # One process decides: on unequal devices, roundings might make the pairings differ.
-    permutation = broadcast(permutation.to(noise.device))
-    return noise[permutation[first : first + part.size]]

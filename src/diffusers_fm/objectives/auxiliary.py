@@ -24,10 +24,10 @@ from ..data.randomness import BatchSlice
 from ..losses import alignment_loss, normalize_patches
 from ..models.interval import TRANSFORMERS
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from .arguments import TrainingArguments
-from .distributed import SHARDING
-from .ema import AUXILIARY
-from .run import TrainingRun
+from ..training.arguments import TrainingArguments
+from ..training.distributed import SHARDING
+from ..training.ema import AUXILIARY
+from ..training.run import TrainingRun
 
 
 logger = logging.getLogger(__name__)

@@ -27,8 +27,8 @@ from training_runs import (
 from diffusers_fm import FlowMatchScheduler, FlowMatchUpscalePipeline
 from diffusers_fm.arguments import make_parser, parse_arguments
 from diffusers_fm.data.transforms import ImageTransform
+from diffusers_fm.objectives.upscaling import PairedImageData
 from diffusers_fm.pipelines.resampling import downscale
-from diffusers_fm.training.upscaling import PairedImageData
 
 
 PIPELINES = ROOT / "pipelines"

@@ -2,7 +2,6 @@
 """Options that may learn faster: gradients reach what they should, and nothing of them is left in what is saved."""
 
 import shutil
-import subprocess
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, StableDiffusion3Pipeline
+from processes import check_processes
 from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_class_embedder, tiny_dit, tiny_sd3, tiny_unet
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
 from training_runs import (
     ROOT,
+    SCRIPT,
     assert_same_weights,
     command_line,
-    environment,
-    launch,
     load_script,
     make_dataset,
     read_log,
@@ -35,10 +34,10 @@ from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.data.features import VisionEncoder
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.training.auxiliary import INTERNAL_NETWORK, Auxiliary, StepInputs, begin_auxiliaries
+from diffusers_fm.objectives.auxiliary import INTERNAL_NETWORK, Auxiliary, StepInputs, begin_auxiliaries
+from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.checkpoints import damage, read_manifest
 from diffusers_fm.training.distributed import SHARDING
-from diffusers_fm.training.objective import TrainableModel
 from diffusers_fm.training.planning import DryRun, Plan
 
 
@@ -135,7 +134,7 @@ def test_two_processes_are_a_larger_batch(folder: Path, data: Path, teacher: Pat
     whole = train(folder, data, tmp_path / "whole", train_batch_size=8, **options)
     two = tmp_path / "two"
     line = command_line(folder, data, two, train_batch_size=4, **{**options, "report_to": "tensorboard"})
-    subprocess.run(launch(line, num_processes=2), env=environment(), check=True, timeout=300)
+    check_processes(SCRIPT, line, num_processes=2)
     assert_same_weights(whole, two, atol=1e-6)
     # Sums in another order: losses and norms of order one.
     for name in ("loss", "validation_loss", "gradient_norm"):

@@ -16,7 +16,7 @@ from ..data.transforms import ImageTransform, image_size
 from ..data.unreadable import UnreadableImageError, reading
 from ..pipelines import FlowMatchUpscalePipeline
 from ..pipelines.resampling import downscale, resize_bicubic
-from .validation import EVALUATION_SEED, make_grid, quiet_copy
+from ..training.validation import EVALUATION_SEED, make_grid, quiet_copy
 
 
 SAMPLES_IN_A_ROW = 2

@@ -2,7 +2,6 @@
 """Reflow: pairs of noise and sample as a data set, and training on them."""
 
 import re
-import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -10,13 +9,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from processes import check_processes
 from tiny_pipelines import tiny_pipeline
 from training_runs import (
     ROOT,
     assert_same_weights,
     command_line,
-    environment,
-    launch,
     load,
     load_script,
     read_log,
@@ -114,9 +112,7 @@ def test_interrupted_and_shared_work_gives_the_same_pairs(folder: Path, pairs: P
     assert kept.stat().st_mtime_ns == before
     assert same_pairs(again, pairs)
     two = tmp_path / "two"
-    subprocess.run(
-        launch(pair_line(folder, two), 2, SCRIPT), check=True, capture_output=True, env=environment(), timeout=300
-    )
+    check_processes(SCRIPT, pair_line(folder, two), num_processes=2)
     assert same_pairs(two, pairs)
 
 

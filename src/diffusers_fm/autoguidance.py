@@ -4,13 +4,13 @@ r"""Autoguidance: guide a trained pipeline by a weaker network of the same run (
 The weaker network has the weights of a checkpoint, those of an earlier average, or is saved in a folder, such as the
 `internal_network` that `--internal_block` leaves:
 
-    python -m diffusers_fm.training.autoguidance runs/dit-digits \
+    python -m diffusers_fm.autoguidance runs/dit-digits \
       --checkpoint checkpoint-500 --guidance_scale 2
 
-    python -m diffusers_fm.training.autoguidance runs/dit-digits \
+    python -m diffusers_fm.autoguidance runs/dit-digits \
       --sigma_rel 0.1 --step 500
 
-    python -m diffusers_fm.training.autoguidance runs/dit-digits \
+    python -m diffusers_fm.autoguidance runs/dit-digits \
       --network runs/dit-digits/internal_network
 
 The result, by default in `runs/dit-digits-guided`, is a pipeline with `guider` and `guiding_network`.
@@ -26,9 +26,9 @@ from diffusers import ClassifierFreeGuidance, ModelMixin
 from diffusers.utils.torch_utils import unwrap_module
 from safetensors.torch import load_file
 
-from ..pipelines import FlowMatchPipeline
-from .checkpoints import MODEL_FILE, damage
-from .posthoc_ema import find_snapshots, posthoc_ema
+from .pipelines import FlowMatchPipeline
+from .training.checkpoints import MODEL_FILE, damage
+from .training.posthoc_ema import find_snapshots, posthoc_ema
 
 
 # Name of the network in the model that is trained.
@@ -112,7 +112,7 @@ def guide(
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m diffusers_fm.training.autoguidance",
+        prog="python -m diffusers_fm.autoguidance",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

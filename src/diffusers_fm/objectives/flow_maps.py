@@ -30,8 +30,8 @@ from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..solvers import odeint
 from ..timesteps import shift_time
-from .arguments import TrainingArguments
-from .objective import TrainableModel, density_settings
+from ..training.arguments import TrainingArguments
+from .flow_matching import TrainableModel, density_settings
 
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from ..data.arrays import ArrayData
 from ..data.cache import DryAccelerator
 from ..data.images import ImageData
 from ..data.randomness import make_generator
-from .arguments import ObjectiveArguments
-from .run import TrainingRun
+from ..training.arguments import ObjectiveArguments
+from ..training.run import TrainingRun
 
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from processes import check_processes
 from tiny_pipelines import tiny_dit, tiny_pipeline
 from training_runs import (
     ROOT,
     assert_same_weights,
     command_line,
     environment,
-    launch,
     load,
     load_script,
     make_dataset,
@@ -28,8 +28,8 @@ from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.flow_maps import OBJECTIVES
 from diffusers_fm.models.interval import IntervalConditioning
+from diffusers_fm.objectives.flow_maps import Trajectories, draw_intervals
 from diffusers_fm.paths import ConditionalPath, OTPath, VPPath
-from diffusers_fm.training.flow_maps import Trajectories, draw_intervals
 
 
 SCRIPT = ROOT / "training_scripts" / "train_flow_map.py"
@@ -79,7 +79,12 @@ assert output.nfe == 3
 print(output.images.astype("float64").sum())
 """
     python = subprocess.run(
-        [shutil.which("python") or "python", "-c", code], capture_output=True, text=True, env=environment(), check=True
+        [shutil.which("python") or "python", "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=True,
+        timeout=300,
     )
     assert float(python.stdout.strip().splitlines()[-1]) == output.images.astype("float64").sum()
 
@@ -137,7 +142,7 @@ def test_two_processes_are_one(trajectories: dict, folder: Path, data: Path, tmp
     options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, "learned_guidance_scale": 2.0, **trajectories}
     one = train(folder, data, tmp_path / "one", **options)
     line = command_line(folder, data, tmp_path / "two", **options, train_batch_size=4)
-    subprocess.run(launch(line, 2, SCRIPT), check=True, capture_output=True, env=environment())
+    check_processes(SCRIPT, line, num_processes=2)
     assert_same_weights(one, tmp_path / "two", atol=1e-6)
 
 
