@@ -197,13 +197,14 @@ def test_folder_that_is_no_pipeline(tmp_path: Path) -> None:
         init_pipeline(tmp_path)
 
 
-def test_models_of_other_libraries_are_not_imported(tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["antigravity", "FluxPipeline", "flux.pipeline_flux", "np"])
+def test_models_of_other_libraries_are_not_imported(library: str, tmp_path: Path) -> None:
     folder = untrained("unet", tmp_path)
     index = json.loads((folder / "model_index.json").read_text())
-    index["unet"] = ["antigravity", "UNet2DModel"]
+    index["unet"] = [library, "UNet2DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ValueError, match="'antigravity', which is not one of diffusers, diffusers_fm, transformers: import"
+        ValueError, match=f"'{library}', which is not one of diffusers, diffusers_fm, transformers: import"
     ):
         init_pipeline(folder)
 

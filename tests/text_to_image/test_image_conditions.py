@@ -94,6 +94,10 @@ def test_each_image_reaches_its_own_sample(name: str, network: str) -> None:
     alone = field(x_t, 1000 * t, captions, size, None, images)
     torch.testing.assert_close(alone, velocity, rtol=1e-4, atol=1e-5)
     rolled = {key: each.roll(1, 0) for key, each in rows.items()}
+    # Nothing depends on the place in the batch: what the posterior of an image is drawn with neither.
+    images = field.images.of_batch({"conditions": rolled}, None)
+    turned = field(x_t.flip(0), 1000 * t.flip(0), captions[::-1], size, None, images)
+    torch.testing.assert_close(turned.flip(0), velocity, rtol=1e-4, atol=1e-5)
     other = field(x_t, 1000 * t, captions, size, None, field.images.of_batch({"conditions": rolled}, None))
     assert ((other - velocity).abs().amax(list(range(1, velocity.ndim))) > 1e-3).all()
     weight = next(each for each in field.parameters() if each.requires_grad and each.ndim > 1)
@@ -129,6 +133,9 @@ def test_a_widened_network_answers_as_before() -> None:
     again.load_state_dict(wide.state_dict())
     with pytest.raises(ValueError, match="must be more than the 16 of"):
         widen_input(wide, 16)
+    prior = diffusers.PriorTransformer(num_attention_heads=1, attention_head_dim=4, num_layers=1, embedding_dim=4)
+    with pytest.raises(ValueError, match="PriorTransformer has no `in_channels` in its configuration"):
+        widen_input(prior, 16)
 
 
 def test_what_cannot_be_conditioned_is_refused() -> None:

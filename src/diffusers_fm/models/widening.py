@@ -24,11 +24,13 @@ def widen_input(network: ModelMixin, in_channels: int) -> ModelMixin:
         [`~diffusers.ModelMixin`]: The network.
 
     Raises:
-        ValueError: If it has as many already, or its channels do not enter by one layer.
+        ValueError: If it has as many already, has none in its configuration, or they do not enter by one layer.
     """
     config: dict[str, Any] = dict(network.config)  # pyright: ignore
     before = config.get("in_channels")
-    if before is None or in_channels <= before:
+    if before is None:
+        raise ValueError(f"{type(network).__name__} has no `in_channels` in its configuration.")
+    if in_channels <= before:
         raise ValueError(
             f"`in_channels` must be more than the {before} of {type(network).__name__}, got {in_channels}."
         )

@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import os
+import pkgutil
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
@@ -246,7 +247,8 @@ def _start_as_identity(model: ModelMixin) -> bool:
 def untrained_model(folder: Path, library: str, class_name: str) -> ModelMixin | PreTrainedModel:
     """A model from its config, in evaluation mode, with random weights; library and class are of model_index.json."""
     own = NETWORKS.get(f"{library}.{class_name}")
-    if library not in LIBRARIES and library in dir(diffusers.pipelines):
+    families = {module.name for module in pkgutil.iter_modules(diffusers.pipelines.__path__)}
+    if library not in LIBRARIES and library in families:
         # A model that one family of diffusers has beside its pipelines, named by the family's module.
         library = f"diffusers.pipelines.{library}"
     elif own is None and library not in LIBRARIES:

@@ -95,7 +95,8 @@ class CallImages:
         """
         found: dict[str, list[Any]] = {name: pictures(each) for name, each in batch["conditions"].items()}
         count = len(next(iter(found.values())))
-        generators = [make_generator(EVALUATION_SEED, "condition", number) for number in range(count)]
+        # The same numbers for each sample, so that they do not depend on its place in a batch.
+        generators = [make_generator(EVALUATION_SEED, "condition") for _ in range(count)]
         if part is not None:
             generators = part.sample_generators("condition")
         return {**found, **self._generators(generators)}
