@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from tiny_pipelines import tiny_pipeline
 from training_runs import ROOT, environment, make_dataset, save_untrained, train, weights
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent, width_name
+from diffusers_fm.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent, snapshot_files, width_name
 from diffusers_fm.training.posthoc_ema import (
     Snapshot,
     find_snapshots,
@@ -58,6 +59,31 @@ def test_constant_decay_is_that_of_diffusers() -> None:
     for average, shadow in zip(ema.average().values(), stock.shadow_params):
         torch.testing.assert_close(average, shadow, rtol=0, atol=40 * 2**-24 * 20)
     assert ConstantDecay(0.9, 2.0, 0.8).decay(40) == stock.get_decay(40) == 0.9
+
+
+@pytest.mark.parametrize("resumed_at", [None, 9, 21])
+def test_averages_that_begin_anew_know_nothing_of_before(
+    resumed_at: int | None, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    model = torch.nn.Linear(3, 4)
+    walk, profiles = random_walk(model, 30), [ConstantDecay(0.9), PowerFunction(0.1)]
+    ema = EMA(model, profiles, restart_step=12)
+    for done, values in enumerate(walk, 1):
+        track(ema, model, [values])
+        ema.save_snapshots(accelerator, tmp_path)
+        if done == resumed_at:
+            state = ema.state_dict()
+            ema = EMA(model, profiles, restart_step=12)
+            ema.load_state_dict(state)
+    later = EMA(model, profiles)
+    track(later, model, walk[12:])
+    for number in range(2):
+        for one, other in zip(ema.average(number).values(), later.average(number).values()):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+    snapshots = find_snapshots(tmp_path)
+    assert [snapshot.update for snapshot in snapshots] == list(range(1, 19))
+    assert min(snapshot_files(tmp_path).values()) == 13
+    assert ConstantDecay(0.9).decay(1) == PowerFunction(0.1).decay(1) == 0
 
 
 @pytest.mark.parametrize(("sigma_rel", "exponent"), [(0.05, 16.97), (0.10, 6.94)])

@@ -100,14 +100,20 @@ class EMA:
     """
     Moving averages of the trainable parameters of a prepared bare model, by name, in float32, one for each profile.
     The first is validated and saved. Of a sharded model (FSDP2) each process averages its own shards. With `offload`
-    the averages are kept on the CPU, and each step copies the weights there.
+    the averages are kept on the CPU, and each step copies the weights there. After `restart_step` updates they begin
+    anew: what was averaged before was learning something else.
     """
 
     def __init__(
-        self, model: nn.Module, profiles: Sequence[ConstantDecay | PowerFunction], offload: bool = False
+        self,
+        model: nn.Module,
+        profiles: Sequence[ConstantDecay | PowerFunction],
+        offload: bool = False,
+        restart_step: int = 0,
     ) -> None:
         self.profiles = list(profiles)
         self.num_updates = 0
+        self._restart_step = restart_step
         self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._offload = offload
@@ -125,7 +131,11 @@ class EMA:
         self.num_updates += 1
         weights = self._weights()
         for profile, averages in zip(self.profiles, self._averages):
-            torch._foreach_lerp_(averages, weights, 1 - profile.decay(self.num_updates))
+            torch._foreach_lerp_(averages, weights, 1 - profile.decay(self._since_restart()))
+
+    def _since_restart(self) -> int:
+        """Updates since the averages began, or began anew."""
+        return self.num_updates - (self._restart_step if self.num_updates > self._restart_step else 0)
 
     @contextmanager
     def averaged_weights(self, track: int = 0) -> Iterator[None]:
@@ -187,14 +197,19 @@ class EMA:
         self.num_updates = state_dict["num_updates"]
 
     def save_snapshots(self, accelerator: Accelerator, output_dir: Path) -> None:
-        """Write each average to `ema_snapshots/`, for [`posthoc_ema`]. Every process calls it, the main one writes."""
+        """
+        Write each average to `ema_snapshots/`, for [`posthoc_ema`], but none that will begin anew. Every process calls
+        it, the main one writes.
+        """
+        if self.num_updates <= self._restart_step:
+            return
         folder = output_dir / SNAPSHOT_FOLDER
         for track, profile in enumerate(self.profiles):
             tensors = self.average(track)
             if accelerator.is_main_process and isinstance(profile, PowerFunction):
                 folder.mkdir(exist_ok=True)
                 file = folder / f"step-{self.num_updates}.{profile.name}.safetensors"
-                metadata = {"update": str(self.num_updates), "sigma_rel": repr(profile.sigma_rel)}
+                metadata = {"update": str(self._since_restart()), "sigma_rel": repr(profile.sigma_rel)}
                 with written_aside(file) as aside:
                     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
 
@@ -217,11 +232,12 @@ def make_ema(
     model: nn.Module,
     profiles: Sequence[ConstantDecay | PowerFunction],
     offload: bool = False,
+    restart_step: int = 0,
 ) -> EMA:
     """[`EMA`] of a prepared model, registered for checkpoints; an engine whose shards have no names is refused."""
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("--use_ema does not work with DeepSpeed ZeRO stage 3: use stage 2, or FSDP2.")
-    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload)
+    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload, restart_step)
     accelerator.register_for_checkpointing(ema)
     return ema

@@ -181,7 +181,7 @@ class TrainingRun(Generic[A]):
             parameters (`Iterable[dict]`, *optional*):
                 The trained parameters in groups, where some have settings of their own.
             restart_step (`int`, *optional*):
-                Step at which the learning-rate schedule begins anew, for the steps that are left.
+                Step at which learning-rate schedule and average begin anew, for the steps that are left.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
@@ -218,7 +218,7 @@ class TrainingRun(Generic[A]):
             constant = ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
             powers = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
             profiles = powers if args.ema_profile == "power" else [constant]
-            self._ema = make_ema(accelerator, self.model, profiles, args.offload_ema)
+            self._ema = make_ema(accelerator, self.model, profiles, args.offload_ema, restart_step)
             self._weights.average = self._ema.averaged_weights
             if args.ema_profile == "power":
                 self._snapshot_steps = args.ema_snapshot_steps or math.ceil(self.max_train_steps / NUM_SNAPSHOTS)
