@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from processes import check_processes
+from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_pipeline
 from training_runs import (
     ROOT,
@@ -30,6 +31,7 @@ from diffusers_fm.flow_maps import OBJECTIVES
 from diffusers_fm.models.interval import IntervalConditioning
 from diffusers_fm.objectives.flow_maps import Trajectories, draw_intervals
 from diffusers_fm.paths import ConditionalPath, OTPath, VPPath
+from diffusers_fm.training.checkpoints import MODEL_FILE
 
 
 SCRIPT = ROOT / "training_scripts" / "train_flow_map.py"
@@ -135,6 +137,15 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Pa
     shutil.copytree(whole / "checkpoint-2", part / "checkpoint-2")
     train(folder, data, part, **options, resume_from_checkpoint="latest")
     assert_same_weights(whole, part)
+
+
+def test_the_average_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: Path) -> None:
+    options = {"use_ema": True, "flow_teacher": True, "flow_steps": 3}
+    run = train(folder, data, tmp_path / "run", **options, checkpointing_steps=2)
+    # One step of four is the map's: its weights are the average.
+    last = load_file(run / "checkpoint-4" / MODEL_FILE)
+    for name, average in weights(run).items():
+        assert torch.equal(average, last[name.replace("transformer.", "denoiser.")])
 
 
 @pytest.mark.parametrize("trajectories", [{}, {"num_trajectories": 20, "flow_teacher": True}], ids=["own", "teacher"])
