@@ -32,7 +32,11 @@ from diffusers_fm.pipelines.resampling import downscale
 
 
 PIPELINES = ROOT / "pipelines"
-PRESETS = {"upscale-digits": (2, (1, 8, 8)), "upscale-64-256": (4, (3, 256, 256))}
+PRESETS = {
+    "upscale-digits": (2, (1, 8, 8)),
+    "upscale-emoji": (2, (3, 64, 64)),
+    "upscale-64-256": (4, (3, 256, 256)),
+}
 
 script = load_script(ROOT / "training_scripts" / "train_upscale.py")
 
@@ -213,8 +217,9 @@ def test_recipes_and_folders(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert f"--config pipelines/{name}/training.json" in readme
     assert "## Expected figures" in readme
     argv = ["--config", f"pipelines/{name}/training.json"]
-    args = parse_arguments(script.ScriptArguments, argv if "digits" in name else [*argv, "--train_data_dir=/data"])
     recipe = json.loads((folder / "training.json").read_text())
+    argv += [] if "dataset_name" in recipe else ["--train_data_dir=/data"]
+    args = parse_arguments(script.ScriptArguments, argv)
     assert {key: getattr(args, key) for key in recipe} == recipe
 
 
