@@ -14,9 +14,8 @@ import argparse
 import json
 
 import numpy as np
-import scipy.linalg
 import torch
-from digits_judge import load_split, train_classifier
+from digits_judge import frechet_distance, load_split, train_classifier
 
 from diffusers_fm import FlowMatchUpscalePipeline
 from diffusers_fm.applications.image_quality import psnr, ssim
@@ -24,16 +23,6 @@ from diffusers_fm.pipelines.resampling import downscale, resize_bicubic
 
 
 SSIM_WINDOW = 7
-
-
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of the Gaussians with the moments of two sets of vectors `(num_vectors, dimensions)`."""
-    means = first.mean(0) - second.mean(0)
-    one, other = np.cov(first.T), np.cov(second.T)
-    # The covariances of pixels that are always black are singular, and the root of the product has rounding in it.
-    root = scipy.linalg.sqrtm(one) @ other @ scipy.linalg.sqrtm(one)
-    eigenvalues = np.linalg.eigvalsh((root + root.T).real / 2).clip(0)
-    return float(means @ means + np.trace(one) + np.trace(other) - 2 * np.sqrt(eigenvalues).sum())
 
 
 def measure(

@@ -61,6 +61,8 @@ def test_a_stock_pipeline_comes_out(model: Path, data: Path, tmp_path: Path) -> 
     flow = StableDiffusion3Pipeline.from_pretrained(output_dir)
     assert flow.scheduler.config.flow_map == {"first_block": 1, "num_inference_steps": 2, "guidance_scale": 2.0}
     without = draw(flow)
+    # Two equal steps, shifted by 3: none is a thousandth of the way, as the last one of "linspace" was.
+    assert flow.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0])
     # The end of a step enters a pipeline of stock class by one call.
     assert not torch.equal(draw(with_flow_map(flow)), without)
 

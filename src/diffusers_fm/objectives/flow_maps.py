@@ -163,8 +163,7 @@ def choose_flow_map(pipeline: FlowMatchPipelineBase, args: FlowMapArguments, see
             torch.default_generator.manual_seed(seed)
             embedding = IntervalEmbedding(network.get_submodule("time_embedding").linear_2.out_features)
         pipeline.register_modules(interval_embedding=embedding.to(network.device))
-    scheduler = pipeline.scheduler.with_settings(timestep_spacing="trailing")
-    pipeline.scheduler = set_flow_map(args, network, scheduler, pipeline.interval_embedding)
+    pipeline.scheduler = set_flow_map(args, network, pipeline.scheduler, pipeline.interval_embedding)
 
 
 def set_flow_map(
@@ -183,7 +182,9 @@ def set_flow_map(
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.learned_guidance_scale,
     }
-    scheduler = scheduler.with_settings(solver="flow_map", sampling_path="ot", flow_map=flow_map)
+    # Equal steps: the last one of diffusers' "linspace" would be a call for a thousandth of the way.
+    settings = {"solver": "flow_map", "sampling_path": "ot", "timestep_spacing": "trailing"}
+    scheduler = scheduler.with_settings(**settings, flow_map=flow_map)
     first_block = condition_network(network, scheduler, embedding).first_block
     return scheduler.with_settings(
         flow_map=flow_map if first_block is None else {**flow_map, "first_block": first_block}
