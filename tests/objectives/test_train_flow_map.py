@@ -139,13 +139,27 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Pa
     assert_same_weights(whole, part)
 
 
-def test_the_average_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: Path) -> None:
-    options = {"use_ema": True, "flow_teacher": True, "flow_steps": 3}
-    run = train(folder, data, tmp_path / "run", **options, checkpointing_steps=2)
+def test_training_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: Path) -> None:
+    rate = 1e-3
+    options = {"use_ema": True, "flow_teacher": True, "flow_steps": 3, "adam_weight_decay": 0.0, "learning_rate": rate}
+    run = train(folder, data, tmp_path / "run", **options, checkpointing_steps=1)
     # One step of four is the map's: its weights are the average.
     last = load_file(run / "checkpoint-4" / MODEL_FILE)
     for name, average in weights(run).items():
         assert torch.equal(average, last[name.replace("transformer.", "denoiser.")])
+    # It is the first one of an optimizer without moments, which moves each weight of the flow's average by its rate.
+    states = [torch.load(file, weights_only=False) for file in (run / "checkpoint-3").glob("custom_checkpoint_*.pkl")]
+    (flow,) = (state["averages"]["constant"] for state in states if "averages" in state)
+    moves = torch.cat([(last[name] - flow[name]).abs().flatten() for name in flow])
+    assert moves.max() <= 1.01 * rate
+    assert moves.median() >= 0.99 * rate
+    # Resumed where the map begins, and after it, the run ends as it did.
+    for step in (3, 2):
+        again = tmp_path / f"from-{step}"
+        again.mkdir()
+        shutil.copytree(run / f"checkpoint-{step}", again / f"checkpoint-{step}")
+        train(folder, data, again, **options, checkpointing_steps=1, resume_from_checkpoint="latest")
+        assert_same_weights(run, again)
 
 
 @pytest.mark.parametrize("trajectories", [{}, {"num_trajectories": 20, "flow_teacher": True}], ids=["own", "teacher"])

@@ -29,6 +29,7 @@ from diffusers_fm.training.optimizers import (
     make_lr_scheduler,
     make_optimizer,
     non_finite_parameters,
+    restart_optimizer,
     state_bytes,
 )
 
@@ -76,6 +77,31 @@ def test_a_schedule_begins_anew() -> None:
         schedule.step()
     cosine = [0.5 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
     assert rates == pytest.approx([0.0, 0.25, *cosine, 0.0, 0.25, *cosine[::2]])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_begins_anew(name: str, accelerator: Accelerator) -> None:
+    """After a restart each step is that of one that was made at that place."""
+    rate = 1.0 if name == "prodigy" else 1e-2
+    one, other = (torch.nn.Parameter(torch.ones(64, 64)) for _ in range(2))
+    optimizer: Any = accelerator.prepare(make_optimizer([one], rate, name, weight_decay=0.1))
+    generator = torch.Generator().manual_seed(0)
+
+    def step(parameter: torch.nn.Parameter, each: Any, gradient: torch.Tensor) -> None:
+        each.train() if name == "schedule_free" else None
+        parameter.grad = gradient.clone()
+        each.step()
+
+    for _ in range(5):
+        step(one, optimizer, 10 * torch.randn(64, 64, generator=generator))
+    restart_optimizer(optimizer)
+    other.data.copy_(one.data)
+    fresh = make_optimizer([other], rate, name, weight_decay=0.1)
+    for _ in range(3):
+        gradient = torch.randn(64, 64, generator=generator)
+        step(one, optimizer, gradient)
+        step(other, fresh, gradient)
+        assert torch.equal(one, other)
 
 
 def regression(name: str, learning_rate: float, steps: int) -> tuple[torch.optim.Optimizer, list[float]]:

@@ -155,6 +155,10 @@ class EMA:
                 module.reshard()
         torch._foreach_copy_([local_part(parameter) for parameter in self._parameters.values()], values)
 
+    def take(self) -> None:
+        """Give the model the weights of the first average, for good. Every process calls it."""
+        self._set_weights(self._averages[0])
+
     def average(self, track: int = 0) -> dict[str, torch.Tensor]:
         """Whole tensors of an average by name, float32; on the CPU if the model is sharded. Every process calls it."""
         whole = {}

@@ -132,6 +132,15 @@ def state_bytes(name: str, shape: Sequence[int]) -> int:
     return 8 * size
 
 
+def restart_optimizer(optimizer: AcceleratedOptimizer) -> None:
+    """Begin anew: no moments, and groups as at first. Learning rates and what arguments say stay."""
+    inner = optimizer.optimizer
+    inner.state.clear()
+    kept = ("params", "lr", "train_mode", *_SETTINGS)
+    for group in inner.param_groups:
+        group.update({name: value for name, value in inner.defaults.items() if name not in kept})
+
+
 @contextmanager
 def schedule_free_weights(optimizer: AcceleratedOptimizer, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Within this context the parameters are a schedule-free optimizer's average; afterwards as before, to the bit."""

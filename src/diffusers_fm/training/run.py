@@ -36,6 +36,7 @@ from .optimizers import (
     make_lr_scheduler,
     make_optimizer,
     non_finite_parameters,
+    restart_optimizer,
     schedule_free_weights,
 )
 from .publishing import Publisher, save_arguments
@@ -181,7 +182,8 @@ class TrainingRun(Generic[A]):
             parameters (`Iterable[dict]`, *optional*):
                 The trained parameters in groups, where some have settings of their own.
             restart_step (`int`, *optional*):
-                Step at which learning-rate schedule and average begin anew, for the steps that are left.
+                Step at which training begins anew, from the averaged weights: learning-rate schedule, moments of the
+                optimizer, average.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
@@ -213,7 +215,7 @@ class TrainingRun(Generic[A]):
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._metrics.throughput.watch_model(self.model, self._weights.bare)
         accelerator.register_for_checkpointing(self._lr_scheduler, self._metrics.losses, self._metrics.guard)
-        self._ema, self._snapshot_steps = None, None
+        self._ema, self._snapshot_steps, self._restart_step = None, None, restart_step
         if args.use_ema:
             constant = ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
             powers = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
@@ -357,6 +359,10 @@ class TrainingRun(Generic[A]):
             self._run_validation(self.first_step)
         self._metrics.throughput.stopwatch.restart()
         for step in range(self.first_step, self.max_train_steps):
+            if 0 < step == self._restart_step:
+                restart_optimizer(self._optimizer)
+                if self._ema is not None:
+                    self._ema.take()
             yield step
             learning_rate = self._lr_scheduler.get_last_lr()[0]
             self._lr_scheduler.step()
@@ -394,18 +400,14 @@ class TrainingRun(Generic[A]):
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Noise of a part of a batch, paired with its data as `--coupling` says, see [`draw_noise`].
+        Noise of a part of a batch, standard normal, float32, of the shape of `data`, paired with it as `--coupling` says,
+        see [`draw_noise`].
 
         Args:
-            part ([`BatchSlice`]):
-                Samples and step.
-            data (`torch.Tensor` of shape `(batch_size, ...)`):
-                Clean samples.
+            part ([`BatchSlice`]), data (`torch.Tensor` of shape `(batch_size, ...)`):
+                Samples and step, and the clean samples.
             labels (`torch.Tensor` of shape `(batch_size,)`, *optional*):
                 Labels that the network is given, dropped ones as such.
-
-        Returns:
-            `torch.Tensor` of the shape of `data`: standard normal, float32.
         """
         if self.args.coupling != "independent":
             self._metrics.throughput.stopwatch.mark("model")
