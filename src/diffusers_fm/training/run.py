@@ -400,7 +400,7 @@ class TrainingRun(Generic[A]):
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Noise of a part of a batch, standard normal, float32, of the shape of `data`, paired with it as `--coupling` says,
+        Standard normal noise of a part of a batch, float32, of the shape of `data`, paired with it as `--coupling` says:
         see [`draw_noise`].
 
         Args:
