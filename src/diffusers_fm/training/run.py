@@ -400,8 +400,8 @@ class TrainingRun(Generic[A]):
 
     def draw_noise(self, part: BatchSlice, data: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """
-        Standard normal noise of a part of a batch, float32, of the shape of `data`, paired with it as `--coupling` says:
-        see [`draw_noise`].
+        Standard normal noise of a part of a batch, float32, of the shape of `data`, paired as `--coupling` says: see
+        [`draw_noise`].
 
         Args:
             part ([`BatchSlice`]), data (`torch.Tensor` of shape `(batch_size, ...)`):
