@@ -178,8 +178,7 @@ def main(args: ScriptArguments) -> None:
         for step in run.steps():
             map_step = step - args.flow_steps
             if frozen is not None and args.flow_steps and map_step == 0:
-                with run.averaged_weights():
-                    frozen.load_state_dict(unwrap_module(model).state_dict())
+                frozen.load_state_dict(unwrap_module(model).state_dict())
             if map_step >= 0 and args.num_trajectories and trajectories is None and not args.dry_run:
                 trajectories = draw_trajectories(args, pipeline, path, field, label_dropout, device)
             # Noise, intervals and dropped labels are drawn for the whole global batch; a part of it is at hand.
