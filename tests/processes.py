@@ -84,10 +84,15 @@ def check_processes(file: Path, line: Sequence[object], num_processes: int = 1) 
 
 
 def _run(words: list[str], variables: dict[str, str], place: Path) -> None:
-    """All of a process."""
+    """All of a process whose output is kept in files."""
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(variables)
+    run_file(words)
+
+
+def run_file(words: list[str]) -> None:
+    """All of a process: a script and its arguments."""
     torch.set_num_threads(1)
     # A server of processes hands its own way of starting them on; a script that a user starts has the platform's.
     multiprocessing.set_start_method("fork", force=True)

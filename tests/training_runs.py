@@ -4,7 +4,6 @@
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -116,15 +115,6 @@ def run_script(module: ModuleType, line: list[str]) -> None:
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-
-
-def run_script_file(file: Path, line: list[str]) -> None:
-    """All of a process: a script and its arguments."""
-    torch.set_num_threads(1)
-    # A server of processes hands its own way of starting them on; a script that a user starts has the platform's.
-    multiprocessing.set_start_method("fork", force=True)
-    module = load_script(file)
-    module.main(parse_arguments(module.ScriptArguments, line))
 
 
 def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config: str | None = None) -> list[str]:

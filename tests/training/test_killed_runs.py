@@ -12,11 +12,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from processes import server
+from processes import run_file, server
 from safetensors.torch import load_file
 from tiny_pipelines import save_untrained_upscaler
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
-from training_runs import SCRIPT, command_line, make_dataset, read_log, run_script_file, save_untrained
+from training_runs import SCRIPT, command_line, make_dataset, read_log, save_untrained
 
 from diffusers_fm.training.checkpoints import latest_checkpoint
 
@@ -104,7 +104,7 @@ def steps_done(output_dir: Path) -> int:
 def start(script: str, line: list[str]) -> ForkServerProcess:
     """A process that runs the script from its newest checkpoint."""
     file = SCRIPT.with_name(f"{script}.py")
-    process = server().Process(target=run_script_file, args=(file, [*line, "--resume_from_checkpoint=latest"]))
+    process = server().Process(target=run_file, args=([str(file), *line, "--resume_from_checkpoint=latest"],))
     process.start()
     return process
 
