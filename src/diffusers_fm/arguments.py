@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -138,6 +138,19 @@ class Arguments:
                 if isinstance(needs, Needs) and value != default and getattr(self, needs.name) != needs.value:
                     sentences.append(f"--{field.name} {value} has no effect without --{needs}.")
         return sentences
+
+    def resume_changes(self, saved: Mapping[str, Any]) -> list[str]:
+        """Sentences on arguments that change a resumed run from its checkpoint on; a `ValueError` for fixed ones."""
+        changes = []
+        for field, annotations in annotated_fields(type(self)):
+            name, value = field.name, getattr(self, field.name)
+            if name not in saved or saved[name] == value or "free" in annotations or name == "hub_token":
+                continue
+            change = f"--{name} was {saved[name]} in the run that is resumed and"
+            if "fixed" in annotations:
+                raise ValueError(f"{change} cannot be {value} now.")
+            changes.append(f"{change} is {value} now.")
+        return changes
 
     def saved(self) -> dict[str, Any]:
         """The arguments by name, sorted, for files: without the Hub's token and the file that they came from."""

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from .training.arguments import HubArguments
-from .training.publishing import Publisher
+from .hub.publisher import HubArguments, Publisher
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,9 +28,10 @@ from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 from torch import nn
 
 from diffusers_fm.losses import flow_matching_loss
+from diffusers_fm.models.costs import forward_flops, with_backward
 from diffusers_fm.paths import make_path
 from diffusers_fm.timesteps import sample_timesteps
-from diffusers_fm.training.metrics import find_gpu, forward_flops, peak_flops, peak_memory, with_backward
+from diffusers_fm.training.metrics import find_gpu, peak_flops, peak_memory
 from diffusers_fm.training.optimizers import make_optimizer
 
 

@@ -17,8 +17,8 @@ from training_runs import command_line, make_dataset, save_untrained, script, tr
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.hub.portable import portable_files
+from diffusers_fm.hub.publisher import Publisher
 from diffusers_fm.push_to_hub import main as push
-from diffusers_fm.training.publishing import Publisher
 
 
 TOKEN = "secret-token"

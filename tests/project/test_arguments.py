@@ -28,7 +28,7 @@ from diffusers_fm.arguments import (
     parse_arguments,
     run_script,
 )
-from diffusers_fm.training.arguments import TrainingArguments, resume_changes, warn_of_settings
+from diffusers_fm.training.arguments import TrainingArguments, warn_of_settings
 
 
 RECIPES = sorted([*ROOT.glob("pipelines/*/training.json"), *ROOT.glob("pipelines/*/lora.json")])
@@ -188,9 +188,9 @@ def test_lists_of_a_file(tmp_path: Path) -> None:
 def test_changes_on_resume() -> None:
     saved = parse_arguments(Script, ["--folder=x"]).saved()
     now = parse_arguments(Script, ["--folder=x", "--steps=2", "--output"])
-    assert resume_changes(now, saved) == ["--steps was 4 in the run that is resumed and is 2 now."]
+    assert now.resume_changes(saved) == ["--steps was 4 in the run that is resumed and is 2 now."]
     with pytest.raises(ValueError, match=r"--rate was 0\.5 in the run that is resumed and cannot be 1\.0 now"):
-        resume_changes(parse_arguments(Script, ["--folder=x", "--rate=1"]), saved)
+        parse_arguments(Script, ["--folder=x", "--rate=1"]).resume_changes(saved)
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)

@@ -17,12 +17,13 @@ from torch.profiler import ProfilerActivity, profile
 from training_runs import ROOT, load_script, make_dataset, save_untrained, train
 
 from diffusers_fm.arguments import parse_arguments
+from diffusers_fm.models.costs import saved_bytes
 from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.pipelines.families import LORA_LAYERS
 from diffusers_fm.text_to_image.lora import add_lora
 from diffusers_fm.training.metrics import GPUS, find_gpu
 from diffusers_fm.training.optimizers import OPTIMIZERS
-from diffusers_fm.training.planning import GIB, OVERHEAD, DryRun, Plan, saved_bytes
+from diffusers_fm.training.planning import GIB, OVERHEAD, DryRun, Plan
 
 
 SCRIPTS = {name: load_script(ROOT / "training_scripts" / f"train_text_to_image{name}.py") for name in ("", "_lora")}

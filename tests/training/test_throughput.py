@@ -24,6 +24,7 @@ from training_runs import (
     train,
 )
 
+from diffusers_fm.models.costs import forward_flops, with_backward
 from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.metrics import (
     FIRST_STEPS,
@@ -31,9 +32,7 @@ from diffusers_fm.training.metrics import (
     Stopwatch,
     Throughput,
     find_gpu,
-    forward_flops,
     peak_flops,
-    with_backward,
 )
 from diffusers_fm.training.run import TrainingRun
 

@@ -19,13 +19,13 @@ from torch import nn
 from ..data.latents import normalize
 from ..data.randomness import BatchSlice
 from ..models import encode_moments
+from ..models.costs import OneNetwork
 from ..pipelines.decode_map import DecodeMap
 from ..pipelines.network_calls import NetworkReached, find_times
 from ..pipelines.one_step import map_tensors, straight_scheduler
 from ..pipelines.pipeline_calls import PROBES
 from ..pipelines.velocity_field import VelocityField, per_prompt
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..training.networks import OneNetwork
 from .images import CallImages
 from .sounds import Sounds, check_seconds, find_sounds, seconds_argument
 from .text import TextEncoders

@@ -39,8 +39,7 @@ from ..pipelines.stock import with_stock_scheduler
 from ..pipelines.velocity_field import guidance_call, per_prompt
 from ..schedulers.recommendation import solver_settings
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
-from ..training.distributed import SHARDING
-from ..training.networks import compiles
+from ..training.distributed import SHARDING, compiles
 from ..training.run import TrainingRun
 from ..training.sampler import find_sampler
 from ..training.validation import EVALUATION_SEED, held_out_loss, make_grid

@@ -2,9 +2,8 @@
 """Arguments that every training script has, by the names of diffusers' examples where those have them."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from diffusers.optimization import SchedulerType
 
@@ -21,11 +20,11 @@ from ..arguments import (
     Positive,
     Range,
     Size,
-    annotated_fields,
     option,
 )
 from ..couplings import COUPLINGS
 from ..data.arguments import DataArguments
+from ..hub.publisher import HubArguments
 from ..losses import WEIGHTINGS
 from ..schedulers.recommendation import SOLVERS
 from ..timesteps import DENSITIES
@@ -41,8 +40,6 @@ SD3_PAPER = "arXiv 2403.03206"
 
 # `piecewise_constant` needs rules that no argument gives.
 LR_SCHEDULERS = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-# When a run uploads. With `newest_checkpoint` one that waits for the upload of another is dropped for a newer one.
-HUB_STRATEGIES = ("end", "checkpoint", "newest_checkpoint")
 # Trackers that record no more than they are given; others record the command line, and with it a token.
 DISCREET_TRACKERS = (None, "none", "tensorboard")
 
@@ -260,24 +257,6 @@ class RunArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubArguments(Arguments):
-    """Upload to the Hub."""
-
-    _argument_group_name = "hub"
-
-    push_to_hub: Free[bool] = option(False, "Upload the trained pipeline.")
-    push_dry_run: Free[bool] = option(False, "Only list, at the end, the files that an upload would send.")
-    hub_strategy: Free[str] = option("end", "Upload at the end, or at checkpoints too.", HUB_STRATEGIES)
-    hub_model_id: Free[str | None] = option(None, "The repository; by default named like the output folder.")
-    hub_token: Free[str | None] = option(None, "Token of the Hub; by default the one you logged in with.")
-    hub_private_repo: Free[bool] = option(False, "Make the repository private.")
-    hub_revision: Free[str | None] = option(None, "Branch to upload to; it is created if need be. By default main.")
-    hub_license: Free[str | None] = option(
-        None, "Licence of the model, by the Hub's identifier, such as apache-2.0; for its card."
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainingArguments(
     ModuleArguments,
     PipelineArguments,
@@ -304,24 +283,6 @@ class TrainingArguments(
             for name in ("hub_model_id", "hub_private_repo", "hub_revision", "hub_license"):
                 if getattr(self, name):
                     raise ValueError(f"--{name} {getattr(self, name)} needs --push_to_hub.")
-
-
-def resume_changes(args: Arguments, saved: Mapping[str, Any]) -> list[str]:
-    """
-    The arguments that change a resumed run from its checkpoint on, a sentence each.
-
-    Raises:
-        ValueError: if a fixed argument has changed.
-    """
-    changes = []
-    for field, annotations in annotated_fields(type(args)):
-        name, value = field.name, getattr(args, field.name)
-        if name not in saved or saved[name] == value or "free" in annotations or name == "hub_token":
-            continue
-        if "fixed" in annotations:
-            raise ValueError(f"--{name} was {saved[name]} in the run that is resumed and cannot be {value} now.")
-        changes.append(f"--{name} was {saved[name]} in the run that is resumed and is {value} now.")
-    return changes
 
 
 # Steps of an epoch below which the batch is much of the data.

@@ -21,6 +21,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedType,
+    DynamoBackend,
     GradientAccumulationPlugin,
     ProjectConfiguration,
     gather_object,
@@ -33,13 +34,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
+from ..data.cache import DryAccelerator
+from ..models.costs import DTYPES, OneNetwork
+
 
 # Engines whose checkpoints are in a format of their own.
 SHARDING = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 # `DiTTransformer2DModel` calls that of its first block from outside of the block.
 _CALLED_FROM_OUTSIDE = (CombinedTimestepLabelEmbeddings,)
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _LAUNCHER = os.getppid()
 _is_stopping = threading.Event()
 
@@ -87,7 +90,7 @@ def make_accelerator(
     cpu = use_cpu or not torch.accelerator.is_available()
     if cpu and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         raise ValueError("DeepSpeed needs GPUs, and on the CPU accelerate runs without it: launch without DeepSpeed.")
-    # Without `cpu=True` accelerate runs several CPU processes as so many independent runs of one.
+    # Without `cpu=True` accelerate runs several CPU processes as so many independent runs.
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision=mixed_precision,
@@ -204,17 +207,14 @@ class StopSignal:
         _is_stopping.set()
         signal.signal(signum, self._former[signum])
 
-    def _look_for_file(self) -> None:
+    def received(self, wait: bool = False) -> int:
+        """The signal that asks to stop now, `STOP_FILE`, or 0. `wait` for the others after what took long."""
         now = time.monotonic()
         if self._stop_file is not None and now >= self._looked + 1:
             self._looked = now
             if self._stop_file.exists():
                 self._stop_file.unlink(missing_ok=True)
                 self.signum = self.signum or self.STOP_FILE
-
-    def received(self, wait: bool = False) -> int:
-        """The signal that asks to stop now, `STOP_FILE`, or 0. `wait` for the others after what took long."""
-        self._look_for_file()
         if self._group is None:
             return self.signum
         answer = self._answer()
@@ -241,7 +241,7 @@ def fsdp_plugin(mixed_precision: str | None) -> FullyShardedDataParallelPlugin |
             f"FSDP of version {plugin.fsdp_version} is not supported, its shards have no names: use FSDP2"
             " (fsdp_version: 2, training_scripts/accelerate/fsdp2.yaml)."
         )
-    dtype = _DTYPES.get(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
+    dtype = DTYPES.get(mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     if dtype is not None:
         # Gradients are added up in float32, as DDP does. Inputs are left to autocast: accelerate's own policy would
         # cast the times, too, and bfloat16 knows times to two of a thousand.
@@ -260,80 +260,84 @@ def block_names(model: nn.Module) -> list[str]:
 
 class EvalWeights:
     """
-    Weights that are validated and saved, in the models of the script's pipeline.
+    Weights that are validated and saved, in the `bare` model, as the script made it; `trained` is the one to prepare.
 
-    With FSDP2 a copy of those models is trained, in shards. The main process keeps the models whole, on the CPU, and
-    gathers the weights into them when they are needed; the other processes keep nothing of them. Where weights are
-    averaged, `average` is the context in which the trained model has their average.
+    With FSDP2 that is a copy, in shards. The main process keeps the bare model, on the CPU, and gathers the weights
+    into it when they are needed; the other processes keep nothing of it. Where weights are averaged, `average` is the
+    context in which the trained model has their average.
     """
 
     def __init__(self, accelerator: Accelerator, model: nn.Module) -> None:
         self.average: Callable[[], AbstractContextManager[None]] = nullcontext
         self._accelerator = accelerator
-        self._whole = model
-        self._trained: nn.Module | None = None
+        self.bare = self.trained = model
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self._copy_for_shards(accelerator.state.fsdp_plugin)
 
-    def for_training(self) -> nn.Module:
-        """The model to prepare and train: itself, or a copy to be sharded. Adapters cannot be sharded."""
-        accelerator = self._accelerator
-        if accelerator.distributed_type != DistributedType.FSDP:
-            return self._whole
-        plugin: Any = accelerator.state.fsdp_plugin
-        if not all(parameter.requires_grad for parameter in self._whole.parameters()):
+    def _copy_for_shards(self, plugin: Any) -> None:
+        """Train a copy, to be sharded."""
+        if not all(parameter.requires_grad for parameter in self.bare.parameters()):
             raise ValueError("FSDP2 works for models that are trained as a whole, not for adapters: use DDP.")
         if plugin.auto_wrap_policy is transformer_auto_wrap_policy and plugin.transformer_cls_names_to_wrap is None:
-            plugin.transformer_cls_names_to_wrap = block_names(self._whole)
-        self._trained = copy.deepcopy(self._whole)
-        self._in_autocast(self._trained)
-        # The loop changes no prediction in place.
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        self._whole.to("cpu" if accelerator.is_main_process else "meta")
-        return self._trained
-
-    def _in_autocast(self, model: nn.Module) -> None:
-        """Unwrap as accelerate does with models that are not sharded."""
-        forward = model.forward
+            plugin.transformer_cls_names_to_wrap = block_names(self.bare)
+        self.trained = copy.deepcopy(self.bare)
+        forward = self.trained.forward
 
         def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+            # As accelerate does with models that are not sharded.
             with self._accelerator.autocast():
                 return forward(*args, **kwargs)
 
-        model.forward = autocast_forward
-
-    @property
-    def bare(self) -> nn.Module:
-        """The model as the script made it, without shards or wrappers; its values may be old."""
-        return self._whole
-
-    @property
-    def trained(self) -> nn.Module:
-        """The model that is trained, in shards where there are some."""
-        return self._whole if self._trained is None else self._trained
+        self.trained.forward = autocast_forward
+        # The loop changes no prediction in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        self.bare.to("cpu" if self._accelerator.is_main_process else "meta")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the script's models have the weights that would be saved. Every process enters it."""
         with self.average():
-            if self._trained is None:
+            if self.trained is self.bare:
                 yield
                 return
             is_main = self._accelerator.is_main_process
             if is_main:
-                self._whole.to(self._accelerator.device)
-            self._gather(self._trained)
+                self.bare.to(self._accelerator.device)
+            self._gather()
             try:
                 yield
             finally:
                 if is_main:
-                    self._whole.to("cpu")
+                    self.bare.to("cpu")
 
     @torch.no_grad()
-    def _gather(self, trained: nn.Module) -> None:
+    def _gather(self) -> None:
         """Take the weights and buffers of the shards into the whole model of the main process."""
-        bare = self._accelerator.unwrap_model(trained, keep_torch_compile=False)
-        targets = {**dict(self._whole.named_parameters()), **dict(self._whole.named_buffers())}
-        for named in (bare.named_parameters(), bare.named_buffers()):
-            for name, tensor in named:
-                value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-                if self._accelerator.is_main_process:
-                    targets[name].copy_(value)
+        trained = self._accelerator.unwrap_model(self.trained, keep_torch_compile=False)
+        targets = {**dict(self.bare.named_parameters()), **dict(self.bare.named_buffers())}
+        for name, tensor in (*trained.named_parameters(), *trained.named_buffers()):
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self._accelerator.is_main_process:
+                targets[name].copy_(value)
+
+
+def compiles(accelerator: Accelerator | DryAccelerator) -> bool:
+    """Return whether accelerate was launched to compile models."""
+    if isinstance(accelerator, DryAccelerator):
+        return False
+    plugin: Any = accelerator.state.dynamo_plugin
+    return plugin.backend != DynamoBackend.NO
+
+
+def with_compiled_network(accelerator: Accelerator, model: nn.Module) -> nn.Module:
+    """
+    Compile the network of a [`OneNetwork`] in place, as accelerate was launched to; what is around it is Python that
+    cannot be compiled. Of other models accelerate compiles the whole.
+    """
+    if compiles(accelerator) and isinstance(model, OneNetwork):
+        plugin: Any = accelerator.state.dynamo_plugin
+        network = model.main_network
+        compile_parts = network.compile_repeated_blocks if plugin.use_regional_compilation else network.compile
+        compile_parts(**plugin.to_kwargs())
+        plugin.backend = DynamoBackend.NO
+    return model

@@ -20,15 +20,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.streams import StreamPosition
 from ..files import replace_text, written_for_run
+from ..models.costs import forward_flops, measured_call, with_backward
 from ..precision import to_float64
 from .arguments import TrainingArguments
-from .networks import OneNetwork
 from .optimizers import GradientGuard
 
 
@@ -83,33 +80,6 @@ def peak_flops(gpu: GPU, mixed_precision: str, allow_tf32: bool) -> float:
     return 1e12 * (gpu.half if mixed_precision in ("fp16", "bf16") else gpu.tf32 if allow_tf32 else gpu.single)
 
 
-def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> int:
-    """Floating point operations of a forward pass of a bare model, counted on tensors without contents."""
-
-    def empty(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        # Of one precision, for nothing casts them here.
-        dtype = torch.float32 if value.is_floating_point() else value.dtype
-        return torch.empty_like(value, device="meta", dtype=dtype)
-
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(model, tree_map(empty, tensors), tree_map(empty, args), tree_map(empty, kwargs or {}))
-    return counter.get_total_flops()
-
-
-def with_backward(model: nn.Module, flops: int) -> int:
-    """
-    Floating point operations of a forward pass and its backward pass, recomputation not counted: the gradients of
-    inputs take as much as the forward pass, those of weights as much for the part of them that is trained (arXiv
-    2204.02311, appendix B).
-    """
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trained = sum(size for size, is_trained in sizes if is_trained) / sum(size for size, _ in sizes)
-    return round(flops * (2 + trained))
-
-
 def rounded(value: float) -> float:
     """Seven significant digits, as many as a float32 has."""
     return float(f"{value:.7g}")
@@ -118,10 +88,10 @@ def rounded(value: float) -> float:
 class LossMeter:
     """Mean loss since the last report, over all samples and by time. The device is waited for by `reduce` alone."""
 
-    def __init__(self, bins: int = TIME_BINS) -> None:
+    def __init__(self) -> None:
         self._pending: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Sums and numbers of the finite losses, and numbers of those that are not finite.
-        self._sums = torch.zeros(3, bins, dtype=torch.float64)
+        self._sums = torch.zeros(3, TIME_BINS, dtype=torch.float64)
 
     def add(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Add times, on the CPU, and losses of a batch, both `(batch_size,)`."""
@@ -132,7 +102,7 @@ class LossMeter:
         if self._pending:
             t = to_float64(torch.cat([t for t, _ in self._pending]))
             losses = to_float64(torch.cat([losses for _, losses in self._pending]))
-            bins = (t * self._sums.shape[1]).long().clamp(0, self._sums.shape[1] - 1)
+            bins = (t * TIME_BINS).long().clamp(0, TIME_BINS - 1)
             finite = losses.isfinite()
             self._sums[0].index_add_(0, bins, losses.where(finite, torch.zeros_like(losses)))
             self._sums[1].index_add_(0, bins, to_float64(finite))
@@ -141,16 +111,12 @@ class LossMeter:
         if accelerator.num_processes > 1:
             # Losses are of order one: float32, which every device can add, is exact enough for them.
             sums = accelerator.reduce(self._sums.float().to(accelerator.device), reduction="sum")
-            self._sums = to_float64(sums) if accelerator.is_main_process else torch.zeros_like(self._sums)
+            self._sums = to_float64(sums) * accelerator.is_main_process
 
     def report(self) -> dict[str, Any]:
         """
-        Report what has been reduced, and start anew.
-
-        Returns:
-            `dict[str, Any]`: `loss`, the mean, and `loss_by_time`, the means of equal parts of [0, 1] from data to
-            noise, `None` where a part is empty. Losses that are not finite are left out and counted, where there are
-            any, in `non_finite_by_time`.
+        Mean `loss`, and its means `loss_by_time` in equal parts of [0, 1] from data to noise, `None` where one is
+        empty; start anew. Losses that are not finite are counted, if there are any, in `non_finite_by_time` alone.
         """
         sums, counts, others = self._sums.tolist()
         self.clear()
@@ -168,7 +134,7 @@ class LossMeter:
 
     def clear(self) -> None:
         """Start anew."""
-        self._sums = torch.zeros_like(self._sums)
+        self._sums.zero_()
 
 
 def _step_of(line: str) -> float:
@@ -195,17 +161,8 @@ def tracker_options(name: str, run_id: str, first_step: int) -> dict[str, dict[s
 
 class RunLog:
     """
-    Log file `log.jsonl` in the output folder, one JSON object a line, and the same numbers to the trackers.
-
-    Args:
-        accelerator (`Accelerator`):
-            With the trackers. Only the main process writes.
-        output_dir (`Path`):
-            Folder of the run.
-        first_step (`int`, *optional*, defaults to 0):
-            First step of a resumed run: lines of later steps, beyond the checkpoint, are removed.
-        run_id (`str`, *optional*):
-            Identifier of the run for trackers; a new one by default.
+    Log file `log.jsonl` in the output folder, one JSON object a line, and the same numbers to the trackers, by the
+    main process. Lines after the `first_step` of a resumed run are removed; trackers know the run by `run_id`.
     """
 
     def __init__(
@@ -328,17 +285,8 @@ class Stopwatch:
 
 class Throughput:
     """
-    Speed, time shares, memory and, on a known GPU, the part of its peak that the model's arithmetic uses (MFU).
-
-    Args:
-        device (`torch.device`):
-            Device of this process.
-        samples_per_step (`int`):
-            Samples in an optimizer step, of all processes.
-        calls_per_step (`int`):
-            Calls of the model in an optimizer step, in this process.
-        peak (`float`, *optional*):
-            Peak of the device, FLOP/s.
+    Speed, time shares, memory and, on a GPU whose `peak` in FLOP/s is known, the part of it that the model's
+    arithmetic uses (MFU). Samples are those of all processes, calls of the model those in this one.
     """
 
     def __init__(
@@ -359,10 +307,7 @@ class Throughput:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             handle.remove()
             try:
-                part = bare_model
-                if isinstance(part, OneNetwork):
-                    part, kwargs = part.measured_call(*args, **kwargs)
-                    args = ()
+                part, args, kwargs = measured_call(bare_model, args, kwargs)
                 self.flops_per_call = with_backward(part, forward_flops(part, args, kwargs))
             except Exception as error:
                 # A model may do what tensors without contents cannot; the run goes on without these figures.
@@ -428,15 +373,7 @@ class Throughput:
 
 
 class UnreadableImages:
-    """
-    Rows of a run that cannot be read: named once each, counted over all processes, and limited in number.
-
-    Args:
-        limit (`int`):
-            More of them than these are an error.
-        rows (`Collection[int | str]`, *optional*):
-            Those that were known when the run was interrupted: numbers, or names of rows of a stream.
-    """
+    """Rows that cannot be read, numbers or names: each is logged once, and more than `limit` in all are an error."""
 
     def __init__(self, limit: int, rows: Collection[int | str] = ()) -> None:
         self.rows: set[Any] = set(rows)
@@ -469,35 +406,18 @@ class UnreadableImages:
 
 
 class RunMetrics:
-    """
-    Losses, gradient norm, skipped steps, speed and unreadable images of a run.
-
-    Args:
-        args ([`~diffusers_fm.training.arguments.TrainingArguments`]):
-            Arguments of the script.
-        accelerator (`Accelerator`):
-            Accelerator of the run.
-        global_batch_size (`int`):
-            Samples in an optimizer step.
-        unreadable_rows (`Collection[int | str]`, *optional*):
-            Rows that could not be read before the run was interrupted.
-    """
+    """Losses, gradient norm, skipped steps, speed and unreadable images of a run; `manifest` as it is resumed."""
 
     def __init__(
-        self,
-        args: TrainingArguments,
-        accelerator: Accelerator,
-        global_batch_size: int,
-        unreadable_rows: Collection[int | str] = (),
+        self, args: TrainingArguments, accelerator: Accelerator, global_batch_size: int, manifest: dict[str, Any]
     ) -> None:
-        self._accelerator = accelerator
-        device = accelerator.device
+        self._accelerator, device = accelerator, accelerator.device
         gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         peak = None if gpu is None else peak_flops(gpu, accelerator.mixed_precision, args.allow_tf32)
         self.losses = LossMeter()
         self.guard = GradientGuard(accelerator, 0 if args.nan_policy == "stop" else args.max_skipped_steps)
         self.throughput = Throughput(device, global_batch_size, args.gradient_accumulation_steps, peak)
-        self.unreadable = UnreadableImages(args.max_unreadable_images, unreadable_rows)
+        self.unreadable = UnreadableImages(args.max_unreadable_images, manifest.get("unreadable_rows", ()))
         self.stream: StreamPosition | None = None
         self.gradient_norm = torch.zeros(())
 

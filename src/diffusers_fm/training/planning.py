@@ -5,8 +5,8 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,12 +14,6 @@ from typing import Any, TypeVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -27,9 +21,17 @@ from ..data.cache import DryAccelerator
 from ..data.loading import TrainingData
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData, StreamedRow
+from ..models.costs import (
+    block_calls,
+    checkpointed_modules,
+    forward_flops,
+    measured_call,
+    saved_bytes,
+    tensor_bytes,
+    with_backward,
+)
 from .arguments import TrainingArguments
-from .metrics import GPU, GPUS, forward_flops, peak_flops, with_backward
-from .networks import OneNetwork
+from .metrics import GPU, GPUS, peak_flops
 from .optimizers import state_bytes
 from .run import TrainingRun
 
@@ -43,105 +45,6 @@ GIB = 2**30
 # between allocations.
 USUAL_MFU = 0.4
 OVERHEAD = 1.5
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-# Functions that autocast computes in float32 on GPUs, and in 16 bits on the CPU.
-FLOAT32_ON_GPUS = (functional.layer_norm, functional.group_norm)
-
-
-class _Saved:
-    """Bytes of the storages of tensors, each storage once, those of `known` tensors left out."""
-
-    def __init__(self, known: tuple[torch.Tensor, ...] = ()) -> None:
-        self._storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in known}
-        self.bytes = 0
-
-    def add(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            # Kept, so that no other one gets the same address.
-            self._storages[storage._cdata] = storage
-            self.bytes += storage.nbytes()
-        return tensor
-
-    def watch(self) -> AbstractContextManager[Any]:
-        return saved_tensors_hooks(self.add, lambda tensor: tensor)
-
-
-class _RulesOfGPUs(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in FLOAT32_ON_GPUS:
-            args = (args[0].float(), *args[1:])
-        return func(*args, **(kwargs or {}))
-
-
-def checkpointed_modules(model: nn.Module) -> list[Any]:
-    """Modules, of diffusers or transformers, for whose blocks gradient checkpointing is on."""
-    return [module for module in model.modules() if vars(module).get("gradient_checkpointing")]
-
-
-@contextmanager
-def _block_calls(model: nn.Module, call: Callable[..., Any]) -> Iterator[None]:
-    """Within this context `call(block, *args)` stands in for gradient checkpointing."""
-    modules = checkpointed_modules(model)
-    before = [module._gradient_checkpointing_func for module in modules]
-    for module in modules:
-        module._gradient_checkpointing_func = call
-    try:
-        yield
-    finally:
-        for module, function in zip(modules, before):
-            module._gradient_checkpointing_func = function
-
-
-def saved_bytes(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None = None,
-    mixed_precision: str = "no",
-    rules_of_gpus: bool = True,
-) -> int:
-    """
-    Bytes that a forward pass leaves for the backward pass, the weights themselves not counted. With gradient
-    checkpointing these are the inputs of the blocks, and what the largest block keeps when it is computed again.
-
-    The pass is made with tensors without contents, by the fused attention that GPUs have too. Model and arguments may
-    be on any device, `meta` too. `rules_of_gpus` chooses between autocast of GPUs and that of the CPU.
-    """
-    inputs, largest = 0, 0
-
-    def empty(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return torch.empty(value.shape, dtype=value.dtype, requires_grad=value.requires_grad)
-
-    def call(block: Callable[..., Any], *args: Any) -> Any:
-        nonlocal inputs, largest
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        given, inside = _Saved(), _Saved((*weights.values(), *tensors))
-        for tensor in tensors:
-            given.add(tensor)
-        with inside.watch():
-            answer = block(*args)
-        inputs, largest = inputs + given.bytes, max(largest, inside.bytes)
-        return answer
-
-    mixed = mixed_precision != "no"
-    autocast = torch.autocast("cpu", DTYPES.get(mixed_precision), enabled=mixed)
-    rules = _RulesOfGPUs() if mixed and rules_of_gpus else nullcontext()
-    with FakeTensorMode(allow_non_fake_inputs=True), _block_calls(model, call):
-        weights = {name: empty(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-        args, kwargs = tree_map(empty, args), tree_map(empty, dict(kwargs or {}))
-        saved = _Saved(tuple(weights.values()))
-        with saved.watch(), autocast, rules, torch.enable_grad():
-            functional_call(model, weights, args, kwargs)
-    return saved.bytes + inputs + largest
-
-
-def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers of a model."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 @dataclass(frozen=True)
@@ -308,7 +211,7 @@ class DryRun(TrainingRun[A]):
             # Text encoders in training are called before the model.
             if model in trained and isinstance(model, PreTrainedModel):
                 model.register_forward_pre_hook(self._measure, with_kwargs=True)
-        with _block_calls(self.model, lambda block, *args: block(*args)):
+        with block_calls(self.model, lambda block, *args: block(*args)):
             with FlopCounterMode(display=False) as counter:
                 yield 0
             self._flops += counter.get_total_flops()
@@ -337,9 +240,7 @@ class DryRun(TrainingRun[A]):
             return
         # The passes here call the same hooks.
         self._measures, own = False, part is self.model
-        if isinstance(part, OneNetwork):
-            part, kwargs = part.measured_call(*args, **kwargs)
-            args = ()
+        part, args, kwargs = measured_call(part, args, kwargs)
         self._saved[self._size] += saved_bytes(part, args, kwargs, self.accelerator.mixed_precision if own else "no")
         if self._size == 1:
             forward = forward_flops(part, args, kwargs)

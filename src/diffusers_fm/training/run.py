@@ -2,6 +2,7 @@
 """Training run: accelerator, optimizer, average, checkpoints, logs, validation, export and signals of a script."""
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -22,14 +23,14 @@ from ..data.loading import TrainingData
 from ..data.order import BucketSampler, StreamSampler, make_loader
 from ..data.randomness import BatchSlice, draw_noise, seed_layers
 from ..data.streams import StreamBatches, StreamData, StreamPosition
-from ..files import lock_folder, replace_contents, unlock_folder
+from ..files import lock_folder, replace_contents, replace_text, unlock_folder
+from ..hub.publisher import Publisher
 from ..pipelines.init_pipeline import init_pipeline
-from .arguments import TrainingArguments, resume_changes, warmup, warn_of_settings
+from .arguments import TrainingArguments, warmup, warn_of_settings
 from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
-from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator
+from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator, with_compiled_network
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .metrics import RunLog, RunMetrics
-from .networks import with_compiled_network
 from .optimizers import (
     clip_gradients,
     kept_settings,
@@ -39,7 +40,6 @@ from .optimizers import (
     restart_optimizer,
     schedule_free_weights,
 )
-from .publishing import Publisher, save_arguments
 
 
 logger = logging.getLogger(__name__)
@@ -130,9 +130,7 @@ class TrainingRun(Generic[A]):
         self._checkpoints = CheckpointWriter(
             self.accelerator, self.output_dir, args.checkpoints_total_limit, self.checkpoint
         )
-        self._metrics = RunMetrics(
-            args, self.accelerator, self.global_batch_size, self._manifest.get("unreadable_rows", ())
-        )
+        self._metrics = RunMetrics(args, self.accelerator, self.global_batch_size, self._manifest)
         self._figures: dict[str, Any] = {}
         # Mean loss of the last line of the log, `None` if no loss was finite.
         self._loss: float | None = 0.0
@@ -201,7 +199,7 @@ class TrainingRun(Generic[A]):
         if args.channels_last:
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._weights = EvalWeights(accelerator, model)
-        model = self._weights.for_training()
+        model = self._weights.trained
         trained = parameters or [parameter for parameter in model.parameters() if parameter.requires_grad]
         rate = args.learning_rate * (self.global_batch_size if args.scale_lr else 1)
         betas = (args.adam_beta1, args.adam_beta2)
@@ -242,7 +240,7 @@ class TrainingRun(Generic[A]):
         self.log.start_trackers(args.tracker_project_name, args.saved())
         if accelerator.is_main_process:
             remove_later_snapshots(self.output_dir, self.first_step)
-            save_arguments(args, self.output_dir)
+            replace_text(self.output_dir / "training_args.json", json.dumps(args.saved(), indent=2) + "\n")
         trained, total = (sum(p.numel() for p in each) for each in (self._parameters, self.model.parameters()))
         logger.info("%s %.2f M parameters, %.2f M of them trained.", description, total / 1e6, trained / 1e6)
         logger.info(
@@ -289,7 +287,7 @@ class TrainingRun(Generic[A]):
                 f"{checkpoint} was written with {saved or 'whole weights'} and cannot be resumed with"
                 f" {now or 'whole weights'}: launch with the configuration that the run began with."
             )
-        changed = resume_changes(self.args, self._manifest["arguments"])
+        changed = self.args.resume_changes(self._manifest["arguments"])
         # Checkpoints of earlier versions do not know their data.
         then, now = self._manifest.get("data", self._fingerprint), self._fingerprint
         differing = [name for name in {**then, **now} if then.get(name) != now.get(name)]

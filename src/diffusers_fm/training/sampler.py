@@ -42,20 +42,7 @@ def is_stock(scheduler: FlowMatchScheduler) -> bool:
 
 @torch.no_grad()
 def standard_deviation(data: TrainingData, encode: Callable[[dict[str, Any]], torch.Tensor], batch_size: int) -> float:
-    """
-    Standard deviation of data as the flow sees it, over the values of all pixels and channels.
-
-    Args:
-        data ([`ImageData`], [`StreamData`] or [`ArrayData`]):
-            Data set, of which `NUM_MEASURED` samples are read, always the same.
-        encode (`Callable`):
-            Called as `encode(batch)`: pixels in [-1, 1] or latents, of shape `(batch_size, ...)`.
-        batch_size (`int`):
-            Samples at once.
-
-    Returns:
-        `float`: rounded to four digits.
-    """
+    """Standard deviation of all values of `NUM_MEASURED` samples, always the same, to four digits."""
     count, total, squares = 0, 0.0, 0.0
     for batch in data.spread_batches(NUM_MEASURED, batch_size):
         values = to_float64(encode(batch))
@@ -73,10 +60,18 @@ def measure_sigma_data(
     encode: Callable[[dict[str, Any]], torch.Tensor],
 ) -> None:
     """
-    Save the standard deviation of the data in a pipeline's scheduler, see [`standard_deviation`].
+    Save the standard deviation of the data, over the values of all pixels and channels, in a pipeline's scheduler.
 
     A scheduler that has one keeps it, and one that was made of a stock configuration stays as it is. Every process
     calls it.
+
+    Args:
+        run ([`TrainingRun`]), pipeline ([`~diffusers.DiffusionPipeline`]):
+            Run, and pipeline whose scheduler is replaced.
+        data ([`ImageData`], [`StreamData`] or [`ArrayData`]):
+            Data set.
+        encode (`Callable`):
+            Called as `encode(batch)`: pixels in [-1, 1] or latents, of shape `(batch_size, ...)`.
     """
     scheduler = pipeline.scheduler
     if isinstance(run.accelerator, DryAccelerator) or not isinstance(scheduler, FlowMatchScheduler):
@@ -145,20 +140,7 @@ def choose_sampler(
 def find_sampler(
     args: SamplingArguments, scheduler: FlowMatchScheduler, sample: Run
 ) -> tuple[FlowMatchScheduler, dict[str, float]]:
-    """
-    Search for solver and steps as the arguments say, see [`~schedulers.recommendation.recommend`].
-
-    Args:
-        args ([`~training.arguments.SamplingArguments`]):
-            With `solver` and `calibrate_steps`.
-        scheduler ([`FlowMatchScheduler`]):
-            Scheduler of the pipeline; it is not changed.
-        sample (`Callable`):
-            `sample(scheduler, num_inference_steps, seed)` runs one sampling loop.
-
-    Returns:
-        `tuple`: the scheduler that was found, and the figures `sampling_error` and `euler_error`.
-    """
+    """Scheduler that [`recommend`] finds with the solver and steps of the arguments, and the figures of its errors."""
     found = recommend(sample, scheduler, solver=args.solver, calibrate_steps=args.calibrate_steps)
     logger.info("Sampling by default: %s.", found)
     return found.scheduler, {"sampling_error": rounded(found.error), "euler_error": rounded(found.baseline)}

@@ -43,23 +43,9 @@ MIN_TILE = 48
 def data_and_labels(
     pipeline: FlowMatchPipeline, batch: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """
-    What [`held_out_loss`] asks of a batch, for a [`FlowMatchPipeline`]: nothing in it is drawn.
-
-    Args:
-        pipeline ([`FlowMatchPipeline`]):
-            With the autoencoder.
-        batch (`dict[str, torch.Tensor]`):
-            `images` or `moments`, and `labels` for a model with classes.
-        device (`torch.device`):
-            Where both are wanted.
-
-    Returns:
-        `tuple`: pixels in [-1, 1] or latents, of shape `(batch_size, channels, height, width)`, and `(labels,)`.
-    """
-    data = latents_of_batch(pipeline, batch, device)
+    """What [`held_out_loss`] asks of a batch: pixels in [-1, 1] or latents, none of them drawn, and labels if any."""
     labels = batch.get("labels")
-    return data, (None if labels is None else labels.to(device),)
+    return latents_of_batch(pipeline, batch, device), (None if labels is None else labels.to(device),)
 
 
 def validate_pipeline(
@@ -163,18 +149,7 @@ def held_out_loss(
 
 
 def make_grid(rows: list[list[PIL.Image.Image]], padding: int = 2) -> PIL.Image.Image:
-    """
-    A picture of pictures. Small ones are enlarged, pixel by pixel, to be seen.
-
-    Args:
-        rows (`list[list[PIL.Image.Image]]`):
-            Rows of equally large pictures.
-        padding (`int`, *optional*, defaults to 2):
-            White pixels between and around them.
-
-    Returns:
-        `PIL.Image.Image`: the grid.
-    """
+    """Rows of equally large pictures, small ones enlarged, with `padding` white pixels between and around them."""
     width, height = rows[0][0].size
     factor = max(1, -(-MIN_TILE // min(width, height)))
     width, height = factor * width, factor * height
@@ -190,14 +165,7 @@ def make_grid(rows: list[list[PIL.Image.Image]], padding: int = 2) -> PIL.Image.
 
 @contextmanager
 def quiet_copy(pipeline: PipelineT) -> Iterator[PipelineT]:
-    """
-    Within this context there is a copy of a pipeline to sample from: with the same models, in evaluation mode, a
-    scheduler of its own and no progress bar.
-
-    Args:
-        pipeline ([`FlowMatchPipelineBase`]):
-            The pipeline in training.
-    """
+    """Copy of a pipeline in training, to sample from: its models in evaluation mode, with its own scheduler."""
     sampler = copy.copy(pipeline)
     sampler.scheduler = pipeline.scheduler.with_settings()
     sampler.set_progress_bar_config(disable=True)
@@ -224,7 +192,7 @@ def sample_grid(
 
     Args:
         pipeline ([`FlowMatchPipeline`]):
-            What is sampled. Its scheduler is left as it is.
+            Pipeline.
         num_images (`int`):
             Pictures of each class, or of all without classes.
         num_inference_steps (`int`, *optional*):
