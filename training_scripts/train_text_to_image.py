@@ -54,7 +54,7 @@ from diffusers_fm.objectives.auxiliary import (
     learning_facts,
     loss_settings,
 )
-from diffusers_fm.objectives.flow_matching import draw_point, draw_times
+from diffusers_fm.objectives.flow_matching import draw_point, draw_times, weigh_prior
 from diffusers_fm.text_to_image.arguments import TextToImageArguments, parse_columns
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.field import TrainedField
@@ -62,19 +62,17 @@ from diffusers_fm.text_to_image.setup import (
     as_saved,
     ask_all,
     call_arguments,
-    choose_encoder_dropout,
     choose_network,
     choose_prompt_sampler,
     choose_scheduler,
     choose_sizes,
-    draw_encoder_dropout,
     freeze,
     open_pipeline,
     prepare_data,
     save_pipeline,
     validate_field,
-    weigh_prior,
 )
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
 from diffusers_fm.training.arguments import SamplingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
@@ -110,7 +108,7 @@ def main(args: ScriptArguments) -> None:
     sizes = choose_sizes(model, args)
     scheduler = choose_scheduler(model, args, sizes, args.shift_base_dimension)
     ask_all(run.accelerator, model, sizes)
-    path, prediction_type = scheduler.path, scheduler.config.prediction_type
+    path, timestep_scale, prediction_type = scheduler.path, scheduler.timestep_scale, scheduler.config.prediction_type
     settings = loss_settings(args, prediction_type)
     encoder_dropout = choose_encoder_dropout(model.text, args.text_encoder_dropout)
 
@@ -154,7 +152,7 @@ def main(args: ScriptArguments) -> None:
 
     def call(conditions: Sequence[Any], x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Prediction of the model."""
-        return wrapped(x_t, (scheduler.timestep_scale * t).float().to(device), *conditions)
+        return wrapped(x_t, (timestep_scale * t).float().to(device), *conditions)
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:

@@ -38,24 +38,23 @@ from diffusers_fm.objectives.flow_maps import (
     learned_velocity,
     set_flow_map,
 )
+from diffusers_fm.objectives.flow_matching import weigh_prior
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.flow_map import IntervalField
 from diffusers_fm.text_to_image.setup import (
     ask_all,
     call_arguments,
-    choose_encoder_dropout,
     choose_network,
     choose_scheduler,
     choose_sizes,
-    draw_encoder_dropout,
     freeze,
     open_pipeline,
     prepare_data,
     save_pipeline,
     validate_field,
-    weigh_prior,
 )
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 

@@ -35,7 +35,7 @@ from typing import Any
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.objectives.flow_matching import draw_times
+from diffusers_fm.objectives.flow_matching import draw_times, weigh_prior
 from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, parse_columns
 from diffusers_fm.text_to_image.cards import lora_card
 from diffusers_fm.text_to_image.field import TrainedField
@@ -50,17 +50,15 @@ from diffusers_fm.text_to_image.lora import (
 from diffusers_fm.text_to_image.setup import (
     ask_all,
     call_arguments,
-    choose_encoder_dropout,
     choose_network,
     choose_scheduler,
     choose_sizes,
-    draw_encoder_dropout,
     freeze,
     open_pipeline,
     prepare_data,
     validate_field,
-    weigh_prior,
 )
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 
@@ -93,7 +91,7 @@ def main(args: ScriptArguments) -> None:
     scheduler = choose_scheduler(model, args, sizes)
     pipeline.scheduler = sampling_scheduler
     ask_all(run.accelerator, model, sizes)
-    path, prediction_type = scheduler.path, scheduler.config.prediction_type
+    path, timestep_scale, prediction_type = scheduler.path, scheduler.timestep_scale, scheduler.config.prediction_type
     encoder_dropout = choose_encoder_dropout(model.text, args.text_encoder_dropout)
 
     # 2. Data, and caches of what the frozen models compute
@@ -146,7 +144,7 @@ def main(args: ScriptArguments) -> None:
                     t = draw_times(args, path, part, model.shift(size))
                     x_t = path.sample(data, noise, t)
 
-                    timesteps = (scheduler.timestep_scale * t).float().to(device)
+                    timesteps = (timestep_scale * t).float().to(device)
                     prediction = wrapped(x_t, timesteps, captions, size, dropped, images)
                     losses = flow_matching_loss(
                         path, prediction, data, noise, t, prediction_type, args.weighting_scheme, args.snr_gamma

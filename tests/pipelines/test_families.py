@@ -16,9 +16,8 @@ from tiny_families_2 import MORE
 from diffusers_fm.families import table
 from diffusers_fm.pipelines import CapturedCall, DecodeMap, VelocityField, families
 from diffusers_fm.pipelines.findings import find
-from diffusers_fm.pipelines.network_calls import NetworkCalls
 from diffusers_fm.pipelines.one_step import StandIn
-from diffusers_fm.pipelines.pipeline_calls import PipelineCalls
+from diffusers_fm.pipelines.pipeline_calls import NetworkCalls, PipelineCalls
 from diffusers_fm.pipelines.prompt_memo import PromptMemo
 
 

@@ -192,3 +192,10 @@ def test_a_step_of_the_digits_visits_few_files(tmp_path: Path) -> None:
     files = benchmark.files_of_recipe("unet-digits", tmp_path)
     assert {"training/run.py", "losses.py", "paths/gaussian.py"} <= set(files)
     assert len(files) <= 16
+
+
+def test_a_step_of_stable_diffusion_3_visits_few_files(tmp_path: Path) -> None:
+    benchmark = load_script(ROOT / "tests" / "benchmarks" / "step_files.py")
+    files = benchmark.files_of_recipe("sd3-tiny", tmp_path)
+    assert {"training/run.py", "text_to_image/field.py", "pipelines/one_step.py"} <= set(files)
+    assert len(files) <= 21

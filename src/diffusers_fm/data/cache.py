@@ -164,6 +164,18 @@ class TensorCache:
         raise ValueError(f"The cache file {path!r} is damaged: remove it to compute what it held anew.")
 
 
+class CachedRecords:
+    """Reader of what is kept of images, by the key of each image and of its mirror image."""
+
+    def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
+        self._cache = cache
+        self._keys = np.array(keys)
+
+    def __call__(self, index: int, mirrored: bool) -> torch.Tensor:
+        """Tensor of an image, such as its moments, as [`~diffusers_fm.models.encode_moments`] gives them."""
+        return self._cache.read(str(self._keys[index, int(mirrored)]))[0]
+
+
 class CacheWriter:
     """Writer of shards to the folder of a [`TensorCache`]; leaving it writes the last one, after errors too."""
 

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from .randomness import row_uniforms
-from .unreadable import reading
+from .unreadable import UnreadableImageError
 
 
 READ_AT_ONCE = 1000
@@ -80,8 +80,10 @@ class CaptionColumn:
         """A caption for each visit, `(epoch, sample)`; an [`UnreadableImageError`] names the row that has none."""
         captions, numbers = [], row_uniforms(self._seed, "caption", keys)
         for value, number, index in zip(self.values(keys[:, 1]), numbers, keys[:, 1].tolist()):
-            with reading(int(self._rows[index]), index):
+            try:
                 captions.append(choose_caption(value, number, int(self._rows[index])))
+            except ValueError as error:
+                raise UnreadableImageError.of(index, int(self._rows[index]), str(error).rstrip(".")) from error
         return captions
 
     def distinct(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..models import encode_moments, latents_of_moments
 from .arguments import LatentArguments
-from .cache import DryAccelerator, TensorCache, content_key, model_fingerprint
+from .cache import CachedRecords, DryAccelerator, TensorCache, content_key, model_fingerprint
 from .images import ImageData
 from .randomness import BatchSlice
 from .streams import StreamData
@@ -135,7 +135,7 @@ def cache_images(
     folder: Path,
     description: dict[str, str],
     batch_size: int,
-) -> tuple[TensorCache, "CachedRecords"]:
+) -> tuple[TensorCache, CachedRecords]:
     """
     Keep what a frozen model makes of all images, each tensor under the bytes of its image's file and what is done to
     the image.
@@ -244,15 +244,3 @@ def _share_unreadable(data: ImageData) -> None:
     """Every process learns of what any of them could not read: no process asks the cache for that."""
     for index, (row, reason) in gather_object(sorted(data.unreadable.items())):
         data.note_unreadable(UnreadableImageError.of(index, row, reason))
-
-
-class CachedRecords:
-    """Reader of what is kept of images, by the key of each image and of its mirror image."""
-
-    def __init__(self, cache: TensorCache, keys: list[list[str]]) -> None:
-        self._cache = cache
-        self._keys = np.array(keys)
-
-    def __call__(self, index: int, mirrored: bool) -> torch.Tensor:
-        """Tensor of an image, such as its moments, as [`~diffusers_fm.models.encode_moments`] gives them."""
-        return self._cache.read(str(self._keys[index, int(mirrored)]))[0]

@@ -2,13 +2,14 @@
 """Findings about a stock pipeline's step: its dependence on x_t and t, measured and verified."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from .network_calls import TimeMap, find_all
-from .one_step import Tree
-from .pipeline_calls import ENTRIES, PROBES, Findings, PipelineCalls, same_state
+from ..precision import to_float64, widest_float
+from .one_step import Tree, leaves
+from .pipeline_calls import ENTRIES, PROBES, Findings, NetworkCalls, PipelineCalls, TimeMap, same_state
 
 
 def find(pipe: PipelineCalls, x_t: torch.Tensor, call: dict[str, Any]) -> Findings:
@@ -115,3 +116,52 @@ def tolerance(pipe: PipelineCalls, x_t: torch.Tensor) -> float:
     dtypes = {x_t.dtype, pipe.pipeline.components[pipe.name].dtype}
     wide = dtypes <= {torch.float32, torch.float64} and not torch.is_autocast_enabled(x_t.device.type)
     return 1e-4 if wide else 5e-2
+
+
+def find_times(
+    calls: Sequence[dict[str, Any]], t: Sequence[float], state: str, sides: bool = False
+) -> tuple[dict[str, TimeMap], str | None]:
+    """Arguments that differ between calls at three times, and the first of them that is not affine in the time.
+
+    Where other networks are called for this one, lists may hold their answers.
+    """
+    maps: dict[str, TimeMap] = {}
+    for name in calls[0]:
+        given = [call[name] for call in calls]
+        if all(_equal(given[0], each) for each in given[1:]):
+            continue
+        numbers = all(isinstance(each, (torch.Tensor, float, int)) for each in given)
+        if sides and not numbers:
+            continue
+        if name == state or not numbers:
+            return maps, name
+        low, middle, high = (to_float64(torch.as_tensor(each)) for each in given)
+        slope = (high - low) / (t[2] - t[0])
+        start = low - t[0] * slope
+        size = max(high.abs().max().item(), low.abs().max().item())
+        if (start + t[1] * slope - middle).abs().max() > 1e-5 * size:
+            return maps, name
+        argument = torch.as_tensor(given[0])
+        place = argument.device, widest_float(argument)
+        maps[name] = TimeMap(_scalar(start).to(*place), _scalar(slope).to(*place))
+    return maps, None
+
+
+def find_all(
+    runs: Sequence[NetworkCalls], t: Sequence[float], last: int, sides: bool
+) -> list[tuple[dict[str, TimeMap], str | None]]:
+    """Per-call or common treatment of the last calls of a network."""
+    return [find_times(calls, t, runs[0].state, sides) for calls in zip(*(run.seen[-last:] for run in runs))]
+
+
+def _scalar(values: torch.Tensor) -> torch.Tensor:
+    """The common value of all elements, or the elements."""
+    first = values.flatten()[0]
+    return first if (values - first).abs().max() <= 1e-6 * first.abs() else values
+
+
+def _equal(a: Tree, b: Tree) -> bool:
+    tensors = list(zip(leaves(a), leaves(b)))
+    if tensors:
+        return all(x.shape == y.shape and torch.equal(x, y) for x, y in tensors)
+    return isinstance(a, (torch.Tensor, list, tuple, dict)) or a is b or a == b

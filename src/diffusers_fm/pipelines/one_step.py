@@ -160,7 +160,7 @@ class StandIn:
         setattr(self._component, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call({**dict(zip(argument_names(self._component), args)), **kwargs})
+        return self._call({**dict(zip(argument_names(self._component), args)), **kwargs} if args else kwargs)
 
 
 def precise_encoder(vae: torch.nn.Module) -> StandIn:

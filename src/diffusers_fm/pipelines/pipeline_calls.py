@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls of a stock pipeline up to one step, with stand-ins for scheduler and network."""
+"""Calls of a stock pipeline up to one step, with stand-ins for scheduler and network: a time for each sample."""
 
 import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,14 +14,15 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..models.networks import argument_names
-from .families import REFUSED, by_name, guider_off, without_guidance
-from .network_calls import NetworkCalls, NetworkReached, OtherNetworkReached, TimeMap, stop_at_other
+from ..precision import widest_float
+from .families import PER_PROMPT, REFUSED, by_name, guider_off, without_guidance
 from .one_step import (
     OneTimeScheduler,
     StandIn,
     T,
     Tree,
     call_pipeline,
+    leaves,
     map_tensors,
     one_time_scheduler,
     precise_encoder,
@@ -34,6 +35,136 @@ PROBES = ((0.25, 0.5, 0.75), (0.0, 0.5, 1.0))
 # How x_t enters: as an argument, in the place of the prepared latents, or as the result of a first step.
 ENTRIES = ("latents", "prepare_latents", "step")
 RESERVED = {"latents", "num_inference_steps", "timesteps", "sigmas", "callback_on_step_end", "return_dict"}
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class NetworkReached(Exception):
+    """End of the pipeline's call at the network."""
+
+
+class OtherNetworkReached(Exception):
+    """End of the pipeline's call at a network that is not the one asked for."""
+
+
+def stop_at_other(arguments: dict[str, Any]) -> None:
+    """End the call."""
+    raise OtherNetworkReached
+
+
+@dataclass(frozen=True)
+class TimeMap:
+    """Time argument of the network, start + slope * t: scalars, or of its shape where its elements differ."""
+
+    # In the widest dtype, where the argument is.
+    start: torch.Tensor
+    slope: torch.Tensor
+
+    def at(self, given: torch.Tensor, t: torch.Tensor, offered: float, rows: int) -> torch.Tensor:
+        """The argument for one time a sample; the pipeline's own value where a sample has the offered time."""
+        t = t.to(self.start)
+        t = t.repeat(rows // len(t)).reshape(-1, *[1] * (given.ndim - 1))
+        value = (self.start + self.slope * t).broadcast_to(rows, *given.shape[1:])
+        own = (t == offered).broadcast_to(value.shape)
+        return (value + torch.where(own, given.to(value.dtype) - value, 0.0).detach()).to(given.dtype)
+
+    def __str__(self) -> str:
+        if self.start.ndim or self.slope.ndim:
+            return "a map for each token"
+        start, slope = round(self.start.item(), 6), round(self.slope.item(), 6)
+        line = "t" if abs(slope) == 1 else f"{abs(slope):g} t"
+        if slope < 0:
+            return f"{start:g} - {line}"
+        return f"{start:g} + {line}" if start else line
+
+
+class NetworkCalls:
+    """Calls of the network: the first ones get `answers`, the others the network's own, at the times `t` if given."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        state: str,
+        dtype: torch.dtype,
+        answers: Sequence[Tree] = (),
+        *,
+        stop: bool = False,
+        record: bool = False,
+        times: Sequence[dict[str, TimeMap]] = (),
+        t: torch.Tensor | None = None,
+        offered: float = 0.0,
+        side_times: dict[str, Sequence[dict[str, TimeMap]]] | None = None,
+    ) -> None:
+        self.network, self.state, self.dtype, self.answers, self.stop = network, state, dtype, answers, stop
+        self.times, self.t, self.offered, self.record = times, t, offered, record
+        self.gradients = torch.is_grad_enabled()
+        self.seen: list[dict[str, Any]] = []
+        self.outputs: list[Tree] = []
+        self.cubes: list[torch.Tensor] = []
+        self.asked: dict[str, Any] = {}
+        self.differentiable = self.is_side = False
+        self.side_times = side_times or {}
+        self.sides: dict[str, NetworkCalls] = {}
+
+    def __call__(self, arguments: dict[str, Any]) -> Tree:
+        """Answer one call."""
+        index = len(self.seen)
+        self.seen.append(arguments)
+        if self.stop:
+            raise NetworkReached
+        if index < len(self.answers):
+            return map_tensors(torch.Tensor.contiguous, self.answers[index])
+        if self.t is not None:
+            rows = len(arguments[self.state])
+            replaced = {
+                name: line.at(torch.as_tensor(arguments[name]), self.t, self.offered, rows)
+                for name, line in self.times[index % len(self.times)].items()
+            }
+            arguments = {**arguments, **replaced}
+        # From here to the step there are gradients; the pipeline's caller restores the mode.
+        torch.set_grad_enabled(self.gradients)
+        if self.is_side:
+            # A frozen network in 16 bits takes what one in float32 says; times stay exact.
+            arguments = map_tensors(lambda tensor: self._cast(tensor) if tensor.ndim > 1 else tensor, arguments)
+        arguments = {**arguments, self.state: map_tensors(self._cast, arguments[self.state])}
+        if any(leaf.is_meta for leaf in leaves(arguments[self.state])):
+            # A dry run has models without contents, and times.
+            arguments = map_tensors(lambda tensor: tensor.to("meta"), arguments)
+        output = self.network(**map_tensors(self._widen, arguments))
+        self.differentiable = any(leaf.requires_grad for leaf in leaves(output))
+        if self.record:
+            self.outputs.append(map_tensors(_zeros, output))
+            self.cubes.append(sum(leaf.to(widest_float(leaf)).pow(3).sum() for leaf in leaves(output)))  # type: ignore[arg-type]
+        return output
+
+    def beside(self, network: nn.Module, state: str, name: str) -> "NetworkCalls":
+        """Calls of another network at the same times."""
+        times = self.side_times.get(name, ({},))
+        dtype: Any = network.dtype
+        calls = NetworkCalls(network, state, dtype, times=times, t=self.t, offered=self.offered)
+        calls.gradients, calls.is_side = self.gradients, True
+        return calls
+
+    def sign(self, velocity: torch.Tensor) -> str:
+        """Sign of the network's output in terms of the velocity, whatever their order."""
+        cube = velocity.to(widest_float(velocity)).pow(3).sum()
+        if len(self.cubes) == 1 and torch.isclose(self.cubes[0].abs(), cube.abs(), rtol=1e-3):
+            return "+" if self.cubes[0].sign() == cube.sign() else "-"
+        return "combined"
+
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """States in float32 as networks in 16 bits take them."""
+        half = self.dtype in HALF and tensor.dtype == torch.float32 and not _autocast(tensor)
+        return tensor.to(self.dtype) if half else tensor
+
+    def _widen(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Embeddings in 16 bits as networks in float32 take them."""
+        wide = self.dtype == torch.float32 and tensor.dtype in HALF and not _autocast(tensor)
+        return tensor.float() if wide else tensor
+
+
+def _autocast(tensor: torch.Tensor) -> bool:
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
 @dataclass(frozen=True)
@@ -98,6 +229,7 @@ class PipelineCalls(nn.Module):
         if network not in networks:
             raise ValueError(f"`network` must be one of {networks}, got {network!r}.")
         self.pipeline, self.name, self.guidance = pipeline, network, guidance
+        self._per_prompt: dict[str, Any] = by_name(PER_PROMPT, type(pipeline), {})
         self.num_inference_steps = num_inference_steps
         self.network = getattr(pipeline, network)
         self.encode_prompt = pipeline.encode_prompt if "encode_prompt" in dir(pipeline) else None
@@ -155,6 +287,10 @@ class PipelineCalls(nn.Module):
         answers = (*found.skipped, output)
         with self.quiet(x_t):
             return self.run(self.probes(call)[1], call, self.calls(answers), x_t, found.entry).velocity
+
+    def prompt_arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Arguments of a call that are a list of prompts, or have an entry for each of them."""
+        return {"prompt": list(prompts), **{name: [value] * len(prompts) for name, value in self._per_prompt.items()}}
 
     def check_names(self, call: dict[str, Any]) -> None:
         wrong = [name for name in call if name not in self.arguments or name in RESERVED]
@@ -293,3 +429,8 @@ def _with_first(prepared: Tree, x_t: torch.Tensor | None) -> Tree:
 
 def _wide(tree: T) -> T:
     return map_tensors(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, tree)
+
+
+def _zeros(tensor: torch.Tensor) -> torch.Tensor:
+    """Zeros of a tensor's shape that take no memory."""
+    return torch.zeros((), dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)

@@ -27,6 +27,7 @@ class Rearrangement:
         plain = not self.offset.any() and not (self.scale - self.scale[0]).any()
         in_order = torch.equal(self.place, torch.arange(len(self.place)))
         object.__setattr__(self, "factor", self.scale[0].item() if plain and in_order else None)
+        object.__setattr__(self, "_copies", {})
 
     @classmethod
     def ask(
@@ -64,16 +65,20 @@ class Rearrangement:
         """The map of a batch, in its dtype."""
         if self.factor is not None:
             return x.reshape(len(x), *self.y_shape) * self.factor
-        offset, scale, place = self._on(x)
+        offset, scale, place, _ = self._on(x)
         flat = x.flatten(1)[:, place].to(offset.dtype) * scale + offset
         return flat.reshape(len(x), *self.y_shape).to(x.dtype)
 
     def inverse(self, y: torch.Tensor) -> torch.Tensor:
         """The inverse map of a batch, in its dtype."""
-        offset, scale, place = self._on(y)
+        offset, scale, _, order = self._on(y)
         flat = (y.flatten(1).to(offset.dtype) - offset) / scale
-        return flat[:, place.argsort()].reshape(len(y), *self.x_shape).to(y.dtype)
+        return flat[:, order].reshape(len(y), *self.x_shape).to(y.dtype)
 
-    def _on(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        dtype = widest_float(x)
-        return self.offset.to(x.device, dtype), self.scale.to(x.device, dtype), self.place.to(x.device)
+    def _on(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Offset, scale, place and its inverse on the device of a tensor."""
+        if x.device not in self._copies:
+            dtype = widest_float(x)
+            numbers = [self.offset.to(dtype), self.scale.to(dtype), self.place, self.place.argsort()]
+            self._copies[x.device] = [each.to(x.device) for each in numbers]
+        return self._copies[x.device]

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from .families import PER_PROMPT, by_name
 from .findings import find, tolerance
-from .network_calls import NetworkReached
 from .one_step import one_time_scheduler
-from .pipeline_calls import Findings, PipelineCalls
+from .pipeline_calls import Findings, NetworkReached, PipelineCalls
 from .prompt_memo import PromptMemo
 
 
@@ -280,11 +278,6 @@ def guidance_call(pipeline: DiffusionPipeline, network: torch.nn.Module, scale: 
         return {}
     negative = {"negative_prompt": ""} if "negative_prompt" in names and scale > 1 else {}
     return {name: scale, **negative}
-
-
-def per_prompt(pipeline: DiffusionPipeline, count: int) -> dict[str, Any]:
-    """Arguments of the call that a list of prompts needs."""
-    return {name: [value] * count for name, value in by_name(PER_PROMPT, type(pipeline), {}).items()}
 
 
 def _is_batch(value: Any, size: int) -> bool:

@@ -21,10 +21,10 @@ from ..data.randomness import BatchSlice
 from ..models import encode_moments
 from ..models.costs import OneNetwork
 from ..pipelines.decode_map import DecodeMap
-from ..pipelines.network_calls import NetworkReached, find_times
+from ..pipelines.findings import find_times
 from ..pipelines.one_step import map_tensors, straight_scheduler
-from ..pipelines.pipeline_calls import PROBES
-from ..pipelines.velocity_field import VelocityField, per_prompt
+from ..pipelines.pipeline_calls import PROBES, NetworkReached
+from ..pipelines.velocity_field import VelocityField
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .images import CallImages
 from .sounds import Sounds, check_seconds, find_sounds, seconds_argument
@@ -385,7 +385,7 @@ class TrainedField(OneNetwork):
         self.field.encode_prompt = self.text if memo is None or self.text.separable else memo
 
     def _captions(self, captions: Sequence[str], size: Size | None) -> dict[str, Any]:
-        return {"prompt": list(captions), **per_prompt(self.pipeline, len(captions)), **self.size_arguments(size)}
+        return {**self.field.prompt_arguments(captions), **self.size_arguments(size)}
 
     def size_arguments(self, size: Size | None) -> dict[str, Any]:
         """Arguments of a call that are a size; none for sounds, whose length is that of every call."""
@@ -494,7 +494,7 @@ class TrainedField(OneNetwork):
             posterior = DiagonalGaussianDistribution(moments)
             generators = None if part is None else part.sample_generators("posterior", device)
             latents = posterior.mode() if part is None else posterior.sample(generators)
-        return found.from_latents(latents.float())
+        return found.map.inverse(latents.float())
 
 
 def _words(time: Mapping[str, Any], shape: Sequence[int], sign: str | None = None, **_: Any) -> str:

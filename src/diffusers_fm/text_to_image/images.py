@@ -15,8 +15,8 @@ from ..data.conditions import is_mask
 from ..data.images import ImageData
 from ..data.randomness import BatchSlice, make_generator
 from ..pipelines.findings import tolerance
-from ..pipelines.network_calls import HALF, NetworkReached
 from ..pipelines.one_step import leaves
+from ..pipelines.pipeline_calls import HALF, NetworkReached
 from ..pipelines.prompt_memo import find_axes, merge
 from ..pipelines.velocity_field import VelocityField
 from ..training.validation import EVALUATION_SEED

@@ -29,14 +29,14 @@ from ..data.folders import image_suffixes
 from ..data.images import ImageData
 from ..data.latents import cache_all_latents, precomputed_folder
 from ..data.loading import make_datasets
-from ..data.randomness import BatchSlice, make_generator
+from ..data.randomness import make_generator
 from ..data.streams import StreamData
 from ..data.transforms import ImageTransform
 from ..files import written_aside
 from ..hub.portable import clean_settings, components, read_settings
 from ..pipelines.flow_map import with_flow_map
 from ..pipelines.stock import with_stock_scheduler
-from ..pipelines.velocity_field import guidance_call, per_prompt
+from ..pipelines.velocity_field import guidance_call
 from ..schedulers.recommendation import solver_settings
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.distributed import SHARDING, compiles
@@ -47,7 +47,7 @@ from .arguments import TextToImageArguments, parse_call, parse_columns
 from .field import Size, TrainedField
 from .images import held_out_rows, picture
 from .sounds import check_seconds, load_captioned_sounds, write_sounds
-from .text import TextEncoders, cache_captions, warn_of_long_captions
+from .text import cache_captions, warn_of_long_captions
 
 
 logger = logging.getLogger(__name__)
@@ -218,17 +218,6 @@ def choose_scheduler(
     return scheduler
 
 
-def choose_encoder_dropout(text: TextEncoders, rates: Sequence[float]) -> list[float]:
-    """Dropout of each text encoder, from one rate for all or one for each; a `ValueError` if the count differs."""
-    count = len(text.names)
-    if len(rates) not in (1, count):
-        raise ValueError(
-            f"--text_encoder_dropout must be one number in [0, 1], or one for each of the {count} text encoders, got"
-            f" {list(rates)}."
-        )
-    return list(rates) * count if len(rates) == 1 else list(rates)
-
-
 def freeze(
     accelerator: Accelerator | DryAccelerator, pipeline: DiffusionPipeline, network: str, adapters: bool = False
 ) -> None:
@@ -323,14 +312,6 @@ def draw_class_images(run: TrainingRun[Any], args: TextToImageArguments, field: 
                 image.save(aside, format="PNG")
 
 
-def weigh_prior(args: TextToImageArguments, captions: Sequence[str], losses: torch.Tensor) -> torch.Tensor:
-    """Losses of a batch, those of images of the class times `--prior_loss_weight`."""
-    if args.class_prompt is None:
-        return losses
-    weights = [args.prior_loss_weight if caption == args.class_prompt else 1.0 for caption in captions]
-    return losses * torch.tensor(weights).to(losses)
-
-
 def prepare_text(
     accelerator: Accelerator,
     args: TextToImageArguments,
@@ -395,14 +376,6 @@ def prepare_data(
     prepare_latents(run.accelerator, args, field.pipeline, data, folder)
     prepare_text(run.accelerator, args, field, data, folder)
     return data
-
-
-def draw_encoder_dropout(part: BatchSlice, rates: Sequence[float]) -> torch.Tensor | None:
-    """Text encoders that are taken for zeros, for each caption of a part: booleans `(batch_size, num_encoders)`."""
-    if not any(rates):
-        return None
-    numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(rates))]
-    return torch.stack(numbers, dim=1) < torch.tensor(rates)
 
 
 def as_saved(pipeline: DiffusionPipeline) -> DiffusionPipeline:
@@ -516,9 +489,9 @@ def prompt_sampler(
             with_flow_map(sampler, field.field.name)
         repeated = {name: [value] * count for name, value in own.items() if name == "negative_prompt"}
         prompt = [prompts[number % len(prompts)] for number in range(count)]
-        repeated |= per_prompt(pipeline, count)
+        repeated |= field.field.prompt_arguments(prompt)
         call = {**own, **repeated, **options, "num_inference_steps": steps}
-        return sampler(prompt=prompt, generator=generators, **call)[0]
+        return sampler(generator=generators, **call)[0]
 
     try:
         with offload_models(*models, device=device, offload=offload):

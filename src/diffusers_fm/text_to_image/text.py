@@ -22,6 +22,7 @@ from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 from ..data.cache import DryAccelerator, TensorCache, content_key, model_fingerprint
 from ..data.captions import CaptionColumn
 from ..data.latents import open_cache
+from ..data.randomness import BatchSlice
 from ..data.streams import StreamData
 from ..pipelines.one_step import StandIn, Tree, leaves, map_tensors
 from ..pipelines.prompt_memo import PromptMemo
@@ -200,6 +201,25 @@ def _captions(arguments: dict[str, Any], captions: list[str]) -> dict[str, Any]:
     prompts = arguments["prompt"]
     given = {name for name, value in arguments.items() if value is prompts or (value == prompts and value is not None)}
     return {name: list(captions) for name in given}
+
+
+def choose_encoder_dropout(text: TextEncoders, rates: Sequence[float]) -> list[float]:
+    """Dropout of each text encoder, from one rate for all or one for each; a `ValueError` if the count differs."""
+    count = len(text.names)
+    if len(rates) not in (1, count):
+        raise ValueError(
+            f"--text_encoder_dropout must be one number in [0, 1], or one for each of the {count} text encoders, got"
+            f" {list(rates)}."
+        )
+    return list(rates) * count if len(rates) == 1 else list(rates)
+
+
+def draw_encoder_dropout(part: BatchSlice, rates: Sequence[float]) -> torch.Tensor | None:
+    """Text encoders that are taken for zeros, for each caption of a part: booleans `(batch_size, num_encoders)`."""
+    if not any(rates):
+        return None
+    numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(rates))]
+    return torch.stack(numbers, dim=1) < torch.tensor(rates)
 
 
 def warn_of_long_captions(
