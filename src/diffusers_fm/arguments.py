@@ -372,7 +372,7 @@ def run_command(
         work (`Callable`):
             The command's function.
         arguments (`type[Arguments]`):
-            Its class of arguments; a first word without a dash is its `pretrained_model_name_or_path`.
+            Its class of arguments; a first word without a dash is the first of them.
         description (`str`, *optional*):
             Its docstring, for `--help`.
         argv (`list[str]`, *optional*):
@@ -383,7 +383,7 @@ def run_command(
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
-        words = ["--pretrained_model_name_or_path", *words]
+        words = [f"--{dataclasses.fields(arguments)[0].name}", *words]
     try:
         work(parse_arguments(arguments, words, description))
     except ValueError as error:

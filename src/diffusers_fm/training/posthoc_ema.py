@@ -13,10 +13,10 @@ writes the weights of each width into the trained pipeline's folder, as a varian
     )
 """
 
-import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from ..arguments import Arguments, option, run_command
 from ..files import replace_text, written_aside
 from ..precision import to_float64
 from .ema import AUXILIARY, SNAPSHOT_FOLDER, power_exponent, snapshot_files, width_name
@@ -216,21 +217,25 @@ def _write_component(files: list[Path], weights: dict[str, torch.Tensor], prefix
     return written
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m diffusers_fm.training.posthoc_ema",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="Output folder of a run with --use_ema --ema_profile power.")
-    parser.add_argument("--sigma_rel", type=float, nargs="+", required=True, help="Relative widths, in (0, 0.2887).")
-    parser.add_argument("--step", type=int, help="Step of the average; the last by default.")
-    args = parser.parse_args(argv)
-    run = args.run.expanduser()
+@dataclass(frozen=True, kw_only=True)
+class VariantArguments(Arguments):
+    """Run and averages."""
+
+    _argument_group_name = "average"
+
+    run: str = option(MISSING, "Output folder of a run with --use_ema --ema_profile power.")
+    sigma_rel: list[float] = option(MISSING, "Relative widths, in (0, 0.2887).")
+    step: int | None = option(None, "Step of the average; the last by default.")
+
+    def check(self) -> None:
+        for sigma_rel in self.sigma_rel:
+            power_exponent(sigma_rel)
+
+
+def write_variants(args: VariantArguments) -> None:
+    """Write the weights of each width; a `ValueError` if there are no snapshots, or no pipeline."""
+    run = Path(args.run).expanduser()
     snapshots = find_snapshots(run)
-    for sigma_rel in args.sigma_rel:
-        power_exponent(sigma_rel)
     for sigma_rel in args.sigma_rel:
         weights, error = posthoc_ema(snapshots, sigma_rel, args.step)
         variant = width_name(sigma_rel) + ("" if args.step is None else f"-step-{args.step}")
@@ -240,5 +245,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  {sigma_rel} is far from the tracked widths; more snapshots (--ema_snapshot_steps) would help.")
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Write variants by a command line: 0 if it succeeded; 2, and a sentence, if not."""
+    return run_command("posthoc_ema", write_variants, VariantArguments, __doc__, argv)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
