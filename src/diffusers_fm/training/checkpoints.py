@@ -275,17 +275,16 @@ def save_checkpoint(
     except Exception as caught:
         error = caught
     faults = failures(accelerator, error)
-    if not faults:
-        if accelerator.is_main_process:
-            try:
-                _write_manifest(partial, {"step": step, **state})
-                _put_in_place(partial, checkpoint)
-            except OSError as caught:
-                error = caught
-            else:
-                if total_limit is not None:
-                    _rotate(output_dir, step, total_limit)
-        faults = failures(accelerator, error)
+    if accelerator.is_main_process and not faults:
+        try:
+            _write_manifest(partial, {"step": step, **state})
+            _put_in_place(partial, checkpoint)
+        except OSError as caught:
+            error = caught
+        else:
+            if total_limit is not None:
+                _rotate(output_dir, step, total_limit)
+    faults = faults or failures(accelerator, error)
     if faults:
         if accelerator.is_main_process:
             # Room for the log, at least.
@@ -300,14 +299,12 @@ class CheckpointWriter:
     once: the disk may have room again at the next checkpoint, and the steps until then are worth having.
     """
 
-    def __init__(
-        self, accelerator: Accelerator, output_dir: Path, total_limit: int | None = None, last: Path | None = None
-    ) -> None:
+    def __init__(self, accelerator: Accelerator, output_dir: Path, total_limit: int | None, last: Path | None) -> None:
         self._accelerator, self._output_dir, self._total_limit = accelerator, output_dir, total_limit
         self._failed_in_a_row = 0
         self.last = last
 
-    def save(self, step: int, state: dict[str, Any], rotate: bool = True) -> bool:
+    def save(self, step: int, state: dict[str, Any], rotate: bool) -> bool:
         """Save a checkpoint; if it cannot be, log it and return `False`, or raise if that was the third in a row."""
         try:
             limit = self._total_limit if rotate else None

@@ -228,10 +228,10 @@ class RunLog:
         except OSError as error:
             logger.error("%s could not be written: %s.", self._output_dir / name, error)
         for tracker in self._accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                pictures = np.asarray(grid.convert("RGB"))[None] if tracker.name == "tensorboard" else [grid]
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({"samples": pictures}, step=step, **options)
+            if tracker.name == "tensorboard":
+                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": [grid]}, step=step)
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -264,12 +264,10 @@ class Stopwatch:
 
     def mark(self, section: str) -> None:
         """The time since the last mark belongs to the section."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self._on_gpu else time.perf_counter()
         if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((section, event))
-        else:
-            self._marks.append((section, time.perf_counter()))
+            now.record()
+        self._marks.append((section, now))
 
     def read(self) -> dict[str, float]:
         """Seconds by section since the last reading. The device is waited for."""

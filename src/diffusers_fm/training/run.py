@@ -76,7 +76,7 @@ class TrainingRun(Generic[A]):
         accelerator (`accelerate.Accelerator`), output_dir (`Path`), seed (`int`), log ([`RunLog`], after [`begin`]):
             Of the run.
         checkpoint (`Path`, *optional*), first_step (`int`), first_sample (`int`):
-            Checkpoint that is resumed, and optimizer steps done and samples seen before.
+            Checkpoint that is resumed, and the optimizer steps and samples before it.
         max_train_steps (`int`, after [`begin`]), global_batch_size (`int`):
             Optimizer steps of the whole run, and samples in each, over processes and accumulation steps.
         model (`nn.Module`, after [`begin`]):
@@ -305,9 +305,13 @@ class TrainingRun(Generic[A]):
     def _make_batches(self, data: TrainingData) -> Iterator[dict[str, Any]]:
         """This process's batches, one for each part of each step, from where the run begins."""
         args, accelerator = self.args, self.accelerator
-        num_steps = max(0, self.max_train_steps - self.first_step)
+        num_steps, workers = max(0, self.max_train_steps - self.first_step), args.dataloader_num_workers
         if isinstance(data, StreamData):
-            batches = self._stream_batches(data, num_steps * args.gradient_accumulation_steps)
+            state, number = self._manifest.get("stream"), num_steps * args.gradient_accumulation_steps
+            position = StreamPosition(data, args.train_batch_size, accelerator.num_processes, workers, state)
+            self._metrics.stream = position
+            stream = StreamBatches(position, number, accelerator.process_index)
+            batches = position.watch(iter(make_loader(stream, num_workers=workers)))
         else:
             place = (
                 self.seed,
@@ -320,16 +324,8 @@ class TrainingRun(Generic[A]):
             )
             buckets = data.bucket_rows
             sampler = StreamSampler(len(data), *place) if buckets is None else BucketSampler(buckets, *place)
-            batches = iter(make_loader(data, sampler, args.dataloader_num_workers))
+            batches = iter(make_loader(data, sampler, workers))
         return self._metrics.throughput.watch_data(self._metrics.unreadable.watch(batches))
-
-    def _stream_batches(self, data: StreamData, num_batches: int) -> Iterator[dict[str, Any]]:
-        args = self.args
-        stream, workers = self._manifest.get("stream"), args.dataloader_num_workers
-        position = StreamPosition(data, args.train_batch_size, self.accelerator.num_processes, workers, stream)
-        self._metrics.stream = position
-        batches = StreamBatches(position, num_batches, self.accelerator.process_index)
-        return position.watch(iter(make_loader(batches, num_workers=workers)))
 
     def __enter__(self) -> "TrainingRun[A]":
         """From here on a signal, or a file `STOP`, stops the run after the step that it meets."""
