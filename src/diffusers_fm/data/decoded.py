@@ -55,15 +55,13 @@ def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
     return content_key(*parts)
 
 
-def read_once(
-    folder: Path | None, key: str | None, read: Callable[[], list[torch.Tensor]], what: str = "decoded images"
-) -> list[torch.Tensor]:
+def read_once(folder: Path | None, key: str | None, read: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
     """Tensors by key from a [`TensorCache`], or computed and added to it; without folder or key computed alone."""
     if folder is None or key is None:
         return read()
     tensors = None
     try:
-        cache = TensorCache(folder, {"what": what})
+        cache = TensorCache(folder, {"what": "decoded images"})
         if key not in cache:
             tensors = read()
             with cache.writer() as writer:

@@ -162,13 +162,13 @@ def precision_and_recall(features: np.ndarray, reference: np.ndarray, neighbours
     return _covered(drawn, real, neighbours), _covered(real, drawn, neighbours)
 
 
-def _covered(points: torch.Tensor, support: torch.Tensor, neighbours: int, block: int = 2048) -> float:
+def _covered(points: torch.Tensor, support: torch.Tensor, neighbours: int) -> float:
     """The part of the points within the radius of some point of the support."""
     # The nearest point of a set to one of its own is that point itself.
     radii = torch.cat(
-        [torch.cdist(rows, support).kthvalue(neighbours + 1, dim=1).values for rows in support.split(block)]
+        [torch.cdist(rows, support).kthvalue(neighbours + 1, dim=1).values for rows in support.split(2048)]
     )
-    inside = [(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(block)]
+    inside = [(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(2048)]
     return to_float64(torch.cat(inside)).mean().item()
 
 

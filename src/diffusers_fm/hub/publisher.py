@@ -144,7 +144,13 @@ class Publisher:
     def _prepare(self) -> None:
         args = self._args
         if args.hub_license is not None:
-            _check_license(args.hub_license)
+            # Of the Hub, before the training and not with the card at its end.
+            try:
+                ModelCard(f"---\nlicense: {json.dumps(args.hub_license)}\n---\n").validate()
+            except ValueError as error:
+                raise _Refusal(
+                    f"--hub_license {args.hub_license!r} is no licence by its identifiers, such as apache-2.0"
+                ) from error
         private = True if args.hub_private_repo else None
         repo_id = self._api.create_repo(self._repo_id, private=private, exist_ok=True).repo_id
         info = self._api.model_info(repo_id)
@@ -234,14 +240,6 @@ class Publisher:
 
 class _Refusal(ValueError):
     """A request that contradicts what is on the Hub."""
-
-
-def _check_license(name: str) -> None:
-    """Ask the Hub for the licence before the training, not with the card at its end."""
-    try:
-        ModelCard(f"---\nlicense: {json.dumps(name)}\n---\n").validate()
-    except ValueError as error:
-        raise _Refusal(f"--hub_license {name!r} is no licence by its identifiers, such as apache-2.0") from error
 
 
 def _is_refusal(error: BaseException) -> bool:

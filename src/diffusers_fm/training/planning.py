@@ -134,13 +134,13 @@ class Plan:
         return f"  {name:<12}{memory:>6}{fits:>7}{seconds:>12.3g}{seconds * self.num_steps / 3600:>15.3g}"
 
 
-def cpu_speed(side: int = 512, seconds: float = 0.1) -> float:
-    """FLOP/s of this CPU and torch's threads in products of float32 matrices, the best of some."""
-    matrix, best, end = torch.randn(side, side, device="cpu"), 0.0, time.perf_counter() + seconds
+def cpu_speed() -> float:
+    """FLOP/s of this CPU and torch's threads in products of float32 matrices, the best of those of 0.1 s."""
+    matrix, best, end = torch.randn(512, 512, device="cpu"), 0.0, time.perf_counter() + 0.1
     while time.perf_counter() < end:
         start = time.perf_counter()
         torch.mm(matrix, matrix)
-        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+        best = max(best, 2 * 512**3 / (time.perf_counter() - start))
     return best
 
 
