@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards, and the files that go to the Hub."""
+"""Model cards, the files that go to the Hub, and their upload."""
 
 from .cards import CardContent, Evaluation, Picture, model_card
 

@@ -142,8 +142,10 @@ def find_times(
         if (start + t[1] * slope - middle).abs().max() > 1e-5 * size:
             return maps, name
         argument = torch.as_tensor(given[0])
-        place = argument.device, widest_float(argument)
-        maps[name] = TimeMap(_scalar(start).to(*place), _scalar(slope).to(*place))
+        dtype, device = widest_float(argument), argument.device
+        # Normal tensors whatever mode the first call is made in: later ones may need gradients.
+        with torch.inference_mode(False):
+            maps[name] = TimeMap(*(_scalar(each).clone().to(dtype).to(device) for each in (start, slope)))
     return maps, None
 
 

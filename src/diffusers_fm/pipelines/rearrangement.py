@@ -79,6 +79,8 @@ class Rearrangement:
         """Offset, scale, place and its inverse on the device of a tensor."""
         if x.device not in self._copies:
             dtype = widest_float(x)
-            numbers = [self.offset.to(dtype), self.scale.to(dtype), self.place, self.place.argsort()]
-            self._copies[x.device] = [each.to(x.device) for each in numbers]
+            # Normal tensors whatever mode the first call is made in: later ones may need gradients.
+            with torch.inference_mode(False):
+                numbers = [self.offset.to(dtype), self.scale.to(dtype), self.place, self.place.argsort()]
+                self._copies[x.device] = [each.to(x.device) for each in numbers]
         return self._copies[x.device]
