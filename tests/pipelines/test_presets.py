@@ -30,6 +30,7 @@ PRESETS = {
     "sd3-digits": ("ot", "flow_prediction", 10, 10, (1, 8, 8)),
     "dit-emoji": ("ot", "flow_prediction", 10, 10, (3, 32, 32)),
     "unet-emoji": ("ot", "flow_prediction", 10, 10, (3, 32, 32)),
+    "unet-mnist": ("ot", "flow_prediction", 10, 10, (1, 28, 28)),
     "unet-cifar10": ("ot", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-vp": ("vp", "flow_prediction", 0, None, (3, 32, 32)),
     "unet-cifar10-ve": ("ve", "v_prediction", 0, None, (3, 32, 32)),

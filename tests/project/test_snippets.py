@@ -158,7 +158,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         Path("docs/images").mkdir(parents=True)
         matplotlib.use("Agg")
         digits = ("unet-digits", "unet-digits-vp", "dit-digits", "upscale-digits")
-        for name in (*digits, "flux-tiny", "unet-spoken-digits", "unet-emoji", "upscale-emoji"):
+        for name in (*digits, "flux-tiny", "unet-spoken-digits", "unet-mnist", "unet-emoji", "upscale-emoji"):
             init_pipeline(f"pipelines/{name}", seed=0).save_pretrained(f"runs/{name}")
         Path("runs/emoji-64").symlink_to(ROOT / "data" / "emoji")
         tiny_pipeline("unet").save_pretrained("runs/my-images")
