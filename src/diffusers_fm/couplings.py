@@ -75,6 +75,12 @@ def semidiscrete_assignment(data: torch.Tensor, noise: torch.Tensor, potentials:
     return torch.addmm(potentials - rows.square().sum(1), noise.flatten(1), rows.T, alpha=2.0).argmax(1)
 
 
+def _in_span(data: torch.Tensor) -> torch.Tensor:
+    """Rows of data in orthonormal coordinates of their span, where it has fewer: noise is standard normal in these."""
+    rows = data.flatten(1)
+    return rows if len(rows) >= rows.shape[1] else torch.linalg.qr(rows.T, mode="r").R.T
+
+
 def fit_semidiscrete(
     data: torch.Tensor, generator: torch.Generator | None = None, num_steps: int = 1000
 ) -> torch.Tensor:
@@ -102,13 +108,14 @@ def fit_semidiscrete(
     """
     if len(data) < 1 or num_steps < 1:
         raise ValueError(f"There must be data and at least 1 step, got {len(data)} samples and {num_steps} steps.")
+    data = _in_span(data)
     potentials = torch.zeros(len(data), dtype=data.dtype, device=data.device)
     # A difference of potentials moves a wall between cells; the spread of the data gives its unit.
-    rate = len(data) ** 0.5 * 2 * data.flatten(1).std(0, correction=0).norm().item()
+    rate = len(data) ** 0.5 * 2 * data.std(0, correction=0).norm().item()
     first_kept = min(math.ceil((1 - AVERAGED_SHARE) * num_steps), num_steps - 1)
     kept = torch.zeros_like(potentials)
     for step in range(num_steps):
-        noise = torch.randn(FIT_BATCH_SIZE, *data.shape[1:], generator=generator, dtype=data.dtype, device=data.device)
+        noise = torch.randn(FIT_BATCH_SIZE, data.shape[1], generator=generator, dtype=data.dtype, device=data.device)
         found = semidiscrete_assignment(data, noise, potentials).bincount(minlength=len(data))
         fall = (1 + 20 * step / num_steps) ** -1
         potentials += rate * fall * (1 / len(data) - found / FIT_BATCH_SIZE)
@@ -145,9 +152,10 @@ def cell_masses(
     Returns:
         `tuple[torch.Tensor, float]`: shares of shape `(num_samples,)`, and their [`share_variance`].
     """
+    data = _in_span(data)
     counts = torch.zeros(len(data), dtype=torch.int64, device=data.device)
     for start in range(0, num_noise, FIT_BATCH_SIZE):
-        size = (min(FIT_BATCH_SIZE, num_noise - start), *data.shape[1:])
+        size = (min(FIT_BATCH_SIZE, num_noise - start), data.shape[1])
         noise = torch.randn(size, generator=generator, dtype=data.dtype, device=data.device)
         counts += semidiscrete_assignment(data, noise, potentials).bincount(minlength=len(data))
     return counts.to(data.dtype) * len(data) / num_noise, share_variance(counts)

@@ -131,3 +131,20 @@ def test_fitted_cells_keep_the_marginal_of_the_data_and_the_watch_sees_where_not
     paired = data[semidiscrete_assignment(data, noise, fitted)]
     anyhow = data[torch.randint(40, (2000,), generator=generator)]
     assert cost(paired, noise) < 0.8 * cost(anyhow, noise)
+
+
+def test_few_samples_of_many_values_share_noise_of_all_values() -> None:
+    """The fit sees noise in the span of the data alone, of 6 dimensions; the cells are those of noise in all 300."""
+    generator = torch.Generator().manual_seed(0)
+    data = (
+        torch.randn(6, 3, 10, 10, generator=generator, dtype=torch.float64)
+        * torch.linspace(0.02, 0.3, 6).reshape(6, 1, 1, 1).double()
+    )
+    potentials = fit_semidiscrete(data, generator, 400)
+    noise = torch.randn(60_000, 3, 10, 10, generator=generator, dtype=torch.float64)
+    counts = semidiscrete_assignment(data, noise, potentials).bincount(minlength=6)
+    assert (counts / 10_000 - 1).abs().max() < 0.05
+    unfitted = semidiscrete_assignment(data, noise, torch.zeros(6, dtype=torch.float64)).bincount(minlength=6)
+    assert (unfitted / 10_000 - 1).abs().max() > 0.5
+    shares, _ = cell_masses(data, potentials, 60_000, generator)
+    assert (shares - counts / 10_000).abs().max() < 0.05

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from tqdm.auto import tqdm
 
 from ..arguments import Arguments, Count, Needs, option
 from ..couplings import cell_masses, fit_semidiscrete, semidiscrete_assignment, share_variance
@@ -64,10 +65,18 @@ class SemidiscreteCoupling:
             Label of dropped labels, for which noise is paired with all data.
         seed (`int`), num_steps (`int`):
             Of the fit.
+        hidden (`bool`, *optional*, defaults to `False`):
+            Show no progress of the fit, which takes `num_steps` products of noise and data for each label.
     """
 
     def __init__(
-        self, data: torch.Tensor, labels: torch.Tensor | None, null_class: int | None, seed: int, num_steps: int
+        self,
+        data: torch.Tensor,
+        labels: torch.Tensor | None,
+        null_class: int | None,
+        seed: int,
+        num_steps: int,
+        hidden: bool = False,
     ) -> None:
         self._data = data
         rows = torch.arange(len(data), device=data.device)
@@ -78,7 +87,7 @@ class SemidiscreteCoupling:
                 self._rows[null_class] = rows
         self._potentials: dict[int | None, torch.Tensor] = {}
         worst = 0.0
-        for label, members in self._rows.items():
+        for label, members in tqdm(self._rows.items(), desc="Semidiscrete coupling", unit="label", disable=hidden):
             generator = make_generator(seed, "semidiscrete", str(label), device=data.device)
             self._potentials[label] = fit_semidiscrete(data[members], generator, num_steps)
             count = MEASURED * len(members)
@@ -155,6 +164,7 @@ def couple_to_all(
         null_class,
         run.seed,
         run.args.semidiscrete_steps,
+        hidden=not run.accelerator.is_local_main_process,
     )
     logger.info(
         "Semidiscrete coupling: the samples' shares of the noise have a variance of %.2g beyond that of chance.",
