@@ -38,7 +38,7 @@ AFTER = {"longer": [], "mixflow": ["--mixflow_slowing", 0.8, "--timestep_density
 DATA_PREDICTION = {"data": [], "data, clipped": ["--weight_clip", 0.05]}
 
 
-def options(teacher: Path, middle: int) -> dict[str, list[Any]]:
+def options(teacher: Path, middle: int, semidiscrete_steps: int) -> dict[str, list[Any]]:
     """Arguments of each option; the self-alignment is of the block in the middle with the last but one."""
     repa = ["--repa_teacher", teacher, "--repa_width", 256]
     return {
@@ -49,7 +49,7 @@ def options(teacher: Path, middle: int) -> dict[str, list[Any]]:
         "second head": ["--internal_block", middle],
         "self-alignment": ["--self_block", max(1, middle - 1), "--self_teacher_block", middle + 1],
         "shift": ["--shift_base_dimension", 4096],
-        "semidiscrete": ["--semidiscrete_ot"],
+        "semidiscrete": ["--semidiscrete_ot", "--semidiscrete_steps", semidiscrete_steps],
     }
 
 
@@ -143,7 +143,7 @@ def main(args: argparse.Namespace) -> None:
     classes = [label for label in range(num_classes) if counts[label] >= args.least_of_class]
     wanted = np.repeat(classes, args.num_images)
 
-    every = {name: (words, None) for name, words in options(teacher, middle).items()}
+    every = {name: (words, None) for name, words in options(teacher, middle, args.semidiscrete_steps).items()}
     every |= {name: (words, predicts_data) for name, words in DATA_PREDICTION.items()}
     for seed in args.seeds:
         for name in [*every, *AFTER]:
@@ -173,6 +173,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_train_steps", type=int, default=600)
     parser.add_argument("--after_rate", type=float, default=2e-4, help="Learning rate of the steps after training.")
     parser.add_argument("--num_inference_steps", type=int, default=12)
+    parser.add_argument("--semidiscrete_steps", type=int, default=1000, help="Of the fit of optimal transport.")
     parser.add_argument("--num_images", type=int, default=100, help="Of a class.")
     parser.add_argument("--least_of_class", type=int, default=50, help="Images that a class must have to be drawn.")
     main(parser.parse_args())
