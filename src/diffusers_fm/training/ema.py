@@ -138,10 +138,10 @@ class EMA:
         return self.num_updates - (self._restart_step if self.num_updates > self._restart_step else 0)
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Within this context the model has the weights of the first average. Every process enters it."""
+    def averaged_weights(self, track: int = 0) -> Iterator[None]:
+        """Within this context the model has the weights of an average. Every process enters it."""
         kept = [weight.clone() for weight in self._weights()]
-        self._set_weights(self._averages[0])
+        self._set_weights(self._averages[track])
         try:
             yield
         finally:
