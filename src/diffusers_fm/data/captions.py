@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 
 from .randomness import row_uniforms
-from .unreadable import UnreadableImageError
+from .unreadable import reading
 
 
 READ_AT_ONCE = 1000
@@ -82,8 +82,9 @@ class CaptionColumn:
         for value, number, index in zip(self.values(keys[:, 1]), numbers, keys[:, 1].tolist()):
             try:
                 captions.append(choose_caption(value, number, int(self._rows[index])))
-            except ValueError as error:
-                raise UnreadableImageError.of(index, int(self._rows[index]), str(error).rstrip(".")) from error
+            except Exception:
+                with reading(int(self._rows[index]), index):
+                    raise
         return captions
 
     def distinct(self) -> Iterator[str]:
