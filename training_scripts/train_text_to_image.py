@@ -54,7 +54,7 @@ from diffusers_fm.objectives.auxiliary import (
     learning_facts,
     loss_settings,
 )
-from diffusers_fm.objectives.flow_matching import draw_point, draw_times, weigh_prior
+from diffusers_fm.objectives.flow_matching import draw_point, draw_times
 from diffusers_fm.text_to_image.arguments import TextToImageArguments, parse_columns
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.field import TrainedField
@@ -72,7 +72,7 @@ from diffusers_fm.text_to_image.setup import (
     save_pipeline,
     validate_field,
 )
-from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout, weigh_prior
 from diffusers_fm.training.arguments import SamplingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun

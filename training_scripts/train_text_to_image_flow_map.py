@@ -38,7 +38,6 @@ from diffusers_fm.objectives.flow_maps import (
     learned_velocity,
     set_flow_map,
 )
-from diffusers_fm.objectives.flow_matching import weigh_prior
 from diffusers_fm.text_to_image.arguments import TextToImageArguments
 from diffusers_fm.text_to_image.cards import text_to_image_card
 from diffusers_fm.text_to_image.flow_map import IntervalField
@@ -54,7 +53,7 @@ from diffusers_fm.text_to_image.setup import (
     save_pipeline,
     validate_field,
 )
-from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout, weigh_prior
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 

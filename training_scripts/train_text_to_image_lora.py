@@ -35,7 +35,7 @@ from typing import Any
 from diffusers_fm.arguments import Free, option, run_script
 from diffusers_fm.data.captions import drop_captions
 from diffusers_fm.losses import flow_matching_loss
-from diffusers_fm.objectives.flow_matching import draw_times, weigh_prior
+from diffusers_fm.objectives.flow_matching import draw_times
 from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, parse_columns
 from diffusers_fm.text_to_image.cards import lora_card
 from diffusers_fm.text_to_image.field import TrainedField
@@ -58,7 +58,7 @@ from diffusers_fm.text_to_image.setup import (
     prepare_data,
     validate_field,
 )
-from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout
+from diffusers_fm.text_to_image.text import choose_encoder_dropout, draw_encoder_dropout, weigh_prior
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.run import TrainingRun
 

@@ -20,8 +20,8 @@ from diffusers_fm import init_pipeline
 from diffusers_fm.data.loading import with_caption, with_class_images
 from diffusers_fm.data.sources import load_splits
 from diffusers_fm.families import table
-from diffusers_fm.objectives.flow_matching import weigh_prior
 from diffusers_fm.text_to_image.field import TrainedField
+from diffusers_fm.text_to_image.text import weigh_prior
 
 
 PIPELINES = ROOT / "pipelines"

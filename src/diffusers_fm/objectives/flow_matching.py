@@ -3,7 +3,6 @@
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,11 +147,3 @@ def draw_point(
     if not args.mixflow_slowing:
         return path.sample(data, noise, t)
     return slowed_sample(path, data, noise, t, args.mixflow_slowing * part.uniform("mixflow"))
-
-
-def weigh_prior(args: Any, captions: Sequence[str], losses: torch.Tensor) -> torch.Tensor:
-    """Losses of a batch, those of images of the class times `--prior_loss_weight`."""
-    if args.class_prompt is None:
-        return losses
-    weights = [args.prior_loss_weight if caption == args.class_prompt else 1.0 for caption in captions]
-    return losses * torch.tensor(weights).to(losses)

@@ -26,6 +26,7 @@ from ..data.randomness import BatchSlice
 from ..data.streams import StreamData
 from ..pipelines.one_step import StandIn, Tree, leaves, map_tensors
 from ..pipelines.prompt_memo import PromptMemo
+from .arguments import TextToImageArguments
 
 
 logger = logging.getLogger(__name__)
@@ -220,6 +221,14 @@ def draw_encoder_dropout(part: BatchSlice, rates: Sequence[float]) -> torch.Tens
         return None
     numbers = [part.uniform(f"text_encoder_dropout {i}") for i in range(len(rates))]
     return torch.stack(numbers, dim=1) < torch.tensor(rates)
+
+
+def weigh_prior(args: TextToImageArguments, captions: Sequence[str], losses: torch.Tensor) -> torch.Tensor:
+    """Losses of a batch, those of images of the class times `--prior_loss_weight`."""
+    if args.class_prompt is None:
+        return losses
+    weights = [args.prior_loss_weight if caption == args.class_prompt else 1.0 for caption in captions]
+    return losses * torch.tensor(weights).to(losses)
 
 
 def warn_of_long_captions(
