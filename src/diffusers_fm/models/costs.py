@@ -48,7 +48,7 @@ class OneNetwork(nn.Module):
 def measured_call(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """What is to be counted of a call of a bare model: the call itself, or that of its one network."""
+    """Module and arguments by which a call of a bare model is counted: its own, or those of its one network."""
     if not isinstance(model, OneNetwork):
         return model, args, kwargs
     network, arguments = model.measured_call(*args, **kwargs)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the network learns: flow matching, flow maps, auxiliary losses, optimal transport, upscaling."""
+"""Training objectives: flow matching, flow maps, auxiliary losses, optimal transport, upscaling."""

@@ -43,7 +43,7 @@ MIN_TILE = 48
 def data_and_labels(
     pipeline: FlowMatchPipeline, batch: dict[str, torch.Tensor], device: torch.device
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
-    """What [`held_out_loss`] asks of a batch: pixels in [-1, 1] or latents, none of them drawn, and labels if any."""
+    """Data and labels of a batch for [`held_out_loss`]: pixels in [-1, 1] or latents, none drawn; labels if any."""
     labels = batch.get("labels")
     return latents_of_batch(pipeline, batch, device), (None if labels is None else labels.to(device),)
 
