@@ -45,7 +45,7 @@ from typing import Any
 import torch
 
 from diffusers_fm.arguments import Free, option, run_script
-from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.data.images import drop_captions
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.objectives.auxiliary import (
     LearningArguments,

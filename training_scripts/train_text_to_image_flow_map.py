@@ -27,7 +27,7 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_fm.arguments import Count, Free, NotNegative, option, run_script
-from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.data.images import drop_captions
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.objectives.flow_maps import (
     FlowMapArguments,

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_fm.arguments import Free, option, run_script
-from diffusers_fm.data.captions import drop_captions
+from diffusers_fm.data.images import drop_captions
 from diffusers_fm.losses import flow_matching_loss
 from diffusers_fm.objectives.flow_matching import draw_times
 from diffusers_fm.text_to_image.arguments import LoraTrainingArguments, parse_columns

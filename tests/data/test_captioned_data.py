@@ -15,8 +15,7 @@ import torch
 from training_runs import png
 
 from diffusers_fm.data.buckets import assign_buckets, make_buckets, parse_buckets
-from diffusers_fm.data.captions import CaptionColumn, drop_captions
-from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.images import CaptionColumn, ImageData, drop_captions
 from diffusers_fm.data.order import BucketSampler
 from diffusers_fm.data.sources import load_splits
 from diffusers_fm.data.transforms import ImageTransform

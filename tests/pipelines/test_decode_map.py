@@ -9,7 +9,7 @@ from stock_fields import TEXT, Decoded, make, sample, stock_step, stop_at_decode
 from stock_pipelines import flow_cases
 
 from diffusers_fm.pipelines import DecodeMap
-from diffusers_fm.pipelines.rearrangement import Rearrangement
+from diffusers_fm.pipelines.one_step import Rearrangement
 
 
 # The tiny autoencoder of Lumina 2 has another factor than the 8 that its pipeline takes for granted.

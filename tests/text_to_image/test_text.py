@@ -13,7 +13,7 @@ from tiny_families import flux_text
 from tiny_text_to_image import colours, tiny_stable_diffusion_3
 
 from diffusers_fm.data.cache import TensorCache
-from diffusers_fm.data.captions import CaptionColumn
+from diffusers_fm.data.images import CaptionColumn
 from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.text import TextEncoders, cache_captions, choose_encoder_dropout, warn_of_long_captions
 

@@ -21,10 +21,9 @@ from training_runs import assert_same_weights, load, make_dataset, read_log, sav
 
 from diffusers_fm.objectives.flow_matching import TrainableModel
 from diffusers_fm.training.distributed import StopSignal
+from diffusers_fm.training.metrics import GradientGuard, clip_gradients
 from diffusers_fm.training.optimizers import (
     OPTIMIZERS,
-    GradientGuard,
-    clip_gradients,
     kept_settings,
     make_lr_scheduler,
     make_optimizer,

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .buckets import assign_buckets
 from .cache import content_key
-from .captions import caption_path, choose_caption
+from .images import caption_path, choose_caption
 from .randomness import derive_seed, epoch_order, make_generator, row_uniforms
 from .sources import (
     FIRST_ROWS,

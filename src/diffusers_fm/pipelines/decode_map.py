@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from ..models.autoencoding import without_draw
-from .one_step import StandIn, map_tensors, precise_encoder
-from .rearrangement import Rearrangement
+from .one_step import Rearrangement, StandIn, map_tensors, precise_encoder
 from .velocity_field import VelocityField
 
 

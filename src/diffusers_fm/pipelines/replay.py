@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from .one_step import Tree, leaves
+from .one_step import Rearrangement, Tree, leaves
 from .pipeline_calls import Findings
 from .prompt_memo import find_axes, merge
-from .rearrangement import Rearrangement
 from .velocity_field import VelocityField
 
 

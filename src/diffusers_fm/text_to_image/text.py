@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTokenizer, PreTrainedTokenizerBase
 
 from ..data.cache import DryAccelerator, TensorCache, content_key, model_fingerprint
-from ..data.captions import CaptionColumn
+from ..data.images import CaptionColumn
 from ..data.latents import open_cache
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData

@@ -10,7 +10,7 @@ import secrets
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,15 +18,16 @@ import numpy as np
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType, gather_object
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..data.streams import StreamPosition
 from ..files import replace_text, written_for_run
 from ..models.costs import forward_flops, measured_call, with_backward
 from ..precision import to_float64
 from .arguments import TrainingArguments
-from .optimizers import GradientGuard
 
 
 logger = logging.getLogger(__name__)
@@ -401,6 +402,76 @@ class UnreadableImages:
                 f"{len(self.rows)} images cannot be read, and --max_unreadable_images is {self._limit}. Their rows are"
                 f" {named}."
             )
+
+
+def clip_gradients(accelerator: Accelerator, parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip the whole gradient, over all processes, to a norm; its norm before, of shape `()` on the device."""
+    norm = accelerator.clip_grad_norm_(parameters, max_norm)
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    # DeepSpeed clips by itself, and gives the norm as a number or, before its first step, not at all.
+    return norm if isinstance(norm, torch.Tensor) else torch.tensor(0.0 if norm is None else float(norm))
+
+
+class GradientGuard:
+    """
+    Skip optimizer steps whose gradient is not finite, and refuse more than `limit` of them in a row.
+
+    The device is not waited for at each step: a fused optimizer reads `found_inf` there, as `torch.amp.GradScaler`
+    sets it, and leaves weights, moments and its count of steps alone. Skipped steps are counted when the run logs. The
+    norm is that of the whole gradient, so all processes skip the same steps.
+
+    Attributes:
+        skipped (`int`), in_a_row (`int`):
+            Steps without a finite gradient up to the last count, in all and up to now without a break.
+    """
+
+    def __init__(self, accelerator: Accelerator, limit: int) -> None:
+        self._limit = limit
+        # A scaler skips by itself, and DeepSpeed's step is done when its norm is known.
+        self._acts = accelerator.scaler is None and accelerator.distributed_type != DistributedType.DEEPSPEED
+        self._pending: list[torch.Tensor] = []
+        self.in_a_row = 0
+        self.skipped = 0
+
+    def before_step(self, optimizer: AcceleratedOptimizer, norm: torch.Tensor) -> bool:
+        """Return whether an optimizer is to step, given the norm of the gradient; one that skips by itself is."""
+        self._pending.append(norm)
+        if not self._acts:
+            return True
+        # On the CPU nothing is waited for.
+        if norm.device.type == "cpu" or not optimizer.optimizer.defaults.get("fused"):
+            return math.isfinite(norm)
+        optimizer.optimizer.found_inf = 1 - norm.isfinite().float()
+        return True
+
+    def look(self, done: int) -> str | None:
+        """Count the steps skipped up to step `done` and log them; a sentence if there are too many in a row."""
+        if not self._pending:
+            return None
+        finite = torch.isfinite(torch.stack(self._pending)).tolist()
+        first = done - len(finite) + 1
+        self._pending.clear()
+        skipped = [step for step, good in enumerate(finite, first) if not good]
+        for step, good in enumerate(finite, first):
+            self.skipped += not good
+            self.in_a_row = 0 if good else self.in_a_row + 1
+            if self.in_a_row > self._limit:
+                if self._limit == 0:
+                    return f"The gradient at step {step} is not finite."
+                return f"The gradient is not finite at step {step}, nor was it in the {self._limit} steps before."
+        if skipped:
+            steps = ", ".join(map(str, skipped))
+            logger.warning("The gradient was not finite at step %s: skipped, %d in all.", steps, self.skipped)
+        return None
+
+    def state_dict(self) -> dict[str, int]:
+        """Counts up to the last look."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from what [`state_dict`] gave."""
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
 
 class RunMetrics:

@@ -30,9 +30,8 @@ from .arguments import TrainingArguments, warmup, warn_of_settings
 from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
 from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator, with_compiled_network
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
-from .metrics import RunLog, RunMetrics
+from .metrics import RunLog, RunMetrics, clip_gradients
 from .optimizers import (
-    clip_gradients,
     kept_settings,
     make_lr_scheduler,
     make_optimizer,
