@@ -141,6 +141,7 @@ def find_sampler(
     args: SamplingArguments, scheduler: FlowMatchScheduler, sample: Run
 ) -> tuple[FlowMatchScheduler, dict[str, float]]:
     """Scheduler that [`recommend`] finds with the solver and steps of the arguments, and the figures of its errors."""
+    logger.info("Solvers and steps of sampling are tried out; --num_inference_steps N of a later run skips this.")
     found = recommend(sample, scheduler, solver=args.solver, calibrate_steps=args.calibrate_steps)
     logger.info("Sampling by default: %s.", found)
     return found.scheduler, {"sampling_error": rounded(found.error), "euler_error": rounded(found.baseline)}
