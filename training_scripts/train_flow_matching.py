@@ -85,7 +85,7 @@ from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
+from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data, num_searched
 from diffusers_fm.training.validation import validate_pipeline
 
 
@@ -148,7 +148,7 @@ def main(args: ScriptArguments) -> None:
         """Held-out loss and picture grid of what would be saved now."""
         sampling: dict[str, float] = {}
         if grid_name is not None and run.accelerator.is_main_process:
-            count, classes = args.eval_batch_size, pipeline.num_classes
+            count, classes = num_searched(pipeline.sample_shape, args.eval_batch_size), pipeline.num_classes
             labels = [number % classes for number in range(count)] if classes else None
             sampling = choose_sampler(run, pipeline, count, class_labels=labels, batch_size=count)
         figures = validate_pipeline(run, pipeline, held_out_data, step, grid_name) | sampling

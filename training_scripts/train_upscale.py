@@ -59,7 +59,7 @@ from diffusers_fm.training.arguments import SamplingArguments, TrainingArguments
 from diffusers_fm.training.planning import DryRun
 from diffusers_fm.training.publishing import model_card
 from diffusers_fm.training.run import TrainingRun
-from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data
+from diffusers_fm.training.sampler import choose_sampler, measure_sigma_data, num_searched
 from diffusers_fm.training.validation import held_out_loss
 
 
@@ -155,7 +155,8 @@ def main(args: ScriptArguments) -> None:
                 run.accelerator, run.model, pipeline.scheduler, held_out_data, args.eval_batch_size, prepare
             )
         if grid_name is not None and run.accelerator.is_main_process:
-            batch = next(train_data.spread_batches(args.eval_batch_size, args.eval_batch_size))
+            count = num_searched(pipeline.sample_shape, args.eval_batch_size)
+            batch = next(train_data.spread_batches(count, count))
             small = low_resolution(batch, scale_factor).float() / 255
             figures |= choose_sampler(run, pipeline, len(small), image=small, class_labels=batch.get("labels"))
         shown = train_data if held_out_data is None else held_out_data

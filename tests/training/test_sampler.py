@@ -24,6 +24,7 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.models import encode_latents
+from diffusers_fm.training.sampler import num_searched
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +154,13 @@ def test_a_folder_that_says_how_to_sample_is_not_searched(data: Path, tmp_path: 
     output = train(folder, data, tmp_path / "run", max_train_steps=1, num_inference_steps=None)
     config = load(output).scheduler.config
     assert (config.solver, config.default_num_inference_steps) == ("heun", None)
+
+
+def test_large_samples_are_searched_by_few() -> None:
+    assert [num_searched(shape, 64) for shape in ((1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 256, 256))] == [
+        64,
+        21,
+        8,
+        8,
+    ]
+    assert num_searched((3, 256, 256), 4) == 4

@@ -3,7 +3,8 @@
 
 import inspect
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Samples that the standard deviation of the data is measured on.
 NUM_MEASURED = 512
+# Values of all samples by which solvers are tried, and the fewest samples: a search takes up to 1,700 calls.
+SEARCHED_VALUES, MIN_SEARCHED = 2**14, 8
 
 DEFAULTS = {name: each.default for name, each in inspect.signature(FlowMatchScheduler.__init__).parameters.items()}
 # A scheduler in which these are as made afresh says nothing on how to sample.
@@ -85,6 +88,11 @@ def measure_sigma_data(
         return
     logger.info("Standard deviation of the data: %g, saved as `sigma_data`.", sigma_data)
     pipeline.scheduler = scheduler.with_settings(sigma_data=sigma_data)
+
+
+def num_searched(shape: Sequence[int], most: int) -> int:
+    """Samples of a shape by which solvers are tried: the fewer, the larger they are."""
+    return min(most, max(MIN_SEARCHED, math.ceil(SEARCHED_VALUES / math.prod(shape))))
 
 
 def choose_sampler(
