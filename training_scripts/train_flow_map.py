@@ -12,9 +12,9 @@ Handwritten digits, from the pipeline that train_flow_matching.py makes:
 
     accelerate launch training_scripts/train_flow_map.py \
       --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-few \
-      --train_batch_size 64 --max_train_steps 4000 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
-      --lr_scheduler cosine --flow_teacher --flow_steps 2000 --num_trajectories 8192 \
-      --equal_share 0.15 --noise_share 0.75 --data_share 0.75 --interval_warmup_steps 0
+      --train_batch_size 64 --max_train_steps 4400 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
+      --lr_scheduler cosine --flow_teacher --flow_steps 2700 --num_trajectories 12288 --matching_steps 250 \
+      --equal_share 0.15 --noise_share 0.75 --data_share 0.75 --interval_warmup_steps 0 --first_block 1
 
 With guidance of scale 2 learned, so that a call takes half of the work:
 
@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import unwrap_module
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.arguments import Count, Free, option, run_script
@@ -52,6 +51,7 @@ from diffusers_fm.objectives.flow_maps import (
     learned_velocity,
 )
 from diffusers_fm.objectives.flow_matching import choose_label_dropout, choose_resolution, choose_shift
+from diffusers_fm.objectives.moment_matching import MomentMatchingArguments, begin_moment_matching, restarts
 from diffusers_fm.precision import to_float64
 from diffusers_fm.training.arguments import TrainingArguments
 from diffusers_fm.training.distributed import SHARDING
@@ -66,6 +66,7 @@ class ScriptArguments(
     TrainingArguments,
     FlowMapArguments,
     TrajectoryArguments,
+    MomentMatchingArguments,
     LatentArguments,
     LabelArguments,
     PairArguments,
@@ -106,12 +107,16 @@ def main(args: ScriptArguments) -> None:
 
     # 3. Model
     model = IntervalModel(pipeline)
-    frozen = copy.deepcopy(model).requires_grad_(False).eval().to(device) if args.flow_teacher else None
+    frozen = None
+    if args.flow_teacher or args.matching_steps:
+        frozen = copy.deepcopy(model).requires_grad_(False).eval().to(device)
     method = "trajectories" if args.num_trajectories else args.objective
-    if frozen is not None and args.flow_steps and not args.dry_run:
+    stages = restarts(args)
+    if frozen is not None and stages and not args.dry_run:
         if run.accelerator.distributed_type in SHARDING:
             raise ValueError(
-                f"--flow_steps {args.flow_steps} needs whole weights in each process: train the flow first."
+                f"--flow_steps {args.flow_steps} and --matching_steps {args.matching_steps} need whole weights in each"
+                " process: launch without sharding."
             )
         run.accelerator.register_for_checkpointing(frozen)
     model.requires_grad_(True).train()
@@ -137,7 +142,7 @@ def main(args: ScriptArguments) -> None:
         export,
         f"Flow map by {method} of a {type(pipeline.denoiser).__name__}, {pipeline.scheduler.config.path} path,"
         f" {prediction_type}; {train_data.description}{size}, {len(held_out_data or [])} held out.",
-        restart_step=args.flow_steps,
+        restarts=stages,
     )
 
     def velocity_of(network: Callable[..., torch.Tensor]) -> AverageVelocity:
@@ -151,7 +156,7 @@ def main(args: ScriptArguments) -> None:
         return average_velocity(predict, path, prediction_type, timestep_scale)
 
     u = velocity_of(model)
-    flow = u if frozen is None else velocity_of(frozen)
+    flow = velocity_of(frozen) if frozen is not None and args.flow_teacher else u
 
     def averaged(*arguments: torch.Tensor) -> torch.Tensor:
         """The map by the averaged weights, for targets."""
@@ -170,20 +175,31 @@ def main(args: ScriptArguments) -> None:
         """Velocity of the teacher along trajectories."""
         return taught(args, x, to_float64(t), labels, x)
 
+    def encode(batch: dict[str, Any]) -> torch.Tensor:
+        """Data of a batch, all of which moment matching keeps."""
+        return latents_of_batch(pipeline, batch, device)
+
     flow_alone = dataclasses.replace(args, flow_teacher=False, learned_guidance_scale=1.0)
-    trajectories = None
+    trajectories = matching = None
 
     # 5. Loop. Logs, validation, checkpoints and signals come between the steps
     with run:
         for step in run.steps():
             map_step = step - args.flow_steps
-            if frozen is not None and args.flow_steps and map_step == 0:
-                frozen.load_state_dict(unwrap_module(model).state_dict())
-            if map_step >= 0 and args.num_trajectories and trajectories is None and not args.dry_run:
+            if frozen is not None and step in stages:
+                frozen.load_state_dict(run.accelerator.unwrap_model(model).state_dict())
+            if not args.dry_run and frozen is not None and step >= run.max_train_steps - args.matching_steps:
+                matching = matching or begin_moment_matching(
+                    args, frozen, velocity_of, path, train_data, encode, pipeline.null_class, label_dropout, device
+                )
+            elif not args.dry_run and map_step >= 0 and args.num_trajectories and trajectories is None:
                 trajectories = draw_trajectories(args, pipeline, path, field, label_dropout, device)
             # Noise, intervals and dropped labels are drawn for the whole global batch; a part of it is at hand.
             for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
+                    if matching is not None:
+                        run.backward(*matching.losses(part, u))
+                        continue
                     data = latents_of_batch(pipeline, batch, device, part)
                     labels = batch.get("labels")
                     if labels is not None:

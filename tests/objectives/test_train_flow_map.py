@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training of flow maps: what comes out, what does not matter, what is refused, and what every argument does."""
 
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -27,10 +28,11 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 from diffusers_fm.data.randomness import BatchSlice
-from diffusers_fm.flow_maps import OBJECTIVES, AverageVelocity
+from diffusers_fm.flow_maps import OBJECTIVES, AverageVelocity, average_velocity
 from diffusers_fm.models.interval import IntervalConditioning
-from diffusers_fm.objectives.flow_maps import Trajectories, draw_intervals
-from diffusers_fm.paths import ConditionalPath, OTPath, VPPath
+from diffusers_fm.objectives.flow_maps import IntervalModel, Trajectories, choose_flow_map, draw_intervals
+from diffusers_fm.objectives.moment_matching import MomentMatching
+from diffusers_fm.paths import ConditionalPath, OTPath, VPPath, lift
 from diffusers_fm.training.checkpoints import MODEL_FILE
 
 
@@ -122,7 +124,7 @@ def test_every_loss_trains_every_kind_of_network(objective: str, kind: str, data
     assert pipeline(class_labels=[0], output_type="np").nfe == 2
 
 
-@pytest.mark.parametrize("kind", ["dit", "unet", "trajectories"])
+@pytest.mark.parametrize("kind", ["dit", "unet", "trajectories", "matching"])
 def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Path, tmp_path: Path) -> None:
     if kind == "unet":
         pipeline = tiny_pipeline("unet-classes")
@@ -131,6 +133,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Pa
     options = {"use_ema": True, "ema_teacher": True, "interval_warmup_steps": 3, "flow_teacher": True}
     # The teacher of the run's own first step is in the checkpoint, the trajectories are drawn again.
     options |= {"num_trajectories": 20, "flow_steps": 1} if kind == "trajectories" else {}
+    # So is the map as it was before its comparison with data.
+    options |= {"flow_steps": 1, "matching_steps": 3, "matching_group": 4} if kind == "matching" else {}
     whole = train(folder, data, tmp_path / "whole", **options, checkpointing_steps=2)
     part = tmp_path / "part"
     part.mkdir()
@@ -162,10 +166,20 @@ def test_training_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: P
         assert_same_weights(run, again)
 
 
-@pytest.mark.parametrize("trajectories", [{}, {"num_trajectories": 20, "flow_teacher": True}], ids=["own", "teacher"])
-def test_two_processes_are_one(trajectories: dict, folder: Path, data: Path, tmp_path: Path) -> None:
-    options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, "learned_guidance_scale": 2.0, **trajectories}
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"num_trajectories": 20, "flow_teacher": True, "flow_steps": 1, "use_ema": True},
+        {"matching_steps": 4, "matching_group": 4, "matching_groups": 2},
+    ],
+    ids=["own", "teacher", "matching"],
+)
+def test_two_processes_are_one(kind: dict, folder: Path, data: Path, tmp_path: Path) -> None:
+    options = {"adam_epsilon": 1e-2, "interval_warmup_steps": 0, **kind}
+    options |= {} if "matching_steps" in kind else {"learned_guidance_scale": 2.0}
     one = train(folder, data, tmp_path / "one", **options)
+    options |= {"matching_groups": 1} if "matching_groups" in kind else {}
     line = command_line(folder, data, tmp_path / "two", **options, train_batch_size=4)
     check_processes(SCRIPT, line, num_processes=2)
     assert_same_weights(one, tmp_path / "two", atol=1e-6)
@@ -186,6 +200,11 @@ def test_two_processes_are_one(trajectories: dict, folder: Path, data: Path, tmp
         {"flow_teacher": True, "num_trajectories": 20},
         {"num_trajectories": 20, "trajectory_steps": 2},
         {"num_trajectories": 20, "huber_width": 0.0},
+        {"matching_steps": 2},
+        {"matching_steps": 2, "matching_group": 4},
+        {"matching_steps": 2, "matching_groups": 2},
+        {"matching_steps": 2, "matching_rate": 1.0},
+        {"matching_steps": 2, "matching_weight": 1.0},
         {"ema_teacher": True},
         {"learned_guidance_scale": 3.0},
         {"flow_teacher": True, "learned_guidance_scale": 3.0},
@@ -200,6 +219,7 @@ def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path,
     base |= (
         {"flow_teacher": True, "num_trajectories": 20} if {"trajectory_steps", "huber_width"} & set(options) else {}
     )
+    base |= {"matching_steps": 2} if [name for name in options if name.startswith("matching_")][1:] else {}
     plain = train(folder, data, tmp_path / "plain", **base)
     other = train(folder, data, tmp_path / "other", **{**base, **options})
     first, second = weights(plain), weights(other)
@@ -215,6 +235,11 @@ def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path,
         (
             {"flow_steps": 4, "flow_teacher": True, "use_ema": True},
             "--flow_steps must be below --max_train_steps 4, got 4",
+        ),
+        ({"matching_steps": 5}, "--matching_steps 5 need --max_train_steps of as many, got 4"),
+        (
+            {"matching_steps": 4, "learned_guidance_scale": 2.0},
+            "--learned_guidance_scale does not go with --matching_steps",
         ),
         ({"first_block": 3}, "`first_block` must be an integer from 1 to 2"),
         ({"cache_latents": True, "center_crop": True}, "--cache_latents needs an autoencoder"),
@@ -305,6 +330,46 @@ def test_trajectories_are_those_of_the_map(path: ConditionalPath) -> None:
     assert trajectories.losses(part, u, own, r, t, [labels]).max() < 1e-5
     wrong = trajectories.losses(part, lambda x, r, t, c: u(x, t, t, c), own, r, t, [labels])
     assert torch.equal(wrong < 1e-9, r == t)
+
+
+@pytest.mark.parametrize("path", [OTPath(), VPPath()], ids=["ot", "vp"])
+def test_matching_is_least_for_a_map_that_draws_data_of_the_label(path: ConditionalPath) -> None:
+    pipeline = FlowMatchPipeline(FlowMatchScheduler(), transformer=tiny_dit(in_channels=1, num_layers=2))
+    words = {"pretrained_model_name_or_path": "x", "dataset_name": "x", "max_train_steps": 4}
+    args = script.ScriptArguments(**words, matching_steps=4, matching_group=32, matching_groups=2)
+    choose_flow_map(pipeline, args, 0)
+    before = IntervalModel(pipeline).requires_grad_(False).eval()
+
+    def velocity_of(model: IntervalModel) -> AverageVelocity:
+        return average_velocity(lambda x, r, t, labels: model(x, t, labels, r), path, time_scale=1000)
+
+    generator = torch.Generator().manual_seed(0)
+    # Two classes of grey images, a dark and a light one.
+    labels = torch.arange(40) % 2
+    data = (labels - 0.5)[:, None, None, None] + 0.1 * torch.randn(40, 1, 8, 8, generator=generator)
+    made = (args, before, velocity_of, path, data, labels, pipeline.null_class, 0.0, torch.device("cpu"))
+    matching = MomentMatching(*made)
+    part = BatchSlice(0, 4, 0, 8, 8)
+
+    def draws(level: float, spread: float) -> AverageVelocity:
+        """Samples of a grey, around that of their label or the other one."""
+
+        def u(x: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+            drawn = level * (labels - 0.5)[:, None, None, None] + spread * noise
+            return (x - drawn) / lift(t - r, x).to(x)
+
+        return u
+
+    start, right = matching.losses(part, draws(1.0, 0.1))
+    assert right.shape == (64,)
+    assert torch.equal(start, path.time_at(torch.full((64,), path.ratio_max, dtype=torch.float64)))
+    for wrong in (draws(-1.0, 0.1), draws(1.0, 0.0), draws(1.0, 0.3), draws(0.7, 0.1)):
+        assert matching.losses(part, wrong)[1].mean() > right.mean() + 0.5
+    # The map as it was is at no distance from itself: all of its loss is of the comparison, with a weight.
+    twice = MomentMatching(dataclasses.replace(args, matching_weight=24.0), *made[1:])
+    same = velocity_of(before)
+    torch.testing.assert_close(twice.losses(part, same)[1], 2 * matching.losses(part, same)[1])
 
 
 def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:

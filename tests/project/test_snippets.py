@@ -46,6 +46,7 @@ PAGES = [
 SHORT = {
     "max_train_steps": 1,
     "flow_steps": 0,
+    "matching_steps": 1,
     "num_trajectories": 8,
     "max_train_samples": 8,
     "lr_scheduler": "constant_with_warmup",

@@ -68,13 +68,13 @@ def test_averages_that_begin_anew_know_nothing_of_before(
 ) -> None:
     model = torch.nn.Linear(3, 4)
     walk, profiles = random_walk(model, 30), [ConstantDecay(0.9), PowerFunction(0.1)]
-    ema = EMA(model, profiles, restart_step=12)
+    ema = EMA(model, profiles, restarts=[3, 12])
     for done, values in enumerate(walk, 1):
         track(ema, model, [values])
         ema.save_snapshots(accelerator, tmp_path)
         if done == resumed_at:
             state = ema.state_dict()
-            ema = EMA(model, profiles, restart_step=12)
+            ema = EMA(model, profiles, restarts=[3, 12])
             ema.load_state_dict(state)
     later = EMA(model, profiles)
     track(later, model, walk[12:])

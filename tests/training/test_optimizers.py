@@ -68,7 +68,7 @@ def test_adamw_takes_what_it_is_given() -> None:
 def test_a_schedule_begins_anew() -> None:
     """Two cosines with a warm-up each, of 6 and of 4 steps."""
     optimizer = make_optimizer([torch.nn.Parameter(torch.ones(1))], 0.5)
-    schedule = make_lr_scheduler(optimizer, 10, 6, "cosine", num_warmup_steps=2, num_cycles=1, power=1.0)
+    schedule = make_lr_scheduler(optimizer, 10, {6: 1.0}, "cosine", num_warmup_steps=2, num_cycles=1, power=1.0)
     rates = []
     for _ in range(10):
         rates.append(optimizer.param_groups[0]["lr"])

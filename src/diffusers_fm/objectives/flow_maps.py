@@ -289,6 +289,15 @@ def interval_losses(
     )
 
 
+def huber_losses(error: torch.Tensor, width: float) -> torch.Tensor:
+    """
+    Mean of each row's squares, or with a `width` of the pseudo-Huber loss `sqrt(error^2 + width^2) - width` of each
+    value. For targets without noise both have the same minimum.
+    """
+    error = error.square() if width == 0 else (error.square() + width**2).sqrt() - width
+    return error.flatten(1).mean(1)
+
+
 class Trajectories:
     """
     Trajectories of a flow from noise to data: any two points of one are an interval of its map (arXiv 2406.07507).
@@ -366,9 +375,6 @@ class Trajectories:
         """
         Error of each row: with r = t that of the field's velocity at `x`, elsewhere that of the average velocity
         between the points of a trajectory, drawn anew, whose times are nearest to `t` and `r`.
-
-        Squares, or with a `width` the pseudo-Huber loss of each value, `sqrt(error^2 + width^2) - width`. No target
-        has noise, so both have the same minimum.
         """
         equal = (r == t).nonzero()[:, 0]
         here = equal.to(x.device)
@@ -389,9 +395,7 @@ class Trajectories:
             with torch.no_grad():
                 velocity = self.field(t[equal], x[here], *(condition[here] for condition in conditions))
             target = target.index_copy(0, here, velocity.to(target))
-        error = u(x, r, t, *conditions).float() - target.float()
-        error = error.square() if width == 0 else (error.square() + width**2).sqrt() - width
-        return error.flatten(1).mean(1)
+        return huber_losses(u(x, r, t, *conditions).float() - target.float(), width)
 
 
 def draw_trajectories(
@@ -417,6 +421,8 @@ def draw_trajectories(
 def flow_map_facts(args: Any, method: str) -> dict[str, str]:
     """Rows of a card: the method, a key of `METHODS`, and the calls of the network."""
     facts = {"method": METHODS[method], "calls of the network": f"{args.num_inference_steps} by default"}
+    if getattr(args, "matching_steps", 0):
+        facts["method"] += ", then moment matching (arXiv 2503.07565)"
     if args.learned_guidance_max is not None:
         facts["learned guidance"] = f"1 to {args.learned_guidance_max:g}, which `guidance_scale` chooses"
     if args.learned_guidance_scale != 1.0:

@@ -3,7 +3,7 @@
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,8 +100,8 @@ class EMA:
     """
     Moving averages of the trainable parameters of a prepared bare model, by name, in float32, one for each profile.
     The first is validated and saved. Of a sharded model (FSDP2) each process averages its own shards. With `offload`
-    the averages are kept on the CPU, and each step copies the weights there. After `restart_step` updates they begin
-    anew: what was averaged before was learning something else.
+    the averages are kept on the CPU, and each step copies the weights there. After each of `restarts` updates they
+    begin anew: what was averaged before was learning something else.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class EMA:
         model: nn.Module,
         profiles: Sequence[ConstantDecay | PowerFunction],
         offload: bool = False,
-        restart_step: int = 0,
+        restarts: Iterable[int] = (),
     ) -> None:
         self.profiles = list(profiles)
         self.num_updates = 0
-        self._restart_step = restart_step
+        self._restarts = [0, *restarts]
         self._model = model
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._offload = offload
@@ -135,7 +135,7 @@ class EMA:
 
     def _since_restart(self) -> int:
         """Updates since the averages began, or began anew."""
-        return self.num_updates - (self._restart_step if self.num_updates > self._restart_step else 0)
+        return self.num_updates - max((step for step in self._restarts if step < self.num_updates), default=0)
 
     @contextmanager
     def averaged_weights(self, track: int = 0) -> Iterator[None]:
@@ -205,7 +205,7 @@ class EMA:
         Write each average to `ema_snapshots/`, for [`posthoc_ema`], but none that will begin anew. Every process calls
         it, the main one writes.
         """
-        if self.num_updates <= self._restart_step:
+        if self.num_updates <= max(self._restarts):
             return
         folder = output_dir / SNAPSHOT_FOLDER
         for track, profile in enumerate(self.profiles):
@@ -236,12 +236,12 @@ def make_ema(
     model: nn.Module,
     profiles: Sequence[ConstantDecay | PowerFunction],
     offload: bool = False,
-    restart_step: int = 0,
+    restarts: Iterable[int] = (),
 ) -> EMA:
     """[`EMA`] of a prepared model, registered for checkpoints; an engine whose shards have no names is refused."""
     deepspeed = accelerator.state.deepspeed_plugin
     if deepspeed is not None and deepspeed.zero_stage == 3:
         raise ValueError("--use_ema does not work with DeepSpeed ZeRO stage 3: use stage 2, or FSDP2.")
-    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload, restart_step)
+    ema = EMA(accelerator.unwrap_model(model, keep_torch_compile=False), profiles, offload, restarts)
     accelerator.register_for_checkpointing(ema)
     return ema

@@ -4,7 +4,8 @@
 import importlib.util
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,21 +100,28 @@ def make_optimizer(
 def make_lr_scheduler(
     optimizer: torch.optim.Optimizer,
     num_steps: int,
-    restart_step: int,
+    restarts: Mapping[int, float],
     name: str,
     num_warmup_steps: int,
     num_cycles: int,
     power: float,
 ) -> LambdaLR:
-    """Learning-rate schedule of diffusers; with a `restart_step` it ends there, and begins anew for the other ones."""
-    first, second = (
-        get_scheduler(name, optimizer, None, num_warmup_steps, length, num_cycles, power)
-        for length in (restart_step or num_steps, num_steps - restart_step)
-    )
-    if not restart_step:
-        return first
-    rates = first.lr_lambdas[0], second.lr_lambdas[0]
-    return LambdaLR(optimizer, lambda step: rates[0](step) if step < restart_step else rates[1](step - restart_step))
+    """
+    Learning-rate schedule of diffusers. It ends at each step of `restarts`, and begins anew there with a share of the
+    learning rate.
+    """
+    stages = {0: 1.0, **restarts}
+    starts = sorted(stages)
+    rates = {
+        start: get_scheduler(name, optimizer, None, num_warmup_steps, end - start, num_cycles, power).lr_lambdas[0]
+        for start, end in zip(starts, [*starts[1:], num_steps])
+    }
+
+    def rate(step: int) -> float:
+        start = starts[bisect_right(starts, step) - 1]
+        return stages[start] * rates[start](step - start)
+
+    return LambdaLR(optimizer, rate)
 
 
 def state_bytes(name: str, shape: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -156,7 +156,7 @@ class TrainingRun(Generic[A]):
         export: Callable[[Path, dict[str, Any]], None],
         description: str,
         parameters: Iterable[dict] | None = None,
-        restart_step: int = 0,
+        restarts: Mapping[int, float] | None = None,
     ) -> nn.Module:
         """
         Make optimizer, schedule, average, batches and logs, and load the checkpoint that is resumed.
@@ -178,9 +178,9 @@ class TrainingRun(Generic[A]):
                 Model and data in a sentence, for the log.
             parameters (`Iterable[dict]`, *optional*):
                 The trained parameters in groups, where some have settings of their own.
-            restart_step (`int`, *optional*):
-                Step at which training begins anew, from the averaged weights: learning-rate schedule, moments of the
-                optimizer, average.
+            restarts (`Mapping[int, float]`, *optional*):
+                Steps at which training begins anew, from the averaged weights: learning-rate schedule, moments of the
+                optimizer, average. Each with its share of the learning rate.
 
         Returns:
             `nn.Module`: the model to call, as the accelerator wraps it.
@@ -189,7 +189,7 @@ class TrainingRun(Generic[A]):
             ValueError: if a step is larger than the data set, the length of the run is not known, or arguments or data
                 do not fit the resumed run.
         """
-        self._validate, self._export = validate, export
+        self._validate, self._export, self._restarts = validate, export, restarts or {}
         self._num_samples = data.num_samples
         self._fingerprint = data.fingerprint()
         self.max_train_steps = self._length(data.num_samples)
@@ -205,19 +205,19 @@ class TrainingRun(Generic[A]):
         optimizer = make_optimizer(trained, rate, args.optimizer, betas, args.adam_weight_decay, args.adam_epsilon)
         # Not prepared by accelerate, which would step it once for each process; here a step is an optimizer step.
         schedule = (args.lr_scheduler, warmup(args), args.lr_num_cycles, args.lr_power)
-        self._lr_scheduler = make_lr_scheduler(optimizer, self.max_train_steps, restart_step, *schedule)
+        self._lr_scheduler = make_lr_scheduler(optimizer, self.max_train_steps, self._restarts, *schedule)
         warn_of_settings(args, self.max_train_steps, data.num_samples, self.global_batch_size)
         self.model, self._optimizer = accelerator.prepare(with_compiled_network(accelerator, model), optimizer)
         self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if accelerator.distributed_type != DistributedType.DEEPSPEED:
             self._metrics.throughput.watch_model(self.model, self._weights.bare)
         accelerator.register_for_checkpointing(self._lr_scheduler, self._metrics.losses, self._metrics.guard)
-        self._ema, self._snapshot_steps, self._restart_step = None, None, restart_step
+        self._ema, self._snapshot_steps = None, None
         if args.use_ema:
             constant = ConstantDecay(args.ema_max_decay, args.ema_inv_gamma, args.ema_power)
             powers = [PowerFunction(sigma_rel) for sigma_rel in args.ema_sigma_rel]
             profiles = powers if args.ema_profile == "power" else [constant]
-            self._ema = make_ema(accelerator, self.model, profiles, args.offload_ema, restart_step)
+            self._ema = make_ema(accelerator, self.model, profiles, args.offload_ema, self._restarts)
             self._weights.average = self._ema.averaged_weights
             if args.ema_profile == "power":
                 self._snapshot_steps = args.ema_snapshot_steps or math.ceil(self.max_train_steps / NUM_SNAPSHOTS)
@@ -352,7 +352,7 @@ class TrainingRun(Generic[A]):
             self._run_validation(self.first_step)
         self._metrics.throughput.stopwatch.restart()
         for step in range(self.first_step, self.max_train_steps):
-            if 0 < step == self._restart_step:
+            if step and step in self._restarts:
                 restart_optimizer(self._optimizer)
                 if self._ema is not None:
                     self._ema.take()

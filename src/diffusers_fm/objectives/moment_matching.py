@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moment matching: the last steps of a flow map's training, in which what it draws is compared with data as a set."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from diffusers.utils.torch_utils import unwrap_module
+
+from ..arguments import Arguments, Count, Positive, Range, Size, option
+from ..data.loading import TrainingData
+from ..data.randomness import BatchSlice
+from ..flow_maps import AverageVelocity, moment_matching_losses
+from ..paths import ConditionalPath, lift
+from ..precision import to_float64
+from ..training.arguments import TrainingArguments
+from .auxiliary import Kept, choose_block
+from .flow_maps import IntervalModel, huber_losses
+
+
+# Data that are kept on the CPU in float32: values of all of them, and samples.
+MAX_VALUES, MAX_SAMPLES = 2**29, 2**16
+# Real samples with which those of a group are compared, at most.
+MAX_REAL = 512
+# Time of the flow whose hidden states are features: little noise, as clean data have.
+FEATURE_TIME = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentMatchingArguments(Arguments):
+    """Last steps, in which what the map draws in one call is compared with data."""
+
+    _argument_group_name = "moment matching"
+
+    matching_steps: Size = option(
+        0,
+        "Last steps, in which samples that the map draws in one call are compared with data as sets; training begins"
+        " anew with them.",
+        source="arXiv 2503.07565",
+    )
+    matching_groups: Count = option(4, "Sets in a step of a process, in place of its batch: each of one class.")
+    matching_group: Annotated[Count, Range(2)] = option(64, "Samples of a set.")
+    matching_rate: Positive = option(0.05, "Share of the learning rate in these steps.")
+    matching_weight: Positive = option(12.0, "Weight of the comparison beside the distance from the map before it.")
+
+    def check(self) -> None:
+        if not (self.matching_steps and isinstance(self, TrainingArguments)):
+            return
+        steps, total, flow_steps = self.matching_steps, self.max_train_steps, getattr(self, "flow_steps", 0)
+        if total is None or steps + flow_steps > total:
+            before = f" and --flow_steps {flow_steps}" if flow_steps else ""
+            raise ValueError(f"--matching_steps {steps}{before} need --max_train_steps of as many, got {total}.")
+        for name, unset in (("learned_guidance_scale", 1.0), ("learned_guidance_max", None)):
+            if getattr(self, name) != unset:
+                raise ValueError(f"--{name} does not go with --matching_steps: the data have no guidance.")
+
+
+class MomentMatching:
+    """
+    Comparison of what a flow map draws in one step, from noise to data, with the data of a label.
+
+    Both are compared as they are and by the features that the map's own flow has of them: hidden states in the middle
+    of the network, a UNet's middle block, their mean over the image. Beside it the map is held to what it was before.
+
+    Args:
+        args ([`MomentMatchingArguments`]):
+            Of the run.
+        before ([`IntervalModel`]):
+            The map as it was, frozen.
+        average_velocity (`Callable`):
+            Makes the average velocity of a model.
+        path ([`ConditionalPath`]):
+            The path.
+        data (`torch.Tensor` of shape `(num_samples, ...)`):
+            Data as the flow sees them, on the CPU.
+        labels (`torch.Tensor` of shape `(num_samples,)`, *optional*):
+            Their labels.
+        null_class (`int`, *optional*):
+            Label of dropped labels, which all data have.
+        label_dropout (`float`):
+            Share of the groups with this label.
+        device (`torch.device`):
+            Where the models are.
+
+    Raises:
+        ValueError: if the network has no list of blocks.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        before: IntervalModel,
+        average_velocity: Callable[[IntervalModel], AverageVelocity],
+        path: ConditionalPath,
+        data: torch.Tensor,
+        labels: torch.Tensor | None,
+        null_class: int | None,
+        label_dropout: float,
+        device: torch.device,
+    ) -> None:
+        self._args, self._path, self._before, self._device = args, path, average_velocity(before), device
+        network = unwrap_module(before.denoiser)
+        middle = getattr(network, "mid_block", None)
+        self._kept = Kept(choose_block(network, None, 0.5, "matching_steps")[1] if middle is None else middle)
+        rows = torch.arange(len(data))
+        # Data of each label; those of the whole set come in the order of their labels.
+        members = {None: rows} if labels is None else {each: rows[labels == each] for each in labels.unique().tolist()}
+        self._in_order = [label for label, own in members.items() for _ in own]
+        self._null_class, self._dropout = None if labels is None else null_class, label_dropout
+        if self._null_class is not None and label_dropout:
+            members[self._null_class] = rows
+        self._data = {label: data[own] for label, own in members.items()}
+        with torch.no_grad():
+            self._features_of_data = {
+                label: torch.cat([self._features(each.to(device), label) for each in own.split(args.eval_batch_size)])
+                for label, own in self._data.items()
+            }
+
+    def losses(self, part: BatchSlice, u: AverageVelocity) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Loss of each sample in the groups of a part of a step, all groups in one call of the map.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: the path's times at which the samples start, and losses, both of shape
+            `(matching_groups * matching_group,)`.
+        """
+        args, path, device = self._args, self._path, self._device
+        size, count = args.matching_group, args.matching_groups
+        number, parts = part.offset // part.size, part.total // part.size
+        groups = BatchSlice(part.seed, part.step, number * count, count, parts * count)
+        labels = self._draw_labels(groups)
+        shape = self._data[labels[0]].shape[1:]
+        noise = groups.normal("moment matching", (size, *shape), device).flatten(0, 1)
+        t = torch.full((len(noise),), path.ratio_max, dtype=torch.float64)
+        r, start = torch.full_like(t, path.ratio_min), path.time_at(t)
+        x, _ = path.to_straight(path.sample(torch.zeros_like(noise), noise, start), start)
+        conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
+        with torch.no_grad():
+            held = self._before(x, r, t, *conditions)
+        average = u(x, r, t, *conditions).float()
+        losses = huber_losses(average - held.float(), args.huber_width)
+        drawn = (x - lift((t - r).to(x), x) * average).split(size)
+        compared = []
+        for samples, label, generator in zip(drawn, labels, groups.sample_generators("moment matching")):
+            chosen = torch.randperm(len(self._data[label]), generator=generator)[:MAX_REAL]
+            features = self._features_of_data[label][chosen.to(device)]
+            compared.append(
+                moment_matching_losses(samples, self._data[label][chosen].to(device))
+                + moment_matching_losses(self._features(samples, label), features)
+            )
+        return start, losses + args.matching_weight * torch.cat(compared)
+
+    def _draw_labels(self, groups: BatchSlice) -> list[int | None]:
+        """Labels of groups, spread evenly over the data, of which some are dropped."""
+        strata = torch.arange(groups.offset, groups.offset + groups.size) + to_float64(groups.uniform("group"))
+        labels = [self._in_order[int(share * len(self._in_order))] for share in strata / groups.total]
+        if self._null_class is None:
+            return labels
+        dropped = groups.uniform("label_dropout") < self._dropout
+        return [self._null_class if drop else label for label, drop in zip(labels, dropped)]
+
+    def _conditions(self, label: int | None, size: int) -> list[torch.Tensor]:
+        """What the model is given beside times: a label for each sample, or nothing."""
+        return [] if label is None else [torch.full((size,), label, device=self._device)]
+
+    def _features(self, samples: torch.Tensor, label: int | None) -> torch.Tensor:
+        """Features of samples, `(num_samples, channels)`."""
+        time = torch.full((len(samples),), FEATURE_TIME, dtype=torch.float64)
+        self._before(samples, time, time, *self._conditions(label, len(samples)))
+        hidden = self._kept.hidden
+        # Of tokens, or of a map.
+        return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
+
+
+def restarts(args: Any) -> dict[int, float]:
+    """Steps at which the training of a flow map begins anew, with their shares of the learning rate."""
+    restarts = {args.flow_steps: 1.0} if args.flow_steps else {}
+    return restarts | ({args.max_train_steps - args.matching_steps: args.matching_rate} if args.matching_steps else {})
+
+
+def begin_moment_matching(
+    args: Any,
+    before: IntervalModel,
+    average_velocity: Callable[[IntervalModel], AverageVelocity],
+    path: ConditionalPath,
+    data: TrainingData,
+    encode: Callable[[dict[str, Any]], torch.Tensor],
+    null_class: int | None,
+    label_dropout: float,
+    device: torch.device,
+) -> MomentMatching:
+    """[`MomentMatching`] with the data of a run, or as many of them as are kept; `encode(batch)` are a batch's."""
+    samples, labels, count = [], [], MAX_SAMPLES
+    for batch in data.spread_batches(MAX_SAMPLES, args.eval_batch_size):
+        samples.append(encode(batch).cpu())
+        labels += [batch["labels"].cpu()] if "labels" in batch else []
+        count = min(count, MAX_VALUES // math.prod(samples[0].shape[1:]))
+        if sum(map(len, samples)) >= count:
+            break
+    return MomentMatching(
+        args,
+        before,
+        average_velocity,
+        path,
+        torch.cat(samples),
+        torch.cat(labels) if labels else None,
+        null_class,
+        label_dropout,
+        device,
+    )
