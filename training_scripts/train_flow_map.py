@@ -186,7 +186,7 @@ def main(args: ScriptArguments) -> None:
     with run:
         for step in run.steps():
             map_step = step - args.flow_steps
-            if frozen is not None and step in stages:
+            if frozen is not None and step in stages and not args.dry_run:
                 frozen.load_state_dict(run.accelerator.unwrap_model(model).state_dict())
             if not args.dry_run and frozen is not None and step >= run.max_train_steps - args.matching_steps:
                 matching = matching or begin_moment_matching(

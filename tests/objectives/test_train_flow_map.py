@@ -267,8 +267,9 @@ def test_a_dry_run_counts_and_writes_nothing(
 ) -> None:
     options = {"use_ema": True, "ema_teacher": True, "learned_guidance_scale": 2.0}
     options |= {"flow_teacher": True, "flow_steps": 2, "num_trajectories": 20}
-    train(folder, data, tmp_path / "run", dry_run=True, **options)
-    assert "at the worst moment" in capsys.readouterr().out
+    for each in (options, {"matching_steps": 4}):
+        train(folder, data, tmp_path / "run", dry_run=True, **each)
+        assert "at the worst moment" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
