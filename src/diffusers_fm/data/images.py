@@ -97,11 +97,9 @@ class CaptionColumn:
         """A caption for each visit, `(epoch, sample)`; an [`UnreadableImageError`] names the row that has none."""
         captions, numbers = [], row_uniforms(self._seed, "caption", keys)
         for value, number, index in zip(self.values(keys[:, 1]), numbers, keys[:, 1].tolist()):
-            try:
-                captions.append(choose_caption(value, number, int(self._rows[index])))
-            except Exception:
-                with reading(int(self._rows[index]), index):
-                    raise
+            row = int(self._rows[index])
+            with reading(row, index):
+                captions.append(choose_caption(value, number, row))
         return captions
 
     def distinct(self) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
 from accelerate import Accelerator
 
 from ..pipelines import FlowMatchAudioPipeline
@@ -41,8 +42,39 @@ logger = logging.getLogger(__name__)
 
 TrainingData = ImageData | StreamData | ArrayData
 
+# Values of samples that are kept in memory together.
+MAX_VALUES = 2**29
+
 # Column of the caption that is that of all images.
 CAPTION = "instance_prompt"
+
+
+def num_in_memory(data: TrainingData, encode: Callable[[dict[str, Any]], torch.Tensor]) -> int:
+    """Samples that `MAX_VALUES` holds; `encode(batch)` are those of a batch as the flow sees them."""
+    return MAX_VALUES // encode(next(iter(data.spread_batches(1, 1)))).numel()
+
+
+def read_samples(
+    data: TrainingData, encode: Callable[[dict[str, Any]], torch.Tensor], num_samples: int, batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """At most so many samples, evenly spread over all, as `encode` gives those of a batch, and their labels if any."""
+    samples, labels = [], []
+    for batch in data.spread_batches(num_samples, batch_size):
+        samples.append(encode(batch))
+        labels += [batch["labels"]] if "labels" in batch else []
+    return torch.cat(samples), torch.cat(labels) if labels else None
+
+
+def rows_by_label(
+    samples: torch.Tensor, labels: torch.Tensor | None, null_class: int | None
+) -> dict[int | None, torch.Tensor]:
+    """Rows of the samples of each label, and all for the `null_class`; without labels all, for `None`."""
+    rows = torch.arange(len(samples), device=samples.device)
+    if labels is None:
+        return {None: rows}
+    labels = labels.to(samples.device)
+    members: dict[int | None, torch.Tensor] = {label: rows[labels == label] for label in labels.unique().tolist()}
+    return members if null_class is None else {**members, null_class: rows}
 
 
 def open_splits(args: DataArguments, kind: str = "images") -> tuple[AnyDataset, datasets.Dataset | None]:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Moment matching: the last steps of a flow map's training, in which what it draws is compared with data as a set."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import unwrap_module
 
 from ..arguments import Arguments, Count, Positive, Range, Size, option
-from ..data.loading import TrainingData
+from ..data.loading import TrainingData, num_in_memory, read_samples, rows_by_label
 from ..data.randomness import BatchSlice
 from ..flow_maps import AverageVelocity, moment_matching_losses
 from ..paths import ConditionalPath, lift
@@ -20,8 +19,8 @@ from .auxiliary import Kept, choose_block
 from .flow_maps import IntervalModel, huber_losses
 
 
-# Data that are kept on the CPU in float32: values of all of them, and samples.
-MAX_VALUES, MAX_SAMPLES = 2**29, 2**16
+# Data that are kept on the CPU, at most.
+MAX_SAMPLES = 2**16
 # Real samples with which those of a group are compared, at most.
 MAX_REAL = 512
 # Time of the flow whose hidden states are features: little noise, as clean data have.
@@ -104,18 +103,16 @@ class MomentMatching:
         network = unwrap_module(before.denoiser)
         middle = getattr(network, "mid_block", None)
         self._kept = Kept(choose_block(network, None, 0.5, "matching_steps")[1] if middle is None else middle)
-        rows = torch.arange(len(data))
-        # Data of each label; those of the whole set come in the order of their labels.
-        members = {None: rows} if labels is None else {each: rows[labels == each] for each in labels.unique().tolist()}
-        self._in_order = [label for label, own in members.items() for _ in own]
-        self._null_class, self._dropout = None if labels is None else null_class, label_dropout
-        if self._null_class is not None and label_dropout:
-            members[self._null_class] = rows
-        self._data = {label: data[own] for label, own in members.items()}
+        self._in_order = [None] * len(data) if labels is None else sorted(labels.tolist())
+        self._null_class = null_class if labels is not None and label_dropout else None
+        self._data, self._dropout = data, label_dropout
+        self._rows = rows_by_label(data, labels, self._null_class)
         with torch.no_grad():
             self._features_of_data = {
-                label: torch.cat([self._features(each.to(device), label) for each in own.split(args.eval_batch_size)])
-                for label, own in self._data.items()
+                label: torch.cat(
+                    [self._features(data[some].to(device), label) for some in rows.split(args.eval_batch_size)]
+                )
+                for label, rows in self._rows.items()
             }
 
     def losses(self, part: BatchSlice, u: AverageVelocity) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,11 +128,9 @@ class MomentMatching:
         number, parts = part.offset // part.size, part.total // part.size
         groups = BatchSlice(part.seed, part.step, number * count, count, parts * count)
         labels = self._draw_labels(groups)
-        shape = self._data[labels[0]].shape[1:]
-        noise = groups.normal("moment matching", (size, *shape), device).flatten(0, 1)
+        noise = groups.normal("moment matching", (size, *self._data.shape[1:]), device).flatten(0, 1)
         t = torch.full((len(noise),), path.ratio_max, dtype=torch.float64)
-        r, start = torch.full_like(t, path.ratio_min), path.time_at(t)
-        x, _ = path.to_straight(path.sample(torch.zeros_like(noise), noise, start), start)
+        x, r = path.ratio_max * noise, torch.full_like(t, path.ratio_min)
         conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
         with torch.no_grad():
             held = self._before(x, r, t, *conditions)
@@ -144,13 +139,14 @@ class MomentMatching:
         drawn = (x - lift((t - r).to(x), x) * average).split(size)
         compared = []
         for samples, label, generator in zip(drawn, labels, groups.sample_generators("moment matching")):
-            chosen = torch.randperm(len(self._data[label]), generator=generator)[:MAX_REAL]
+            rows = self._rows[label]
+            chosen = torch.randperm(len(rows), generator=generator)[:MAX_REAL]
             features = self._features_of_data[label][chosen.to(device)]
             compared.append(
-                moment_matching_losses(samples, self._data[label][chosen].to(device))
+                moment_matching_losses(samples, self._data[rows[chosen]].to(device))
                 + moment_matching_losses(self._features(samples, label), features)
             )
-        return start, losses + args.matching_weight * torch.cat(compared)
+        return path.time_at(t), losses + args.matching_weight * torch.cat(compared)
 
     def _draw_labels(self, groups: BatchSlice) -> list[int | None]:
         """Labels of groups, spread evenly over the data, of which some are dropped."""
@@ -162,7 +158,7 @@ class MomentMatching:
         return [self._null_class if drop else label for label, drop in zip(labels, dropped)]
 
     def _conditions(self, label: int | None, size: int) -> list[torch.Tensor]:
-        """What the model is given beside times: a label for each sample, or nothing."""
+        """Label of each sample as the condition of the model, or no condition."""
         return [] if label is None else [torch.full((size,), label, device=self._device)]
 
     def _features(self, samples: torch.Tensor, label: int | None) -> torch.Tensor:
@@ -192,21 +188,6 @@ def begin_moment_matching(
     device: torch.device,
 ) -> MomentMatching:
     """[`MomentMatching`] with the data of a run, or as many of them as are kept; `encode(batch)` are a batch's."""
-    samples, labels, count = [], [], MAX_SAMPLES
-    for batch in data.spread_batches(MAX_SAMPLES, args.eval_batch_size):
-        samples.append(encode(batch).cpu())
-        labels += [batch["labels"].cpu()] if "labels" in batch else []
-        count = min(count, MAX_VALUES // math.prod(samples[0].shape[1:]))
-        if sum(map(len, samples)) >= count:
-            break
-    return MomentMatching(
-        args,
-        before,
-        average_velocity,
-        path,
-        torch.cat(samples),
-        torch.cat(labels) if labels else None,
-        null_class,
-        label_dropout,
-        device,
-    )
+    count = min(MAX_SAMPLES, num_in_memory(data, encode))
+    samples = read_samples(data, lambda batch: encode(batch).cpu(), count, args.eval_batch_size)
+    return MomentMatching(args, before, average_velocity, path, *samples, null_class, label_dropout, device)

@@ -2,7 +2,6 @@
 """Semidiscrete coupling in training: each noise goes with the sample in whose cell it lies."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from ..couplings import cell_masses, fit_semidiscrete, semidiscrete_assignment, 
 from ..data.arrays import ArrayData
 from ..data.cache import DryAccelerator
 from ..data.images import ImageData
+from ..data.loading import num_in_memory, read_samples, rows_by_label
 from ..data.randomness import make_generator
 from ..training.arguments import ObjectiveArguments
 from ..training.run import TrainingRun
@@ -22,8 +22,6 @@ from ..training.run import TrainingRun
 
 logger = logging.getLogger(__name__)
 
-# Values of all samples together, of which each process keeps a copy in float32.
-MAX_VALUES = 2**29
 # Noise for each sample by which the fit is measured.
 MEASURED = 20
 
@@ -79,12 +77,7 @@ class SemidiscreteCoupling:
         hidden: bool = False,
     ) -> None:
         self._data = data
-        rows = torch.arange(len(data), device=data.device)
-        self._rows = {None: rows} if labels is None else {}
-        if labels is not None:
-            self._rows |= {label: rows[labels.to(data.device) == label] for label in labels.unique().tolist()}
-            if null_class is not None:
-                self._rows[null_class] = rows
+        self._rows = rows_by_label(data, labels, null_class)
         self._potentials: dict[int | None, torch.Tensor] = {}
         worst = 0.0
         for label, members in tqdm(self._rows.items(), desc="Semidiscrete coupling", unit="label", disable=hidden):
@@ -150,17 +143,10 @@ def couple_to_all(
         raise ValueError("--semidiscrete_ot needs images that are always cropped alike: give --center_crop.")
     if not isinstance(data, (ImageData, ArrayData)):
         raise ValueError(f"--semidiscrete_ot needs a finite data set, got a {type(data).__name__}.")
-    batches, labels = [], []
-    for batch in data.spread_batches(len(data), run.args.eval_batch_size):
-        batches.append(encode(batch))
-        labels += [batch["labels"]] if "labels" in batch else []
-        if len(data) * math.prod(batches[0].shape[1:]) > MAX_VALUES:
-            raise ValueError(
-                f"--semidiscrete_ot keeps all data in memory, and {len(data)} samples are too many for it."
-            )
+    if len(data) > num_in_memory(data, encode):
+        raise ValueError(f"--semidiscrete_ot keeps all data in memory, and {len(data)} samples are too many for it.")
     coupling = SemidiscreteCoupling(
-        torch.cat(batches),
-        torch.cat(labels) if labels else None,
+        *read_samples(data, encode, len(data), run.args.eval_batch_size),
         null_class,
         run.seed,
         run.args.semidiscrete_steps,
