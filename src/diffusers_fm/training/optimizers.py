@@ -112,10 +112,13 @@ def make_lr_scheduler(
     """
     stages = {0: 1.0, **restarts}
     starts = sorted(stages)
-    rates = {
-        start: get_scheduler(name, optimizer, None, num_warmup_steps, end - start, num_cycles, power).lr_lambdas[0]
+    schedules = [
+        get_scheduler(name, optimizer, None, num_warmup_steps, end - start, num_cycles, power)
         for start, end in zip(starts, [*starts[1:], num_steps])
-    }
+    ]
+    if not restarts:
+        return schedules[0]
+    rates = {start: schedule.lr_lambdas[0] for start, schedule in zip(starts, schedules)}
 
     def rate(step: int) -> float:
         start = starts[bisect_right(starts, step) - 1]
