@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of all tests."""
 
+import gc
 import multiprocessing
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,12 @@ from diffusers_fm.timesteps import DENSITIES
 
 # Tests run in two processes, and tiny models gain nothing from more threads.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of collections of garbage: runs ask for many, and modules are most of the objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

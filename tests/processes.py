@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes of scripts, forked by a server that has imported what they need: imports take most of a short run."""
 
+import atexit
 import functools
+import importlib
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -10,9 +12,10 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ForkServer
 from pathlib import Path
 from unittest import mock
 
@@ -31,32 +34,65 @@ class Ended:
     stderr: str
 
 
-@functools.cache
-def server() -> ForkServerContext:
-    """Server of this process, which forks others."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "tiny_text_to_image"])
+@dataclass(frozen=True)
+class Task:
+    """All of a process: a script, or code, and its arguments, the variables that it has besides, and where it runs."""
+
+    words: list[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    # What is done first, such as the work of a `sitecustomize`.
+    prepare: Callable[[], None] | None = None
+
+
+def ensure_running(server: ForkServer, *modules: str) -> None:
+    """Start a server that has imported the modules."""
+    server.set_forkserver_preload(list(modules))
     found = os.pathsep.join(path for path in sys.path if path)
     with mock.patch.dict(os.environ, {"PYTHONPATH": found, "OMP_NUM_THREADS": "1"}):
-        multiprocessing.forkserver.ensure_running()
-    return context
+        server.ensure_running()
 
 
-def run_processes(file: Path, line: Sequence[object], num_processes: int = 1) -> list[Ended]:
-    """Run a script, in processes that work together as those of `accelerate launch` do."""
+@functools.cache
+def server() -> ForkServerContext:
+    """Server of this process, which has imported what scripts need."""
+    ensure_running(multiprocessing.forkserver._forkserver, "preloaded")
+    return multiprocessing.get_context("forkserver")
+
+
+@functools.cache
+def stock_server() -> ForkServer:
+    """Server that knows the stock libraries alone, for readers who may not have this package or import it anew."""
+    server = ForkServer()
+    ensure_running(server, "preloaded_stock")
+    return server
+
+
+def run_processes(
+    file: Path, line: Sequence[object], num_processes: int = 1, prepare: Callable[[], None] | None = None, **more: str
+) -> list[Ended]:
+    """Run a script, in processes that work together as those of `accelerate launch` do; `more` are variables."""
+    server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    words, tasks = [str(file), *map(str, line)], []
+    for rank in range(num_processes):
+        variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+        tasks.append(Task(words, {**more, **(variables if num_processes > 1 else {})}, prepare=prepare))
+    return run_tasks(tasks)
+
+
+def run_tasks(tasks: Sequence[Task]) -> list[Ended]:
+    """Run processes side by side."""
+    context = multiprocessing.get_context("forkserver")
     with tempfile.TemporaryDirectory() as folder:
-        places = [Path(folder, str(rank)) for rank in range(num_processes)]
+        places = [Path(folder, str(number)) for number in range(len(tasks))]
         processes = []
-        for rank, place in enumerate(places):
-            variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            variables |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+        for task, place in zip(tasks, places):
             place.mkdir()
-            words = [str(file), *map(str, line)]
-            arguments = (words, variables if num_processes > 1 else {}, place)
-            processes.append(server().Process(target=_run, args=arguments))
+            processes.append(context.Process(target=_run, args=(task, place)))
         end = time.monotonic() + TIMEOUT
         try:
             for process in processes:
@@ -65,7 +101,7 @@ def run_processes(file: Path, line: Sequence[object], num_processes: int = 1) ->
                 # One that failed leaves the others waiting for it.
                 if any(process.exitcode for process in processes):
                     end = min(end, time.monotonic() + 30)
-                time.sleep(0.05)
+                time.sleep(0.02)
         finally:
             for process in processes:
                 process.kill()
@@ -76,25 +112,66 @@ def run_processes(file: Path, line: Sequence[object], num_processes: int = 1) ->
         ]
 
 
-def check_processes(file: Path, line: Sequence[object], num_processes: int = 1) -> list[Ended]:
+def check_processes(
+    file: Path, line: Sequence[object], num_processes: int = 1, prepare: Callable[[], None] | None = None, **more: str
+) -> list[Ended]:
     """Run a script as [`run_processes`], in which no process may fail."""
-    ended = run_processes(file, line, num_processes)
+    ended = run_processes(file, line, num_processes, prepare, **more)
     assert [process.returncode for process in ended] == [0] * num_processes, ended[-1].stderr[-4000:]
     return ended
 
 
-def _run(words: list[str], variables: dict[str, str], place: Path) -> None:
+def run_stock(code: str, *arguments: object, folder: Path | None = None, **variables: str) -> Ended:
+    """Run code in a process that has imported the stock libraries and nothing of this package; it may not fail."""
+    connect = stock_server().connect_to_new_process
+    with mock.patch("multiprocessing.forkserver.connect_to_new_process", connect):
+        (ended,) = run_tasks([Task(["-c", code, *map(str, arguments)], variables, folder, _check_stock)])
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return ended
+
+
+def _check_stock() -> None:
+    """Nothing of this package is there."""
+    assert not [name for name in sys.modules if name.startswith("diffusers_fm")]
+
+
+def _run(task: Task, place: Path) -> None:
     """All of a process whose output is kept in files."""
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), stream)
-    os.environ.update(variables)
-    run_file(words)
+    os.environ.update(task.variables)
+    if task.folder is not None:
+        os.chdir(task.folder)
+    if "HF_ENDPOINT" in task.variables:
+        _be_client()
+    # What the server would do at its end is its own affair, and what the script asks for is not done by itself.
+    atexit._clear()
+    try:
+        if task.prepare is not None:
+            task.prepare()
+        run_file(task.words)
+    finally:
+        atexit._run_exitfuncs()
+
+
+def _be_client() -> None:
+    """Have the client of the Hub read its variables again."""
+    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    # Functions such as `create_repo` are methods of one client, which was made before.
+    importlib.import_module("huggingface_hub.hf_api").api.endpoint = os.environ["HF_ENDPOINT"]
 
 
 def run_file(words: list[str]) -> None:
-    """All of a process: a script and its arguments."""
+    """A script, or `-c` and code, and its arguments."""
     torch.set_num_threads(1)
     # A server of processes hands its own way of starting them on; a script that a user starts has the platform's.
     multiprocessing.set_start_method("fork", force=True)
+    if words[0] == "-c":
+        sys.argv = ["-c", *words[2:]]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+        return
     sys.argv = words
+    # The launcher, if there is one, is whoever started this process.
+    if "diffusers_fm.training.distributed" in sys.modules:
+        sys.modules["diffusers_fm.training.distributed"]._LAUNCHER = os.getppid()
     runpy.run_path(words[0], run_name="__main__")

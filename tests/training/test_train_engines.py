@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two real processes by `accelerate launch`, in whole weights and in shards, do what one process does."""
+"""Two real processes, in whole weights and in shards, do what one process does."""
 
 import os
 import shutil
@@ -9,7 +9,11 @@ import tempfile
 from pathlib import Path
 
 import datasets
+import engines
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from processes import check_processes
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
 from training_runs import (
     ROOT,
@@ -39,50 +43,30 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
-# Registered before anything else is, so that it is the last thing that a process does.
-TELL_OF_THREADS = """
-import atexit, os, sys
-from pathlib import Path
 
-tasks = Path("/proc/self/task")
-
-def tell():
-    print("\\nThreads at exit:", *((task / "comm").read_text().strip() for task in tasks.iterdir()), file=sys.stderr)
-
-if "RANK" in os.environ and tasks.is_dir():
-    atexit.register(tell)
-"""
-
-# Where there is no GPU, accelerate runs DDP without a word; its state decides.
-SHARD_ON_CPU = """
-import os
-
-if "RANK" in os.environ and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    former = AcceleratorState.__init__
-
-    def init(self, *args, fsdp_plugin=None, **kwargs):
-        former(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type = PartialState().distributed_type = DistributedType.FSDP
-            self.fsdp_plugin = fsdp_plugin
-
-    AcceleratorState.__init__ = init
-"""
-
-
-def run_two(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
-    command = launch(line, num_processes=2, file=file, config=config)
+def by_launcher(line: list[str], config: str) -> list[str]:
+    """Train by `accelerate launch`, as a user does; what the processes wrote."""
+    command = launch(line, num_processes=2, config=config)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sitecustomize.py").write_text(TELL_OF_THREADS + SHARD_ON_CPU)
+        (Path(folder) / "sitecustomize.py").write_text("import engines\nengines.prepare()\n")
         variables = environment()
-        variables["PYTHONPATH"] += os.pathsep + folder
+        variables["PYTHONPATH"] += os.pathsep + os.pathsep.join([str(ROOT / "tests"), folder])
         done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    # Those of a process group that outlive the interpreter abort the process now and then.
-    threads = [line for line in done.stderr.splitlines() if line.startswith("Threads at exit:")]
+    return [done.stderr]
+
+
+def by_server(line: list[str], config: str | None = None, file: Path = SCRIPT) -> list[str]:
+    """The same in processes that the server forks, which get the variables that the launcher would give them."""
+    words = launch(line, num_processes=2, file=file, config=config)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[3:]))
+    variables = {name: value for name, value in prepare_multi_gpu_env(args).items() if os.environ.get(name) != value}
+    return [ended.stderr for ended in check_processes(file, line, 2, engines.prepare, **variables)]
+
+
+def check_threads(written: list[str]) -> None:
+    """Threads of a process group that outlive the interpreter abort the process now and then."""
+    threads = [line for text in written for line in text.splitlines() if line.startswith("Threads at exit:")]
     assert len(threads) == (2 if Path("/proc/self/task").is_dir() else 0)
     assert not any("gloo" in line for line in threads), threads
 
@@ -111,7 +95,7 @@ def test_shards_are_trained_saved_and_resumed_as_whole_weights_are(tmp_path: Pat
     whole = train(folder, data, tmp_path / "whole", train_batch_size=4, **options)
     sharded, resumed = tmp_path / "sharded", tmp_path / "resumed"
     options |= {"train_batch_size": 2}
-    run_two(command_line(folder, data, sharded, **options), "fsdp2.yaml")
+    check_threads(by_launcher(command_line(folder, data, sharded, **options), "fsdp2.yaml"))
     assert_same_weights(whole, sharded, atol=1e-6)
     assert_same_figures(whole, sharded)
     assert pipeline_files(sharded) == pipeline_files(whole)
@@ -119,7 +103,8 @@ def test_shards_are_trained_saved_and_resumed_as_whole_weights_are(tmp_path: Pat
         (folder_of_shards,) = (sharded / "checkpoint-3").glob(f"*{checkpoint}*")
         assert len(list(folder_of_shards.glob("*.distcp"))) == 2
     shutil.copytree(sharded / "checkpoint-3", resumed / "checkpoint-3")
-    run_two(command_line(folder, data, resumed, resume_from_checkpoint="latest", **options), "fsdp2.yaml")
+    line = command_line(folder, data, resumed, resume_from_checkpoint="latest", **options)
+    check_threads(by_server(line, "fsdp2.yaml"))
     assert_same_weights(sharded, resumed)
     assert read_log(resumed, "loss", "gradient_norm") == read_log(sharded, "loss", "gradient_norm")[1:]
     assert load(resumed)(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
@@ -136,7 +121,8 @@ def test_text_to_image_in_shards(tmp_path: Path) -> None:
     prompts = ["--validation_prompts", "a red square"]
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     run_script(load_script(SD3_SCRIPT), command_line(model, data, whole, *prompts, train_batch_size=4, **options))
-    run_two(command_line(model, data, sharded, *prompts, train_batch_size=2, **options), "fsdp2.yaml", SD3_SCRIPT)
+    line = command_line(model, data, sharded, *prompts, train_batch_size=2, **options)
+    check_threads(by_server(line, "fsdp2.yaml", SD3_SCRIPT))
     assert_same_weights(whole, sharded, atol=1e-6)
     assert_same_figures(whole, sharded)
     assert {file for file in pipeline_files(sharded) ^ pipeline_files(whole) if "precomputed" not in file} == set()
@@ -147,7 +133,7 @@ def test_noise_is_paired_over_processes_as_in_one_batch(tmp_path: Path) -> None:
     options = {**SMOOTH, "coupling": "minibatch_ot", "num_validation_images": 0, "gradient_accumulation_steps": 2}
     one = train(folder, data, tmp_path / "one", train_batch_size=8, **options)
     two = tmp_path / "two"
-    run_two(command_line(folder, data, two, train_batch_size=4, **options))
+    check_threads(by_server(command_line(folder, data, two, train_batch_size=4, **options)))
     assert_same_weights(one, two, atol=1e-6)
     assert_same_figures(one, two)
     # Within halves of the batch there is less to exchange: the same losses could not come of them.
@@ -178,5 +164,6 @@ for number in range(40):
 """
 
 
-def test_process_groups_are_let_go_without_waiting_for_their_threads_for_ever() -> None:
-    subprocess.run([sys.executable, "-c", LET_GO], env=environment(), check=True, capture_output=True, timeout=120)
+def test_process_groups_are_let_go_without_waiting_for_their_threads_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "let_go.py").write_text(LET_GO)
+    check_processes(tmp_path / "let_go.py", [])
