@@ -10,10 +10,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from diffusers_fm.models.networks import NETWORKS
 from diffusers_fm.paths import PATHS
 from diffusers_fm.timesteps import DENSITIES
+from diffusers_fm.training import metrics
 
 
 # Tests run in two processes, and tiny models gain nothing from more threads.
@@ -21,7 +24,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of collections of garbage: runs ask for many, and modules are most of the objects."""
+    """Leave what was imported out of collections of garbage, which runs ask for: most objects are of modules."""
     gc.collect()
     gc.freeze()
 
@@ -32,6 +35,27 @@ def no_process_is_left() -> Iterator[None]:
     yield
     for child in multiprocessing.active_children():
         child.kill()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def operations_are_counted_once() -> Iterator[None]:
+    """A run counts the operations of its network, which takes longer than a few steps: once for each of a form."""
+    count, known = metrics.forward_flops, {}
+
+    def forward_flops(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> int:
+        def form(tensor: torch.Tensor) -> tuple[Any, ...]:
+            return tensor.shape, tensor.dtype
+
+        tensors = [(name, *form(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
+        key = repr((type(model), model, getattr(model, "config", None), model.training, tensors))
+        key += repr(tree_map_only(torch.Tensor, form, (args, kwargs)))
+        if key not in known:
+            known[key] = count(model, args, kwargs)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "forward_flops", forward_flops)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -92,7 +92,7 @@ def run_tasks(tasks: Sequence[Task]) -> list[Ended]:
         processes = []
         for task, place in zip(tasks, places):
             place.mkdir()
-            processes.append(context.Process(target=_run, args=(task, place)))
+            processes.append(context.Process(target=run_task, args=(task, place)))
         end = time.monotonic() + TIMEOUT
         try:
             for process in processes:
@@ -135,8 +135,8 @@ def _check_stock() -> None:
     assert not [name for name in sys.modules if name.startswith("diffusers_fm")]
 
 
-def _run(task: Task, place: Path) -> None:
-    """All of a process whose output is kept in files."""
+def run_task(task: Task, place: Path) -> None:
+    """All of a process whose output is kept in the files `stdout` and `stderr` of a folder."""
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT), stream)
     os.environ.update(task.variables)

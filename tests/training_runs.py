@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
 
 from diffusers_fm import FlowMatchPipeline
-from diffusers_fm.arguments import parse_arguments
+from diffusers_fm.arguments import make_parser, parse_arguments
 
 
 # Tiny models gain nothing from more, and runs of several processes have one each, too.
@@ -132,6 +133,15 @@ def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config:
 def environment() -> dict[str, str]:
     """The environment of such a command, in which this copy of the package is found."""
     return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+
+
+def unused_arguments(file: Path, module: ModuleType) -> list[str]:
+    """Arguments of a script that neither it nor the package reads."""
+    text = "".join(path.read_text(encoding="utf-8") for path in [file, *(ROOT / "src").rglob("*.py")])
+    used = set(re.findall(r"args\.(\w+)", text))
+    used.update(word for line in text.splitlines() if "getattr" in line for word in re.findall(r"\w+", line))
+    names = {action.dest for action in make_parser(module.ScriptArguments)._actions} - {"help", "config"}
+    return sorted(names - used)
 
 
 def weights(output_dir: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 """Training of text-to-image pipelines: what comes out loads without this package; caches change nothing; refusals."""
 
 import json
-import re
 import subprocess
 import sys
 from functools import partial
@@ -18,10 +17,9 @@ from processes import check_processes
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import colours, sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, environment, load_script, read_log
+from training_runs import ROOT, assert_same_weights, environment, load_script, read_log, unused_arguments
 
 from diffusers_fm import FlowMatchScheduler
-from diffusers_fm.arguments import make_parser
 from diffusers_fm.schedulers import recommendation
 
 
@@ -256,10 +254,4 @@ def test_pipelines_without_text_are_refused(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_argument_is_used() -> None:
-    files = [SCRIPT, *(ROOT / "src").rglob("*.py")]
-    text = "".join(path.read_text(encoding="utf-8") for path in files)
-    for action in make_parser(script.ScriptArguments)._actions:
-        if action.dest not in ("help", "config"):
-            assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text), (
-                action
-            )
+    assert unused_arguments(SCRIPT, script) == []

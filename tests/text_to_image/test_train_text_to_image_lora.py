@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, environment, load_script, read_log
+from training_runs import ROOT, environment, load_script, read_log, unused_arguments
 
-from diffusers_fm.arguments import make_parser, parse_arguments
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.pipelines.families import LORA_LAYERS
 from diffusers_fm.text_to_image.field import TrainedField
 from diffusers_fm.text_to_image.lora import (
@@ -258,10 +258,4 @@ def test_the_recipe_is_for_this_script() -> None:
 
 
 def test_every_argument_is_used() -> None:
-    files = [SCRIPT, *(ROOT / "src").rglob("*.py")]
-    text = "".join(path.read_text(encoding="utf-8") for path in files)
-    for action in make_parser(script.ScriptArguments)._actions:
-        if action.dest not in ("help", "config"):
-            assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text), (
-                action
-            )
+    assert unused_arguments(SCRIPT, script) == []

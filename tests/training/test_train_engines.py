@@ -4,8 +4,6 @@
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import datasets
@@ -20,7 +18,6 @@ from training_runs import (
     SCRIPT,
     assert_same_weights,
     command_line,
-    environment,
     launch,
     load,
     load_script,
@@ -43,32 +40,21 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
-
-def by_launcher(line: list[str], config: str) -> list[str]:
-    """Train by `accelerate launch`, as a user does; what the processes wrote."""
+def by_launcher(line: list[str], config: str, folder: Path) -> None:
+    """Train by `accelerate launch`, as a user does."""
     command = launch(line, num_processes=2, config=config)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "sitecustomize.py").write_text("import engines\nengines.prepare()\n")
-        variables = environment()
-        variables["PYTHONPATH"] += os.pathsep + os.pathsep.join([str(ROOT / "tests"), folder])
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=engines.variables(folder), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [done.stderr]
+    engines.check_threads(done.stderr)
 
 
-def by_server(line: list[str], config: str | None = None, file: Path = SCRIPT) -> list[str]:
-    """The same in processes that the server forks, which get the variables that the launcher would give them."""
+def by_server(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
+    """Train in processes that get the variables of accelerate's launcher and need not import anything."""
     words = launch(line, num_processes=2, file=file, config=config)
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[3:]))
     variables = {name: value for name, value in prepare_multi_gpu_env(args).items() if os.environ.get(name) != value}
-    return [ended.stderr for ended in check_processes(file, line, 2, engines.prepare, **variables)]
-
-
-def check_threads(written: list[str]) -> None:
-    """Threads of a process group that outlive the interpreter abort the process now and then."""
-    threads = [line for text in written for line in text.splitlines() if line.startswith("Threads at exit:")]
-    assert len(threads) == (2 if Path("/proc/self/task").is_dir() else 0)
-    assert not any("gloo" in line for line in threads), threads
+    ended = check_processes(file, line, 2, engines.prepare, **variables)
+    engines.check_threads("".join(process.stderr for process in ended))
 
 
 def pipeline_files(output_dir: Path) -> set[str]:
@@ -95,7 +81,7 @@ def test_shards_are_trained_saved_and_resumed_as_whole_weights_are(tmp_path: Pat
     whole = train(folder, data, tmp_path / "whole", train_batch_size=4, **options)
     sharded, resumed = tmp_path / "sharded", tmp_path / "resumed"
     options |= {"train_batch_size": 2}
-    check_threads(by_launcher(command_line(folder, data, sharded, **options), "fsdp2.yaml"))
+    by_launcher(command_line(folder, data, sharded, **options), "fsdp2.yaml", tmp_path)
     assert_same_weights(whole, sharded, atol=1e-6)
     assert_same_figures(whole, sharded)
     assert pipeline_files(sharded) == pipeline_files(whole)
@@ -104,7 +90,7 @@ def test_shards_are_trained_saved_and_resumed_as_whole_weights_are(tmp_path: Pat
         assert len(list(folder_of_shards.glob("*.distcp"))) == 2
     shutil.copytree(sharded / "checkpoint-3", resumed / "checkpoint-3")
     line = command_line(folder, data, resumed, resume_from_checkpoint="latest", **options)
-    check_threads(by_server(line, "fsdp2.yaml"))
+    by_server(line, "fsdp2.yaml")
     assert_same_weights(sharded, resumed)
     assert read_log(resumed, "loss", "gradient_norm") == read_log(sharded, "loss", "gradient_norm")[1:]
     assert load(resumed)(class_labels=[0], num_inference_steps=1).images[0].size == (16, 16)
@@ -122,7 +108,7 @@ def test_text_to_image_in_shards(tmp_path: Path) -> None:
     whole, sharded = tmp_path / "whole", tmp_path / "sharded"
     run_script(load_script(SD3_SCRIPT), command_line(model, data, whole, *prompts, train_batch_size=4, **options))
     line = command_line(model, data, sharded, *prompts, train_batch_size=2, **options)
-    check_threads(by_server(line, "fsdp2.yaml", SD3_SCRIPT))
+    by_server(line, "fsdp2.yaml", SD3_SCRIPT)
     assert_same_weights(whole, sharded, atol=1e-6)
     assert_same_figures(whole, sharded)
     assert {file for file in pipeline_files(sharded) ^ pipeline_files(whole) if "precomputed" not in file} == set()
@@ -133,7 +119,7 @@ def test_noise_is_paired_over_processes_as_in_one_batch(tmp_path: Path) -> None:
     options = {**SMOOTH, "coupling": "minibatch_ot", "num_validation_images": 0, "gradient_accumulation_steps": 2}
     one = train(folder, data, tmp_path / "one", train_batch_size=8, **options)
     two = tmp_path / "two"
-    check_threads(by_server(command_line(folder, data, two, train_batch_size=4, **options)))
+    by_server(command_line(folder, data, two, train_batch_size=4, **options))
     assert_same_weights(one, two, atol=1e-6)
     assert_same_figures(one, two)
     # Within halves of the batch there is less to exchange: the same losses could not come of them.

@@ -19,13 +19,13 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
+from processes import Task, run_task, server
 from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES
 from training_runs import (
     SCRIPT,
     assert_same_weights,
     command_line,
-    environment,
     launch,
     load,
     make_dataset,
@@ -33,11 +33,12 @@ from training_runs import (
     save_untrained,
     script,
     train,
+    unused_arguments,
     weights,
 )
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler, init_pipeline
-from diffusers_fm.arguments import make_parser, parse_arguments
+from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.data import loading
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.randomness import BatchSlice
@@ -296,28 +297,37 @@ def test_workers_and_memory_do_not_matter(
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_path: Path, num_processes: int) -> None:
-    output_dir = tmp_path / "run"
+    output_dir, written = tmp_path / "run", tmp_path / "stderr"
     options = {"train_batch_size": 8 // num_processes, "max_train_steps": 100_000, "lr_scheduler": "constant"}
     line = command_line(folder, data, output_dir, **options)
     # One process is started without the launcher, which ends at SIGTERM without telling the script.
-    words = launch(line, num_processes) if num_processes > 1 else [*launch(line)[:1], str(SCRIPT), *line]
-    process = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    if num_processes == 1:
+        process = server().Process(target=run_task, args=(Task([str(SCRIPT), *line]), tmp_path))
+        process.start()
+        returncode = functools.partial(getattr, process, "exitcode")
+        terminate, wait, kill = process.terminate, process.join, process.kill
+    else:
+        with written.open("w") as stderr:
+            process = subprocess.Popen(launch(line, num_processes), env=engines.variables(tmp_path), stderr=stderr)
+        returncode, terminate, wait, kill = process.poll, process.terminate, process.wait, process.kill
     end = time.monotonic() + 120
     try:
         while not (output_dir / "log.jsonl").exists() or len(read_log(output_dir, "loss")) < 3:
-            assert process.poll() is None
+            assert returncode() is None
             assert time.monotonic() < end
-            time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+            time.sleep(0.05)
+        terminate()
+        wait(timeout=120)
     finally:
-        process.kill()
+        kill()
     steps = [int(path.name.split("-")[1]) for path in output_dir.glob("checkpoint-*")]
     assert len(steps) == 1
-    assert f"Stopped by signal 15 after step {steps[0]}." in errors
-    assert "--resume_from_checkpoint latest" in errors
+    assert f"Stopped by signal 15 after step {steps[0]}." in written.read_text()
+    assert "--resume_from_checkpoint latest" in written.read_text()
     if num_processes == 1:
-        assert process.returncode == 128 + signal.SIGTERM
+        assert returncode() == 128 + signal.SIGTERM
+    else:
+        engines.check_threads(written.read_text())
     assert damage(output_dir / f"checkpoint-{steps[0]}") is None
     assert not (output_dir / "model_index.json").exists()
 
@@ -522,12 +532,7 @@ def test_accelerate_reads_the_configurations() -> None:
 
 
 def test_every_argument_is_used() -> None:
-    text = "".join(path.read_text() for path in [SCRIPT, *(SCRIPT.parents[1] / "src").rglob("*.py")])
-    for action in make_parser(script.ScriptArguments)._actions:
-        if action.dest not in ("help", "config"):
-            assert re.search(rf"args\.{action.dest}\b|\b{action.dest}\b.*getattr|getattr.*\b{action.dest}\b", text), (
-                action
-            )
+    assert unused_arguments(SCRIPT, script) == []
 
 
 def test_arguments_of_a_file(folder: Path, data: Path, tmp_path: Path) -> None:
