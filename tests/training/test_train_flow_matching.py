@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import datasets
+import engines
 import numpy as np
 import PIL.Image
 import pytest
