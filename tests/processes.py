@@ -41,7 +41,6 @@ class Task:
     words: list[str]
     variables: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
-    # What is done first, such as the work of a `sitecustomize`.
     prepare: Callable[[], None] | None = None
 
 
@@ -69,9 +68,17 @@ def stock_server() -> ForkServer:
 
 
 def run_processes(
-    file: Path, line: Sequence[object], num_processes: int = 1, prepare: Callable[[], None] | None = None, **more: str
+    file: Path,
+    line: Sequence[object],
+    num_processes: int = 1,
+    prepare: Callable[[], None] | None = None,
+    folder: Path | None = None,
+    **more: str,
 ) -> list[Ended]:
-    """Run a script, in processes that work together as those of `accelerate launch` do; `more` are variables."""
+    """
+    Run a script, in processes that work together as those of `accelerate launch` do: in a folder, with `more`
+    variables, after `prepare`, such as the work of a `sitecustomize`.
+    """
     server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -80,7 +87,7 @@ def run_processes(
     for rank in range(num_processes):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
-        tasks.append(Task(words, {**more, **(variables if num_processes > 1 else {})}, prepare=prepare))
+        tasks.append(Task(words, {**more, **(variables if num_processes > 1 else {})}, folder, prepare))
     return run_tasks(tasks)
 
 
@@ -113,10 +120,15 @@ def run_tasks(tasks: Sequence[Task]) -> list[Ended]:
 
 
 def check_processes(
-    file: Path, line: Sequence[object], num_processes: int = 1, prepare: Callable[[], None] | None = None, **more: str
+    file: Path,
+    line: Sequence[object],
+    num_processes: int = 1,
+    prepare: Callable[[], None] | None = None,
+    folder: Path | None = None,
+    **more: str,
 ) -> list[Ended]:
     """Run a script as [`run_processes`], in which no process may fail."""
-    ended = run_processes(file, line, num_processes, prepare, **more)
+    ended = run_processes(file, line, num_processes, prepare, folder, **more)
     assert [process.returncode for process in ended] == [0] * num_processes, ended[-1].stderr[-4000:]
     return ended
 
@@ -155,8 +167,10 @@ def run_task(task: Task, place: Path) -> None:
 
 
 def _be_client() -> None:
-    """Have the client of the Hub read its variables again."""
-    importlib.reload(importlib.import_module("huggingface_hub.constants"))
+    """Have the client of the Hub read its variables again, and who talks to it."""
+    for name in ("huggingface_hub.constants", "datasets.config"):
+        if name in sys.modules:
+            importlib.reload(sys.modules[name])
     # Functions such as `create_repo` are methods of one client, which was made before.
     importlib.import_module("huggingface_hub.hf_api").api.endpoint = os.environ["HF_ENDPOINT"]
 
@@ -168,6 +182,7 @@ def run_file(words: list[str]) -> None:
     multiprocessing.set_start_method("fork", force=True)
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
+        sys.path.insert(0, "")
         exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         return
     sys.argv = words

@@ -5,8 +5,6 @@ import io
 import json
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -27,7 +25,6 @@ from training_runs import (
     SCRIPT,
     assert_same_weights,
     command_line,
-    environment,
     load,
     load_script,
     make_dataset,
@@ -576,8 +573,7 @@ def test_a_stream_from_the_hub_is_that_of_the_files(tmp_path: Path) -> None:
         files = {file.name: File(file.read_bytes(), is_lfs=True) for file in data.iterdir()}
         hub.commit("ada/blobs", "main", "Blobs", files)
         line = command_line(model, Path("ada/blobs"), tmp_path / "remote", dataloader_num_workers=1, **OPTIONS)
-        own = {**environment(), "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
-        subprocess.run([sys.executable, str(SCRIPT), *line], env=own, check=True, timeout=300)
+        check_processes(SCRIPT, line, HF_ENDPOINT=hub.endpoint, HF_HOME=str(tmp_path / "home"))
     assert_same_weights(local, tmp_path / "remote")
     # Nothing was kept but what the client remembers of the repository.
     assert not [file for file in (tmp_path / "home").rglob("*") if file.suffix in (".parquet", ".arrow")]

@@ -34,7 +34,7 @@ from diffusers_fm.evaluation.distances import (
     nearest,
     precision_and_recall,
 )
-from diffusers_fm.evaluation.features import find_inception_weights
+from diffusers_fm.evaluation.features import find_inception_weights, train_classifier
 from diffusers_fm.evaluation.measures import batch_of, likelihood
 from diffusers_fm.evaluation.report import flat_rows
 from diffusers_fm.evaluation.sampling import Sampler, straightness, trajectories
@@ -318,12 +318,21 @@ def command_line(model: Path, data: Path, output_dir: Path, **options: object) -
     return line
 
 
-def test_two_processes_find_the_figures_of_one(model: Path, data: Path, tmp_path: Path) -> None:
+def train_classifier_briefly() -> None:
+    """Steps of the classifier of features that are enough to tell images from noise."""
+    train_classifier.__defaults__ = (0, 100, 64)
+
+
+def test_two_processes_find_the_figures_of_one(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_classifier, "__defaults__", train_classifier.__defaults__)
+    train_classifier_briefly()
     script = load_script(SCRIPT)
     run_script(script, command_line(model, data, tmp_path / "one"))
     # The classifier is trained in either run; the weights differ by rounding if threads do.
     line = command_line(model, data, tmp_path / "two")
-    check_processes(SCRIPT, line, num_processes=2)
+    check_processes(SCRIPT, line, 2, train_classifier_briefly)
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
     rows, others = ({row["metric"]: row["value"] for row in flat_rows(metrics)} for metrics in (one, two))
     assert rows.keys() == others.keys()

@@ -3,15 +3,14 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import torch
 from fake_hub import fake_hub
+from processes import check_processes, run_stock
 from pull_client import TOKEN
-from training_runs import ROOT, SCRIPT, command_line, environment
+from training_runs import ROOT, SCRIPT, command_line
 
 
 def module_of(page: str, call: str) -> str:
@@ -46,12 +45,9 @@ torch.save([samples(kind, name) for kind in kinds for name in ("someone/own", "o
 """
 
 
-def run(folder: Path, endpoint: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """A process of a user, in a folder that Python does not search by itself."""
-    hub = {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "cache")}
-    command = [sys.executable, *words]
-    variables = {**environment(), **hub}
-    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+def client(endpoint: str, folder: Path) -> dict[str, str]:
+    """Variables of a client of the Hub whose cache is empty."""
+    return {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder)}
 
 
 def write_pipeline(folder: Path) -> None:
@@ -81,15 +77,15 @@ def test_own_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
     options |= {"push_to_hub": True, "hub_model_id": "someone/own", "hub_token": TOKEN}
     line = command_line(tmp_path / "untrained", tmp_path / "waves", Path("own"), **options)
     with fake_hub() as server:
-        trained = run(tmp_path, server.endpoint, str(SCRIPT), *line, "--import_modules", "my_paths", "my_network")
-        assert trained.returncode == 0, trained.stderr
+        # Of a user, in a folder that Python does not search by itself.
+        line += ["--import_modules", "my_paths", "my_network"]
+        check_processes(SCRIPT, line, folder=tmp_path, **client(server.endpoint, tmp_path / "trainer"))
         files = server.files("someone/own")
         card = files["README.md"].decode()
         for name in ("my_paths  # QuadraticPath", "my_network  # MyNetwork"):
             assert f"import {name}; not in this repository" in card
         assert not any(name.endswith(".py") for name in files)
-        read = run(tmp_path, server.endpoint, "-c", READER)
-    assert read.returncode == 0, read.stderr
+        read = run_stock(READER, folder=tmp_path, **client(server.endpoint, tmp_path / "reader"))
     said = [line for line in read.stdout.splitlines() if line.startswith("The ")]
     absent = "from the module 'my_network', which is not imported: import it before loading."
     assert said == [

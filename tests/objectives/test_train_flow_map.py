@@ -4,21 +4,19 @@
 import dataclasses
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from processes import check_processes
+from processes import check_processes, run_stock
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_pipeline
 from training_runs import (
     ROOT,
     assert_same_weights,
     command_line,
-    environment,
     load,
     load_script,
     make_dataset,
@@ -82,14 +80,7 @@ output = pipeline(class_labels=[0, 1], output_type="np", generator=torch.Generat
 assert output.nfe == 3
 print(output.images.astype("float64").sum())
 """
-    python = subprocess.run(
-        [shutil.which("python") or "python", "-c", code],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        check=True,
-        timeout=300,
-    )
+    python = run_stock(code)
     assert float(python.stdout.strip().splitlines()[-1]) == output.images.astype("float64").sum()
 
 

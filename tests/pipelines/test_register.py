@@ -9,6 +9,7 @@ import diffusers
 import pytest
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, DiTPipeline
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from processes import run_stock
 from tiny_pipelines import KINDS, tiny_dit, tiny_pipeline, tiny_unet, tiny_vae
 
 import diffusers_fm
@@ -81,7 +82,7 @@ def test_fresh_process_loads_with_the_stock_loader(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken_stays(tmp_path: Path) -> None:
     tiny_pipeline("unet").save_pretrained(tmp_path)
-    printed = run_python(
+    printed = run_stock(
         "import sys, diffusers\n"
         "from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES\n"
         "diffusers.FlowMatchPipeline = taken = type('FlowMatchPipeline', (), {})\n"
@@ -92,7 +93,7 @@ def test_a_name_that_is_taken_stays(tmp_path: Path) -> None:
         "assert LOADABLE_CLASSES['diffusers_fm'] is entry\n"
         "print(type(diffusers_fm.FlowMatchPipeline.from_pretrained(sys.argv[1])).__module__)\n",
         tmp_path,
-    )
+    ).stdout
     assert printed.strip() == "diffusers_fm.pipelines.pipeline_flow_match"
 
 

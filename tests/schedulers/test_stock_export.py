@@ -2,8 +2,6 @@
 """Pipelines that leave the package: with diffusers' own scheduler, which then must give the same images."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from processes import run_stock
 from stock_pipelines import assert_same, flow_cases, record
 from tiny_pipelines import tiny_pipeline
 
@@ -154,7 +153,7 @@ def test_the_folders_need_nothing_of_this_package(tmp_path: Path) -> None:
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
     folders = [str(tmp_path / name) for name in stock]
-    subprocess.run([sys.executable, "-c", WITHOUT_THE_PACKAGE, *folders], check=True, timeout=300)
+    run_stock(WITHOUT_THE_PACKAGE, *folders)
     for name, draw in ours.items():
         torch.testing.assert_close(torch.load(tmp_path / name / "images.pt"), draw(), rtol=0, atol=1e-4)
 

@@ -2,8 +2,6 @@
 """Training of text-to-image pipelines: what comes out loads without this package; caches change nothing; refusals."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,11 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-from processes import check_processes
+from processes import check_processes, run_stock
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import colours, sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, assert_same_weights, environment, load_script, read_log, unused_arguments
+from training_runs import ROOT, assert_same_weights, load_script, read_log, unused_arguments
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.schedulers import recommendation
@@ -65,8 +63,7 @@ def test_what_comes_out_loads_without_this_package(model: Path, data: Path, tmp_
     libraries = {value[0] for value in index.values() if isinstance(value, list)}
     assert libraries - {None} == {"diffusers", "transformers"}
 
-    command = [sys.executable, "-c", STOCK, str(output_dir), str(tmp_path / "image.npy")]
-    told = subprocess.run(command, env=environment(), check=True, timeout=300, capture_output=True, text=True).stdout
+    told = run_stock(STOCK, output_dir, tmp_path / "image.npy").stdout
     assert told.split() == ["StableDiffusion3Pipeline", "FlowMatchEulerDiscreteScheduler"]
     expected = sample(StableDiffusion3Pipeline.from_pretrained(output_dir))
     assert np.allclose(np.load(tmp_path / "image.npy"), expected, atol=1e-5)

@@ -2,7 +2,6 @@
 """Adapters: stock diffusers reads them, they change nothing at scale 0, and a resumed run is the uninterrupted one."""
 
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTPipeline, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+from processes import run_stock
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipelines import tiny_dit, tiny_vae
 from tiny_text_to_image import sample, save_colours, tiny_stable_diffusion_3, train_text_to_image
-from training_runs import ROOT, environment, load_script, read_log, unused_arguments
+from training_runs import ROOT, load_script, read_log, unused_arguments
 
 from diffusers_fm.arguments import parse_arguments
 from diffusers_fm.pipelines.families import LORA_LAYERS
@@ -98,8 +98,7 @@ def test_stock_diffusers_reads_what_comes_out(model: Path, data: Path, tmp_path:
     with safe_open(output_dir / WEIGHTS, "pt") as file:
         assert str(model) not in str(file.metadata())
 
-    command = [sys.executable, "-c", STOCK, str(model), str(output_dir), str(tmp_path / "images.npz")]
-    told = subprocess.run(command, env=environment(), check=True, timeout=300, capture_output=True, text=True)
+    told = run_stock(STOCK, model, output_dir, tmp_path / "images.npz")
     assert told.stdout.split() == sorted(ADAPTED)
     assert "No LoRA keys" not in told.stderr
     images = np.load(tmp_path / "images.npz")

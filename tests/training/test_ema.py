@@ -4,8 +4,6 @@
 import math
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
+from processes import check_processes
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import tiny_pipeline
-from training_runs import ROOT, environment, make_dataset, save_untrained, train, weights
+from training_runs import ROOT, make_dataset, save_untrained, train, weights
 
 from diffusers_fm import FlowMatchPipeline
 from diffusers_fm.training.ema import EMA, ConstantDecay, PowerFunction, power_exponent, snapshot_files, width_name
@@ -350,9 +349,5 @@ def test_arguments_are_refused_before_any_work(tmp_path: Path, options: dict, me
 
 
 def test_shards_of_fsdp2_are_averaged_as_the_whole(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(ROOT / "tests" / "sharded_ema.py"), str(tmp_path)]
-    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    # Two processes write to one pipe, and their lines may run into each other.
-    assert "".join(result.stdout.split()) == "samesame"
+    ended = check_processes(ROOT / "tests" / "sharded_ema.py", [tmp_path], num_processes=2)
+    assert [process.stdout.strip() for process in ended] == ["same", "same"]
