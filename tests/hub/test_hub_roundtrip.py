@@ -2,9 +2,6 @@
 """Trained, pushed, and pulled by a process with an empty cache, through the real client: the same images."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +14,7 @@ from fake_hub import FakeHub, File, fake_hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from processes import check_processes, run_stock
 from pull_client import CHECKS, PROMPT, TOKEN, draw, sample
 from tiny_pipelines import tiny_pipeline
 from tiny_text_to_image import tiny_stable_diffusion_3
@@ -48,15 +46,12 @@ class Hub:
         return folder
 
     def environment(self, home: str) -> dict[str, str]:
-        """That of a client with a cache of its own."""
+        """Variables of a client with a cache of its own."""
         return {
-            **os.environ,
             "HF_ENDPOINT": self.server.endpoint,
             "HF_HOME": str(self.folder / home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
         }
 
 
@@ -138,8 +133,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         for how in ("half", "drop"):
             server.fail("GET /someone/.*/resolve/.*safetensors", how, 2)
         server.fail("GET /our/flaky/resolve/.*safetensors", 503)
-        command = [sys.executable, str(TESTS / "pull_client.py"), str(hub.answers)]
-        subprocess.run(command, check=True, env=hub.environment("cache"), timeout=300)
+        check_processes(TESTS / "pull_client.py", [hub.answers], **hub.environment("cache"))
         hub.client = json.loads((hub.answers / "results.json").read_text())
         yield hub
 
@@ -185,8 +179,8 @@ torch.save(pipeline(sys.argv[1], generator=torch.Generator().manual_seed(0), **o
 
 def test_a_reader_without_this_package_pulls_stock_class_names(hub: Hub) -> None:
     file = hub.answers / "stock.pt"
-    command = [sys.executable, "-c", STOCK_READER, PROMPT, str(file)]
-    subprocess.run(command, check=True, env=hub.environment("other-cache"), timeout=300)
+    run_stock(STOCK_READER, PROMPT, file, **hub.environment("other-cache"))
+    assert list((hub.folder / "other-cache").rglob("model_index.json"))
     torch.testing.assert_close(torch.load(file), hub.images["stock"], rtol=0, atol=1e-4)
 
 

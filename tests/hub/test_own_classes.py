@@ -86,6 +86,7 @@ def test_own_classes_from_training_to_a_fresh_process(tmp_path: Path) -> None:
             assert f"import {name}; not in this repository" in card
         assert not any(name.endswith(".py") for name in files)
         read = run_stock(READER, folder=tmp_path, **client(server.endpoint, tmp_path / "reader"))
+    assert list((tmp_path / "reader").rglob("model_index.json"))
     said = [line for line in read.stdout.splitlines() if line.startswith("The ")]
     absent = "from the module 'my_network', which is not imported: import it before loading."
     assert said == [
