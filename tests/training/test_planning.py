@@ -179,7 +179,7 @@ def test_flow_matching_plans(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
 
 
 def test_memory_of_a_plan(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_stable_diffusion_3().save_pretrained(tmp_path / "model")
+    tiny_stable_diffusion_3(t5=False, num_layers=1).save_pretrained(tmp_path / "model")
     words = ["--pretrained_model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(data)]
 
     def plan(*more: str) -> Any:

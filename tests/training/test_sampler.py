@@ -24,6 +24,7 @@ from training_runs import (
 
 from diffusers_fm import FlowMatchScheduler
 from diffusers_fm.models import encode_latents
+from diffusers_fm.schedulers.recommendation import CALLS, FITTED_CALLS
 from diffusers_fm.training.sampler import num_searched
 
 
@@ -35,6 +36,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
+
+
+@pytest.fixture(autouse=True)
+def _few_numbers_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searches that fail, as those of networks that have learnt nothing do, try all of them."""
+    few = (FITTED_CALLS, 20, 40)
+    assert set(few) <= set(CALLS)
+    monkeypatch.setattr("diffusers_fm.schedulers.recommendation.CALLS", few)
 
 
 def pixels_of(data: Path, channels: int, side: int) -> torch.Tensor:
