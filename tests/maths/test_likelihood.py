@@ -290,30 +290,39 @@ def test_standard_error_is_that_of_the_mean_over_probes():
     assert spread.item() == pytest.approx(reported.item(), rel=0.15)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_probes": 20}, {"divergence": "exact"}, {"mode": "forward"}])
-def test_batch_size_changes_no_result_and_bounds_the_rows(options):
-    path = OTPath()
-    shift = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
-    problem = draw_mixture(10, (3, 2), modes=3)
-    x = problem.sample(5) + shift[:, None, None]
-    rows = []
+# Samples of a mixture that are moved, each by a distance of its own.
+SHIFT = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+
+
+def moved_mixture():
+    """The problem, moved samples, the model of the moved mixtures and a list of the numbers of rows that it is given."""
+    path, problem, rows = OTPath(), draw_mixture(10, (3, 2), modes=3), []
 
     def model(x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         rows.append(len(x))
         moved = x - (1 - t[:, None, None]) * shift[:, None, None]
         return problem.predict(path, moved, t, "flow_prediction") - shift[:, None, None]
 
+    return problem, problem.sample(5) + SHIFT[:, None, None], model, rows
+
+
+@pytest.mark.parametrize("options", [{}, {"num_probes": 20}, {"divergence": "exact"}, {"mode": "forward"}])
+def test_batch_size_changes_no_result_and_bounds_the_rows(options):
+    _, x, model, rows = moved_mixture()
     results = []
     for batch_size in (1, 2, 64):
         rows.clear()
         options |= {"num_steps": 6, "batch_size": batch_size, "generator": torch.Generator().manual_seed(3)}
-        results.append(log_likelihood(model, x, path, args=(shift,), **options))
+        results.append(log_likelihood(model, x, OTPath(), args=(SHIFT,), **options))
         assert max(rows) <= batch_size
     for result in results[:2]:
         torch.testing.assert_close(result.log_prob, results[2].log_prob, rtol=0, atol=1e-10)
-    # Each sample had its own argument.
-    exact = exact_log_prob(problem, path, x - shift[:, None, None])
-    result = log_likelihood(model, x, path, args=(shift,), divergence="exact", batch_size=2, num_steps=160)
+
+
+def test_each_sample_of_a_batch_has_its_own_argument():
+    problem, x, model, _ = moved_mixture()
+    exact = exact_log_prob(problem, OTPath(), x - SHIFT[:, None, None])
+    result = log_likelihood(model, x, OTPath(), args=(SHIFT,), divergence="exact", batch_size=2, num_steps=160)
     assert (result.log_prob - exact).abs().max() < 1e-3
 
 

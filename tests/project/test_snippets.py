@@ -197,8 +197,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr("diffusers_fm.evaluation.features.train_classifier.__defaults__", (0, 2, 8))
         # Points and tolerances of the flow that figures are measured by.
         patch.setattr("diffusers_fm.evaluation.sampling.trajectories.__defaults__", (3, 1))
-        patch.setattr("diffusers_fm.evaluation.measures.REFERENCE_TOLERANCE", 1e-2)
-        patch.setattr("diffusers_fm.evaluation.measures.TOLERANCES", (1e-2,))
+        patch.setattr("diffusers_fm.evaluation.measures.REFERENCE_TOLERANCE", 0.1)
+        patch.setattr("diffusers_fm.evaluation.measures.TOLERANCES", (0.1,))
         yield folder
 
 
