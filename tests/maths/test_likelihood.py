@@ -295,7 +295,7 @@ SHIFT = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
 
 
 def moved_mixture():
-    """The problem, moved samples, the model of the moved mixtures and a list of the numbers of rows that it is given."""
+    """The problem, moved samples, the model of the moved mixtures and a list of the rows that it is given in calls."""
     path, problem, rows = OTPath(), draw_mixture(10, (3, 2), modes=3), []
 
     def model(x: torch.Tensor, t: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
