@@ -101,7 +101,7 @@ def test_every_piece_is_a_file_and_the_page_is_made_of_them(tmp_path: Path, monk
     save_file(SmallClassifier(1, 10).state_dict(), tmp_path / "classifier.safetensors")
     monkeypatch.setattr(report, "SIZES", TINY)
     # Figures of untrained networks need not be exact either.
-    for name, value in {"REFERENCE_TOLERANCE": 1e-2, "LIKELIHOOD_TOLERANCE": 1e-2, "NUM_DRAWS": 2}.items():
+    for name, value in {"REFERENCE_TOLERANCE": 1e-2, "LIKELIHOOD_TOLERANCE": 1e-2}.items():
         monkeypatch.setattr(pieces, name, value)
     monkeypatch.setattr(pieces.sample, "__defaults__", (1, 1e-2))
     stages = pieces.all_pieces(tmp_path, [0], TINY)
