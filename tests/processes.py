@@ -79,6 +79,18 @@ def run_processes(
     Run a script, in processes that work together as those of `accelerate launch` do: in a folder, with `more`
     variables, after `prepare`, such as the work of a `sitecustomize`.
     """
+    return run_tasks(make_tasks(file, line, num_processes, prepare, folder, **more))
+
+
+def make_tasks(
+    file: Path,
+    line: Sequence[object],
+    num_processes: int,
+    prepare: Callable[[], None] | None = None,
+    folder: Path | None = None,
+    **more: str,
+) -> list[Task]:
+    """Tasks of processes that work together, for the server, which is started."""
     server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -88,7 +100,7 @@ def run_processes(
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables |= {"WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
         tasks.append(Task(words, {**more, **(variables if num_processes > 1 else {})}, folder, prepare))
-    return run_tasks(tasks)
+    return tasks
 
 
 def run_tasks(tasks: Sequence[Task]) -> list[Ended]:

@@ -20,7 +20,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
-from processes import Task, run_task, server
+from processes import Task, make_tasks, run_task, server
 from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES
 from training_runs import (
@@ -331,6 +331,34 @@ def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_pa
         engines.check_threads(written.read_text())
     assert damage(output_dir / f"checkpoint-{steps[0]}") is None
     assert not (output_dir / "model_index.json").exists()
+
+
+def test_a_signal_to_one_process_stops_all_after_one_step(folder: Path, data: Path, tmp_path: Path) -> None:
+    output_dir = tmp_path / "run"
+    options = {"train_batch_size": 4, "max_train_steps": 100_000, "lr_scheduler": "constant"}
+    processes = []
+    for rank, task in enumerate(make_tasks(SCRIPT, command_line(folder, data, output_dir, **options), 2)):
+        place = tmp_path / str(rank)
+        place.mkdir()
+        processes.append(server().Process(target=run_task, args=(task, place)))
+    try:
+        for process in processes:
+            process.start()
+        end = time.monotonic() + 120
+        while not (output_dir / "log.jsonl").exists() or len(read_log(output_dir, "loss")) < 3:
+            assert [process.exitcode for process in processes] == [None, None]
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        processes[1].terminate()
+        for process in processes:
+            process.join(60)
+        assert [process.exitcode for process in processes] == [128 + signal.SIGTERM] * 2
+    finally:
+        for process in processes:
+            process.kill()
+    (checkpoint,) = output_dir.glob("checkpoint-*")
+    assert f"after step {checkpoint.name.split('-')[1]}." in (tmp_path / "0" / "stderr").read_text()
+    assert damage(checkpoint) is None
 
 
 # What is refused
