@@ -156,6 +156,7 @@ def main(args: ScriptArguments) -> None:
         return average_velocity(predict, path, prediction_type, timestep_scale)
 
     u = velocity_of(model)
+    local = u if args.dry_run else velocity_of(run.accelerator.unwrap_model(model))
     flow = velocity_of(frozen) if frozen is not None and args.flow_teacher else u
 
     def averaged(*arguments: torch.Tensor) -> torch.Tensor:
@@ -187,10 +188,18 @@ def main(args: ScriptArguments) -> None:
         for step in run.steps():
             map_step = step - args.flow_steps
             if frozen is not None and step in stages and not args.dry_run:
-                frozen.load_state_dict(run.accelerator.unwrap_model(model).state_dict())
+                frozen.load_state_dict(run.accelerator.unwrap_model(model, keep_torch_compile=False).state_dict())
             if not args.dry_run and frozen is not None and step >= run.max_train_steps - args.matching_steps:
                 matching = matching or begin_moment_matching(
-                    args, frozen, velocity_of, path, train_data, encode, pipeline.null_class, label_dropout, device
+                    args,
+                    frozen,
+                    velocity_of,
+                    pipeline.scheduler,
+                    train_data,
+                    encode,
+                    pipeline.null_class,
+                    label_dropout,
+                    device,
                 )
             elif not args.dry_run and map_step >= 0 and args.num_trajectories and trajectories is None:
                 trajectories = draw_trajectories(args, pipeline, path, field, label_dropout, device)
@@ -198,7 +207,7 @@ def main(args: ScriptArguments) -> None:
             for part, batch in run.parts(step):
                 with run.accelerator.accumulate(model):
                     if matching is not None:
-                        run.backward(*matching.losses(part, u))
+                        run.backward(*matching.losses(part, u, local))
                         continue
                     data = latents_of_batch(pipeline, batch, device, part)
                     labels = batch.get("labels")

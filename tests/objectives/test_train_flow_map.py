@@ -162,7 +162,7 @@ def test_training_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: P
     [
         {},
         {"num_trajectories": 20, "flow_teacher": True, "flow_steps": 1, "use_ema": True},
-        {"matching_steps": 4, "matching_group": 4, "matching_groups": 2},
+        {"matching_steps": 4, "matching_group": 4, "matching_groups": 2, "matching_calls": 2},
     ],
     ids=["own", "teacher", "matching"],
 )
@@ -194,6 +194,7 @@ def test_two_processes_are_one(kind: dict, folder: Path, data: Path, tmp_path: P
         {"matching_steps": 2},
         {"matching_steps": 2, "matching_group": 4},
         {"matching_steps": 2, "matching_groups": 2},
+        {"matching_steps": 2, "matching_calls": 2},
         {"matching_steps": 2, "matching_rate": 1.0},
         {"matching_steps": 2, "matching_weight": 1.0},
         {"ema_teacher": True},
@@ -324,9 +325,10 @@ def test_trajectories_are_those_of_the_map(path: ConditionalPath) -> None:
     assert torch.equal(wrong < 1e-9, r == t)
 
 
-@pytest.mark.parametrize("path", [OTPath(), VPPath()], ids=["ot", "vp"])
-def test_matching_is_least_for_a_map_that_draws_data_of_the_label(path: ConditionalPath) -> None:
-    pipeline = FlowMatchPipeline(FlowMatchScheduler(), transformer=tiny_dit(in_channels=1, num_layers=2))
+@pytest.mark.parametrize("name", ["ot", "vp"])
+def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str) -> None:
+    pipeline = FlowMatchPipeline(FlowMatchScheduler(path=name), transformer=tiny_dit(in_channels=1, num_layers=2))
+    path = pipeline.scheduler.path
     words = {"pretrained_model_name_or_path": "x", "dataset_name": "x", "max_train_steps": 4}
     args = script.ScriptArguments(**words, matching_steps=4, matching_group=32, matching_groups=2)
     choose_flow_map(pipeline, args, 0)
@@ -339,7 +341,7 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(path: Conditio
     # Two classes of grey images, a dark and a light one.
     labels = torch.arange(40) % 2
     data = (labels - 0.5)[:, None, None, None] + 0.1 * torch.randn(40, 1, 8, 8, generator=generator)
-    made = (args, before, velocity_of, path, data, labels, pipeline.null_class, 0.0, torch.device("cpu"))
+    made = (args, before, velocity_of, pipeline.scheduler, data, labels, pipeline.null_class, 0.0, torch.device("cpu"))
     matching = MomentMatching(*made)
     part = BatchSlice(0, 4, 0, 8, 8)
 
@@ -353,15 +355,35 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(path: Conditio
 
         return u
 
-    start, right = matching.losses(part, draws(1.0, 0.1))
+    start, right = matching.losses(part, *[draws(1.0, 0.1)] * 2)
     assert right.shape == (64,)
-    assert torch.equal(start, path.time_at(torch.full((64,), path.ratio_max, dtype=torch.float64)))
+    torch.testing.assert_close(start, path.time_at(torch.full((64,), path.ratio_max, dtype=torch.float64)))
     for wrong in (draws(-1.0, 0.1), draws(1.0, 0.0), draws(1.0, 0.3), draws(0.7, 0.1)):
-        assert matching.losses(part, wrong)[1].mean() > right.mean() + 0.5
+        assert matching.losses(part, wrong, wrong)[1].mean() > right.mean() + 0.5
+    # Of sets that are drawn in two calls the second one learns, from where the map itself comes to with the first.
+    two = MomentMatching(dataclasses.replace(args, matching_calls=2), *made[1:])
+    calls = []
+
+    def halves(x: torch.Tensor, r: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        calls.append((x, r, t))
+        return torch.where(lift(r, x) > path.ratio_min, 0.5 * x, draws(1.0, 0.1)(x, r, t, labels))
+
+    times, losses = two.losses(part, halves, halves)
+    (noise, middle, first), (x, r, t) = calls
+    torch.testing.assert_close(times, path.time_at(t))
+    torch.testing.assert_close(t[32:], middle)
+    torch.testing.assert_close(t, torch.cat([first, middle]))
+    torch.testing.assert_close(middle, (first + path.ratio_min) / 2)
+    assert (r == path.ratio_min).all()
+    torch.testing.assert_close(x[32:], noise - 0.5 * lift(first - middle, noise).to(noise) * noise)
+    torch.testing.assert_close(noise.std(), noise.new_tensor(path.ratio_max), rtol=0.1, atol=0)
+    assert losses.shape == (64,)
+    # The next step has them the other way round.
+    assert torch.equal(two.losses(BatchSlice(0, 5, 0, 8, 8), halves, halves)[0], times.flip(0))
     # The map as it was is at no distance from itself: all of its loss is of the comparison, with a weight.
     twice = MomentMatching(dataclasses.replace(args, matching_weight=24.0), *made[1:])
     same = velocity_of(before)
-    torch.testing.assert_close(twice.losses(part, same)[1], 2 * matching.losses(part, same)[1])
+    torch.testing.assert_close(twice.losses(part, same, same)[1], 2 * matching.losses(part, same, same)[1])
 
 
 def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:

@@ -66,16 +66,28 @@ def test_adamw_takes_what_it_is_given() -> None:
 
 
 def test_a_schedule_begins_anew() -> None:
-    """Two cosines with a warm-up each, of 6 and of 4 steps."""
-    optimizer = make_optimizer([torch.nn.Parameter(torch.ones(1))], 0.5)
-    schedule = make_lr_scheduler(optimizer, 10, {6: 1.0}, "cosine", num_warmup_steps=2, num_cycles=1, power=1.0)
-    rates = []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    cosine = [0.5 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
-    assert rates == pytest.approx([0.0, 0.25, *cosine, 0.0, 0.25, *cosine[::2]])
+    """Two cosines with a warm-up each, of 6 and of 20 steps."""
+
+    def rates_of(num_steps: int, restarts: dict[int, float], warmup: int = 2) -> list[float]:
+        optimizer = make_optimizer([torch.nn.Parameter(torch.ones(1))], 0.5)
+        schedule = make_lr_scheduler(optimizer, num_steps, restarts, "cosine", warmup, num_cycles=1, power=1.0)
+        rates = []
+        for _ in range(num_steps):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return rates
+
+    def cosine(num_steps: int) -> list[float]:
+        return [0.5 * 0.5 * (1 + math.cos(math.pi * k / num_steps)) for k in range(num_steps)]
+
+    rates = rates_of(26, {6: 1.0})
+    assert rates == pytest.approx([0.0, 0.25, *cosine(4), 0.0, 0.25, *cosine(18)])
+    # Of a longer warm-up there is a tenth of the steps that follow, and all of it at the start of a run.
+    assert rates_of(26, {6: 1.0}, 4)[6:] == pytest.approx(rates[6:])
+    assert rates_of(26, {6: 1.0}, 4)[:4] == pytest.approx([0.0, 0.125, 0.25, 0.375])
+    # A run that begins where another ended.
+    assert rates_of(20, {0: 0.1}, 4) == pytest.approx([0.1 * rate for rate in rates[6:]])
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -257,6 +257,13 @@ def as_map(hidden: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return hidden.transpose(1, 2).unflatten(2, (rows, columns))
 
 
+def hidden_states(output: Any) -> torch.Tensor:
+    """Hidden states of the image in a block's output: of several tensors the last, after those of the text."""
+    if isinstance(output, torch.Tensor):
+        return output
+    return [each for each in output if isinstance(each, torch.Tensor)][-1]
+
+
 class Kept:
     """Hidden states after a block in the last call of the network, and the hook that keeps them."""
 
@@ -269,10 +276,7 @@ class Kept:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The hidden states of the image: of several tensors the last, after those of the text."""
-        if isinstance(self.output, torch.Tensor):
-            return self.output
-        return [each for each in self.output if isinstance(each, torch.Tensor)][-1]
+        return hidden_states(self.output)
 
 
 class ProjectedBlock(Auxiliary):

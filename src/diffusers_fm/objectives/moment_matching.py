@@ -7,15 +7,17 @@ from typing import Annotated, Any
 
 import torch
 from diffusers.utils.torch_utils import unwrap_module
+from torch import nn
 
 from ..arguments import Arguments, Count, Positive, Range, Size, option
 from ..data.loading import TrainingData, num_in_memory, read_samples, rows_by_label
 from ..data.randomness import BatchSlice
 from ..flow_maps import AverageVelocity, moment_matching_losses
-from ..paths import ConditionalPath, lift
+from ..paths import lift
 from ..precision import to_float64
+from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.arguments import TrainingArguments
-from .auxiliary import Kept, choose_block
+from .auxiliary import choose_block, hidden_states
 from .flow_maps import IntervalModel, huber_losses
 
 
@@ -27,17 +29,39 @@ MAX_REAL = 512
 FEATURE_TIME = 0.1
 
 
+class Reached(Exception):
+    """End of a call at the block whose output is asked for."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
+
+
+def reach(block: nn.Module, args: Any, output: Any) -> None:
+    """Hook of a block that ends the call of the network."""
+    raise Reached(output)
+
+
+def call_times(scheduler: FlowMatchScheduler, calls: int) -> list[float]:
+    """Straight times of a scheduler's calls, from noise to data, and their end."""
+    scheduler = scheduler.with_settings()
+    scheduler.set_timesteps(calls)
+    return scheduler.sigmas.double().clamp(scheduler.path.ratio_min, scheduler.path.ratio_max).tolist()
+
+
 @dataclass(frozen=True, kw_only=True)
 class MomentMatchingArguments(Arguments):
-    """Last steps, in which what the map draws in one call is compared with data."""
+    """Last steps, in which what the map draws is compared with data."""
 
     _argument_group_name = "moment matching"
 
     matching_steps: Size = option(
         0,
-        "Last steps, in which samples that the map draws in one call are compared with data as sets; training begins"
-        " anew with them.",
+        "Last steps, in which samples that the map draws are compared with data as sets; training begins anew with"
+        " them.",
         source="arXiv 2503.07565",
+    )
+    matching_calls: Count = option(
+        1, "Sets in turn are drawn in 1 to this many calls, each of which the last one learns."
     )
     matching_groups: Count = option(4, "Sets in a step of a process, in place of its batch: each of one class.")
     matching_group: Annotated[Count, Range(2)] = option(64, "Samples of a set.")
@@ -58,7 +82,7 @@ class MomentMatchingArguments(Arguments):
 
 class MomentMatching:
     """
-    Comparison of what a flow map draws in one step, from noise to data, with the data of a label.
+    Comparison of what a flow map draws in a few calls, the last of which learns, with the data of a label.
 
     Both are compared as they are and by the features that the map's own flow has of them: hidden states in the middle
     of the network, a UNet's middle block, their mean over the image. Beside it the map is held to what it was before.
@@ -70,8 +94,8 @@ class MomentMatching:
             The map as it was, frozen.
         average_velocity (`Callable`):
             Makes the average velocity of a model.
-        path ([`ConditionalPath`]):
-            The path.
+        scheduler ([`FlowMatchScheduler`]):
+            Scheduler of the pipeline: the path, and the times of its calls.
         data (`torch.Tensor` of shape `(num_samples, ...)`):
             Data as the flow sees them, on the CPU.
         labels (`torch.Tensor` of shape `(num_samples,)`, *optional*):
@@ -92,17 +116,18 @@ class MomentMatching:
         args: Any,
         before: IntervalModel,
         average_velocity: Callable[[IntervalModel], AverageVelocity],
-        path: ConditionalPath,
+        scheduler: FlowMatchScheduler,
         data: torch.Tensor,
         labels: torch.Tensor | None,
         null_class: int | None,
         label_dropout: float,
         device: torch.device,
     ) -> None:
-        self._args, self._path, self._before, self._device = args, path, average_velocity(before), device
+        self._args, self._path, self._before, self._device = args, scheduler.path, average_velocity(before), device
+        self._grids = [call_times(scheduler, calls) for calls in range(1, args.matching_calls + 1)]
         network = unwrap_module(before.denoiser)
         middle = getattr(network, "mid_block", None)
-        self._kept = Kept(choose_block(network, None, 0.5, "matching_steps")[1] if middle is None else middle)
+        self._block = choose_block(network, None, 0.5, "matching_steps")[1] if middle is None else middle
         self._in_order = [None] * len(data) if labels is None else sorted(labels.tolist())
         self._null_class = null_class if labels is not None and label_dropout else None
         self._data, self._dropout = data, label_dropout
@@ -115,9 +140,14 @@ class MomentMatching:
                 for label, rows in self._rows.items()
             }
 
-    def losses(self, part: BatchSlice, u: AverageVelocity) -> tuple[torch.Tensor, torch.Tensor]:
+    def losses(
+        self, part: BatchSlice, u: AverageVelocity, local: AverageVelocity
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Loss of each sample in the groups of a part of a step, all groups in one call of the map.
+
+        `local` is the map without the wrapper of an engine, in which all processes make the same calls: it makes the
+        calls before the last, which are as many as the groups of a process need.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: the path's times at which the samples start, and losses, both of shape
@@ -128,10 +158,12 @@ class MomentMatching:
         number, parts = part.offset // part.size, part.total // part.size
         groups = BatchSlice(part.seed, part.step, number * count, count, parts * count)
         labels = self._draw_labels(groups)
-        noise = groups.normal("moment matching", (size, *self._data.shape[1:]), device).flatten(0, 1)
-        t = torch.full((len(noise),), path.ratio_max, dtype=torch.float64)
-        x, r = path.ratio_max * noise, torch.full_like(t, path.ratio_min)
+        noise = groups.normal("moment matching", (size, *self._data.shape[1:]), device)
+        grids = [self._grids[(group + part.step) % len(self._grids)] for group in range(groups.offset, groups.offset + count)]
         conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
+        x = self._start(local, path.ratio_max * noise, grids, labels)
+        t = torch.tensor([grid[-2] for grid in grids], dtype=torch.float64).repeat_interleave(size)
+        r = torch.full_like(t, path.ratio_min)
         with torch.no_grad():
             held = self._before(x, r, t, *conditions)
         average = u(x, r, t, *conditions).float()
@@ -148,6 +180,19 @@ class MomentMatching:
             )
         return path.time_at(t), losses + args.matching_weight * torch.cat(compared)
 
+    @torch.no_grad()
+    def _start(
+        self, local: AverageVelocity, noise: torch.Tensor, grids: list[list[float]], labels: list[int | None]
+    ) -> torch.Tensor:
+        """Where the last calls of groups start, from their noise of shape `(matching_groups, matching_group, ...)`."""
+        starts = []
+        for x, grid, label in zip(noise, grids, labels):
+            for start, end in zip(grid[:-2], grid[1:-1]):
+                t, r = (torch.full((len(x),), time, dtype=torch.float64) for time in (start, end))
+                x = x - (start - end) * local(x, r, t, *self._conditions(label, len(x)))
+            starts.append(x)
+        return torch.cat(starts)
+
     def _draw_labels(self, groups: BatchSlice) -> list[int | None]:
         """Labels of groups, spread evenly over the data, of which some are dropped."""
         strata = torch.arange(groups.offset, groups.offset + groups.size) + to_float64(groups.uniform("group"))
@@ -162,12 +207,18 @@ class MomentMatching:
         return [] if label is None else [torch.full((size,), label, device=self._device)]
 
     def _features(self, samples: torch.Tensor, label: int | None) -> torch.Tensor:
-        """Features of samples, `(num_samples, channels)`."""
+        """Features of samples, `(num_samples, channels)`; no block after theirs is called."""
         time = torch.full((len(samples),), FEATURE_TIME, dtype=torch.float64)
-        self._before(samples, time, time, *self._conditions(label, len(samples)))
-        hidden = self._kept.hidden
-        # Of tokens, or of a map.
-        return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
+        hook = self._block.register_forward_hook(reach)
+        try:
+            self._before(samples, time, time, *self._conditions(label, len(samples)))
+        except Reached as reached:
+            hidden = hidden_states(reached.output)
+            # Of tokens, or of a map.
+            return hidden.mean(1) if hidden.ndim == 3 else hidden.flatten(2).mean(2)
+        finally:
+            hook.remove()
+        raise AssertionError("The network has a block that it does not call.")
 
 
 def restarts(args: Any) -> dict[int, float]:
@@ -180,7 +231,7 @@ def begin_moment_matching(
     args: Any,
     before: IntervalModel,
     average_velocity: Callable[[IntervalModel], AverageVelocity],
-    path: ConditionalPath,
+    scheduler: FlowMatchScheduler,
     data: TrainingData,
     encode: Callable[[dict[str, Any]], torch.Tensor],
     null_class: int | None,
@@ -190,4 +241,4 @@ def begin_moment_matching(
     """[`MomentMatching`] with the data of a run, or as many of them as are kept; `encode(batch)` are a batch's."""
     count = min(MAX_SAMPLES, num_in_memory(data, encode))
     samples = read_samples(data, lambda batch: encode(batch).cpu(), count, args.eval_batch_size)
-    return MomentMatching(args, before, average_velocity, path, *samples, null_class, label_dropout, device)
+    return MomentMatching(args, before, average_velocity, scheduler, *samples, null_class, label_dropout, device)
