@@ -40,6 +40,7 @@ from diffusers_fm.data.latents import latents_of_batch
 from diffusers_fm.data.loading import load_data
 from diffusers_fm.flow_maps import AverageVelocity, average_velocity
 from diffusers_fm.objectives.flow_maps import (
+    CallArguments,
     FlowMapArguments,
     IntervalModel,
     TrajectoryArguments,
@@ -65,6 +66,7 @@ from diffusers_fm.training.validation import validate_pipeline
 class ScriptArguments(
     TrainingArguments,
     FlowMapArguments,
+    CallArguments,
     TrajectoryArguments,
     MomentMatchingArguments,
     LatentArguments,
@@ -99,7 +101,7 @@ def main(args: ScriptArguments) -> None:
     guidance = args.learned_guidance_scale
     if guidance != 1.0 and pipeline.null_class is None:
         raise ValueError(f"--learned_guidance_scale {guidance:g} needs a model with classes and a null class.")
-    choose_flow_map(pipeline, args, run.seed)
+    choose_flow_map(pipeline, args, run.seed, shift)
 
     # 2. Data
     train_data, held_out_data = load_data(run.accelerator, args, pipeline, resolution, run.output_dir)

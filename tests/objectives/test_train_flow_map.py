@@ -29,8 +29,10 @@ from diffusers_fm.data.randomness import BatchSlice
 from diffusers_fm.flow_maps import OBJECTIVES, AverageVelocity, average_velocity
 from diffusers_fm.models.interval import IntervalConditioning
 from diffusers_fm.objectives.flow_maps import IntervalModel, Trajectories, choose_flow_map, draw_intervals
+from diffusers_fm.objectives.flow_matching import choose_shift
 from diffusers_fm.objectives.moment_matching import MomentMatching
 from diffusers_fm.paths import ConditionalPath, OTPath, VPPath, lift
+from diffusers_fm.timesteps import shift_time
 from diffusers_fm.training.checkpoints import MODEL_FILE
 
 
@@ -62,7 +64,7 @@ def test_a_run_leaves_a_pipeline_that_samples_in_its_own_calls(folder: Path, dat
     pipeline = load(output_dir)
     config = pipeline.scheduler.config
     assert config.solver == "flow_map"
-    assert config.flow_map == {"first_block": 2, "num_inference_steps": 3, "guidance_scale": 1.0}
+    assert config.flow_map == {"first_block": 2, "num_inference_steps": 3, "guidance_scale": 1.0, "flow_shift": 1.0}
     assert (output_dir / "grid.png").is_file()
     options = {"class_labels": [0, 1], "output_type": "np"}
     output = pipeline(**options, generator=torch.Generator().manual_seed(0))
@@ -331,7 +333,7 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str) -> 
     path = pipeline.scheduler.path
     words = {"pretrained_model_name_or_path": "x", "dataset_name": "x", "max_train_steps": 4}
     args = script.ScriptArguments(**words, matching_steps=4, matching_group=32, matching_groups=2)
-    choose_flow_map(pipeline, args, 0)
+    choose_flow_map(pipeline, args, 0, 1.0)
     before = IntervalModel(pipeline).requires_grad_(False).eval()
 
     def velocity_of(model: IntervalModel) -> AverageVelocity:
@@ -373,7 +375,8 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str) -> 
     torch.testing.assert_close(times, path.time_at(t))
     torch.testing.assert_close(t[32:], middle)
     torch.testing.assert_close(t, torch.cat([first, middle]))
-    torch.testing.assert_close(middle, (first + path.ratio_min) / 2)
+    # The grid is the scheduler's: equal steps, shifted by a half.
+    torch.testing.assert_close(middle, shift_time((first + path.ratio_min) / 2, 0.5))
     assert (r == path.ratio_min).all()
     torch.testing.assert_close(x[32:], noise - 0.5 * lift(first - middle, noise).to(noise) * noise)
     torch.testing.assert_close(noise.std(), noise.new_tensor(path.ratio_max), rtol=0.1, atol=0)
@@ -391,4 +394,17 @@ def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp
     second = train(first, data, tmp_path / "second")
     pipeline = DiffusionPipeline.from_pretrained(second)
     assert pipeline.scheduler.config.flow_map["first_block"] == 1
+    # Calls are shifted towards data, its flow and what trains it on are not.
+    for run in (first, second):
+        scheduler = FlowMatchScheduler.from_pretrained(run, subfolder="scheduler")
+        scheduler.set_timesteps(2)
+        torch.testing.assert_close(scheduler.sigmas, torch.tensor([1.0, 1 / 3, 0.0]))
+        assert choose_shift(load(run), None) == 1.0
+        assert scheduler.with_settings(solver="euler").config.shift == 1.0
+        assert scheduler.with_settings(solver="euler", shift=2.0).config.shift == 2.0
+    shifted = train(folder, data, tmp_path / "shifted", shift=3.0, sampling_shift=1.0)
+    scheduler = FlowMatchScheduler.from_pretrained(shifted, subfolder="scheduler")
+    assert (scheduler.config.shift, choose_shift(load(shifted), None)) == (1.0, 3.0)
+    scheduler.set_shift(2.0)
+    assert scheduler.with_settings(solver="heun").config.shift == 3.0
     assert IntervalConditioning.of(pipeline.transformer) is None

@@ -194,6 +194,7 @@ def test_purposes_that_need_a_flow_are_refused() -> None:
         ({"invert_sigmas": True}, "needs a time that falls from noise to data"),
         ({"flow_map": {"calls": 3}}, r"`flow_map` must be a dictionary with keys among .* got \{'calls': 3\}"),
         ({"flow_map": {"first_block": 0}}, "`first_block` of `flow_map` must be an integer of at least 1, got 0"),
+        ({"flow_map": {"flow_shift": 0}}, "`flow_shift` of `flow_map` must be a number above 0, got 0"),
         ({"flow_map": {"guidance_scale": 0.0}}, "`guidance_scale` of `flow_map` must be a number above 0, got 0.0"),
     ],
 )

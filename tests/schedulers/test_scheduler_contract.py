@@ -259,6 +259,16 @@ def test_trailing_spends_no_step_on_the_last_thousandth() -> None:
     assert scheduler.timesteps.tolist() == [1000.0, 750.0, 500.0, 250.0]
 
 
+@pytest.mark.parametrize("shift", [0.5, 2.0])
+@pytest.mark.parametrize("path", ["ot", "vp", "ve", "cosine"])
+def test_a_shifted_loop_begins_in_the_noise_of_the_path(path: str, shift: float) -> None:
+    scheduler = FlowMatchScheduler(path=path, shift=shift, timestep_spacing="trailing", sampling_path="ot")
+    scheduler.set_timesteps(4)
+    assert scheduler.sigmas[0].item() == pytest.approx(scheduler.path.ratio_max, rel=1e-6)
+    equal = torch.linspace(scheduler.path.ratio_max, scheduler.path.ratio_min, 5)[1:4]
+    torch.testing.assert_close(scheduler.sigmas[1:4], shift * equal / (1 + (shift - 1) * equal))
+
+
 def test_trailing_is_shifted_once() -> None:
     scheduler = FlowMatchScheduler(shift=3.0)
     scheduler.set_timesteps(4)

@@ -93,6 +93,17 @@ class FlowMapArguments(Arguments):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CallArguments(Arguments):
+    """Times of the calls in which a flow map samples."""
+
+    _argument_group_name = "calls"
+
+    sampling_shift: Positive = option(
+        0.5, "Shift of the times of the calls; with 1 they are equal steps, below it they are finer towards data."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryArguments(Arguments):
     """Trajectories of the flow from which its map learns, and the steps that train this flow first."""
 
@@ -153,8 +164,8 @@ class IntervalModel(TrainableModel):
             conditioning.end = kept
 
 
-def choose_flow_map(pipeline: FlowMatchPipelineBase, args: FlowMapArguments, seed: int) -> None:
-    """Condition the pipeline's network on the end of a step, and have its scheduler say so."""
+def choose_flow_map(pipeline: FlowMatchPipelineBase, args: Any, seed: int, flow_shift: float) -> None:
+    """Condition the pipeline's network on the end of a step, and have its scheduler say so, and lay out its calls."""
     network = unwrap_module(pipeline.denoiser)
     if isinstance(network, UNet2DModel) and pipeline.interval_embedding is None:
         if args.first_block is not None:
@@ -163,7 +174,9 @@ def choose_flow_map(pipeline: FlowMatchPipelineBase, args: FlowMapArguments, see
             torch.default_generator.manual_seed(seed)
             embedding = IntervalEmbedding(network.get_submodule("time_embedding").linear_2.out_features)
         pipeline.register_modules(interval_embedding=embedding.to(network.device))
-    pipeline.scheduler = set_flow_map(args, network, pipeline.scheduler, pipeline.interval_embedding)
+    scheduler = set_flow_map(args, network, pipeline.scheduler, pipeline.interval_embedding)
+    flow_map = {**scheduler.config.flow_map, "flow_shift": flow_shift}
+    pipeline.scheduler = scheduler.with_settings(shift=args.sampling_shift, flow_map=flow_map)
 
 
 def set_flow_map(

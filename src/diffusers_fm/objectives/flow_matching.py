@@ -49,7 +49,7 @@ class TrainableModel(nn.Module):
 def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dimension: int | None = None) -> float:
     """
     Shift of the training times: the one given, or by [`~timesteps.dimension_shift`], which the pipeline's scheduler
-    takes over; or the scheduler's own. Steps that were fitted to the network before this training are dropped: they
+    takes over; or the scheduler's own, of a flow map that of its flow. Steps that were fitted to the network before this training are dropped: they
     have a grid that is not shifted.
 
     Raises:
@@ -65,7 +65,7 @@ def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dime
     if shift is None:
         if config.use_dynamic_shifting:
             raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
-        return config.shift
+        return (config.flow_map or {}).get("flow_shift", config.shift)
     pipeline.scheduler = pipeline.scheduler.with_settings(shift=shift, use_dynamic_shifting=False)
     return shift
 

@@ -126,7 +126,7 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         flow_map (`dict`, *optional*):
             Of a network that is conditioned on the end of its step: `first_block`, the first block of a transformer
             that gets it; `num_inference_steps`, the number of calls that it draws best in; `guidance_scale`, the
-            guidance that it has learned.
+            guidance that it has learned; `flow_shift`, the shift of its flow, which other solvers and trainings take.
         default_num_inference_steps (`int`, *optional*):
             Number of steps that pipelines of this package make if none is given; 50 if it is `None`. It belongs to
             the solver, as [`~schedulers.recommendation.recommend`] finds both.
@@ -251,10 +251,10 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
         path_class = translated.pop("_path_class", None)
         if path_class is not None and "path" not in kwargs:
             check_path_class(translated["path"], path_class)
-        if "shift" in kwargs:
-            translated.pop("_linspace_shift", None)
         defaults = {name: parameter.default for name, parameter in known.items()}
         kwargs = leaving_settings(defaults | translated, kwargs) | kwargs
+        if "shift" in kwargs:
+            translated.pop("_linspace_shift", None)
         built: Any = super().from_config(translated, return_unused_kwargs=True, **kwargs)
         scheduler, unused = built
         foreign = {k: v for k, v in config.items() if k not in scheduler.config and not k.startswith("_")}
@@ -269,7 +269,8 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
 
         Settings that belong to the solver leave with it, unless `changes` has them: a calibration, `clip_sample`,
         `eta`, `stochastic_sampling` and `s_churn` where the new solver has no use for them, and coordinates that it
-        does not work in. With `default_num_inference_steps` the coordinates and the grid leave that it was found for.
+        does not work in. With `default_num_inference_steps` the coordinates and the grid leave that it was found for,
+        and the shift of a flow map gives way to that of its flow.
 
         Args:
             changes: Settings of the scheduler, such as `solver="heun"`.

@@ -44,7 +44,7 @@ BY_ESTIMATES = ("stochastic_sampling", "clip_sample", "eta")
 STRAIGHT_ONLY = ("dpmpp_2m", "flow_map")
 # What builds the path.
 PATH_SETTINGS = frozenset(("path", "path_kwargs", "num_train_timesteps"))
-FLOW_MAP = ("first_block", "num_inference_steps", "guidance_scale")
+FLOW_MAP = ("first_block", "num_inference_steps", "guidance_scale", "flow_shift")
 GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 FLAGS = ("use_dynamic_shifting", "invert_sigmas", "stochastic_sampling", "clip_sample", *GRIDS)
 GRID_CHANGES = ("use_dynamic_shifting", "shift_terminal", *GRIDS)
@@ -66,9 +66,10 @@ def check_flow_map(flow_map: Any) -> None:
         value = flow_map.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"`{name}` of `flow_map` must be an integer of at least 1, got {value!r}.")
-    scale = flow_map.get("guidance_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
-        raise ValueError(f"`guidance_scale` of `flow_map` must be a number above 0, got {scale!r}.")
+    for name in ("guidance_scale", "flow_shift"):
+        value = flow_map.get(name, 1.0)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"`{name}` of `flow_map` must be a number above 0, got {value!r}.")
 
 
 def check_default_steps(steps: Any, calibration: Mapping[str, Any]) -> None:
@@ -102,6 +103,8 @@ def leaving_settings(config: Mapping[str, Any], changes: Mapping[str, Any]) -> d
         return {}
     if now["solver"] != "calibrated":
         leaving["calibration"] = None
+    if config["solver"] == "flow_map":
+        leaving["shift"] = (config["flow_map"] or {}).get("flow_shift", config["shift"])
     if (now["solver"], now["sampling_path"]) != ("euler", "ot"):
         leaving |= {"stochastic_sampling": False, "clip_sample": False, "eta": 0.0}
     if now["solver"] not in RUNGE_KUTTA or by_estimates:
