@@ -49,8 +49,8 @@ class TrainableModel(nn.Module):
 def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dimension: int | None = None) -> float:
     """
     Shift of the training times: the one given, or by [`~timesteps.dimension_shift`], which the pipeline's scheduler
-    takes over; or the scheduler's own, of a flow map that of its flow. Steps that were fitted to the network before this training are dropped: they
-    have a grid that is not shifted.
+    takes over; or the scheduler's own, of a flow map that of its flow. Steps that were fitted to the network before
+    this training are dropped: they have a grid that is not shifted.
 
     Raises:
         ValueError: if the scheduler's shift depends on the image, or its time runs from noise to data.

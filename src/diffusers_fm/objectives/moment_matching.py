@@ -159,7 +159,8 @@ class MomentMatching:
         groups = BatchSlice(part.seed, part.step, number * count, count, parts * count)
         labels = self._draw_labels(groups)
         noise = groups.normal("moment matching", (size, *self._data.shape[1:]), device)
-        grids = [self._grids[(group + part.step) % len(self._grids)] for group in range(groups.offset, groups.offset + count)]
+        numbers = range(groups.offset, groups.offset + count)
+        grids = [self._grids[(number + part.step) % len(self._grids)] for number in numbers]
         conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
         x = self._start(local, path.ratio_max * noise, grids, labels)
         t = torch.tensor([grid[-2] for grid in grids], dtype=torch.float64).repeat_interleave(size)
