@@ -45,7 +45,7 @@ def call_times(scheduler: FlowMatchScheduler, calls: int) -> list[float]:
     """Straight times of a scheduler's calls, from noise to data, and their end."""
     scheduler = scheduler.with_settings()
     scheduler.set_timesteps(calls)
-    return scheduler.sigmas.double().clamp(scheduler.path.ratio_min, scheduler.path.ratio_max).tolist()
+    return to_float64(scheduler.sigmas).clamp(scheduler.path.ratio_min, scheduler.path.ratio_max).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)

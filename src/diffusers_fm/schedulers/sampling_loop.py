@@ -169,11 +169,9 @@ class SamplingLoop(FlowMatchEulerDiscreteScheduler):
         else:
             ratios = self._spaced(num_inference_steps)
             if self._transforms_grid:
-                start = ratios[0]
-                ratios = self._shifted(None, ratios.tolist(), mu, None)
+                equal, ratios = ratios, self._shifted(None, ratios.tolist(), mu, None)
                 if not any(self.config[name] for name in GRIDS):
-                    # The noise of a path whose time ends before 1 stays where it is, also with a shift below 1.
-                    ratios[0] = torch.maximum(ratios[0], start)
+                    ratios[0] = torch.maximum(ratios[0], equal[0])  # noise before t = 1, with a shift below 1
         plan = self._plan()
         end = 0.0 if self.config.final_sigmas_type == "zero" else plan.path.ratio_min
         ratios = ratios.clamp(plan.path.ratio_min, plan.path.ratio_max)
