@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ForkServer
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -67,30 +68,18 @@ def stock_server() -> ForkServer:
     return server
 
 
-def run_processes(
+def make_tasks(
     file: Path,
     line: Sequence[object],
     num_processes: int = 1,
     prepare: Callable[[], None] | None = None,
     folder: Path | None = None,
     **more: str,
-) -> list[Ended]:
-    """
-    Run a script, in processes that work together as those of `accelerate launch` do: in a folder, with `more`
-    variables, after `prepare`, such as the work of a `sitecustomize`.
-    """
-    return run_tasks(make_tasks(file, line, num_processes, prepare, folder, **more))
-
-
-def make_tasks(
-    file: Path,
-    line: Sequence[object],
-    num_processes: int,
-    prepare: Callable[[], None] | None = None,
-    folder: Path | None = None,
-    **more: str,
 ) -> list[Task]:
-    """Tasks of processes that work together, for the server, which is started."""
+    """
+    Tasks of a script, whose processes work together as those of `accelerate launch` do: in a folder, with `more`
+    variables, after `prepare`, such as the work of a `sitecustomize`. Their server is started.
+    """
     server()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -131,17 +120,10 @@ def run_tasks(tasks: Sequence[Task]) -> list[Ended]:
         ]
 
 
-def check_processes(
-    file: Path,
-    line: Sequence[object],
-    num_processes: int = 1,
-    prepare: Callable[[], None] | None = None,
-    folder: Path | None = None,
-    **more: str,
-) -> list[Ended]:
-    """Run a script as [`run_processes`], in which no process may fail."""
-    ended = run_processes(file, line, num_processes, prepare, folder, **more)
-    assert [process.returncode for process in ended] == [0] * num_processes, ended[-1].stderr[-4000:]
+def check_processes(*task: Any, **more: Any) -> list[Ended]:
+    """Run the tasks of [`make_tasks`], in which no process may fail."""
+    ended = run_tasks(make_tasks(*task, **more))
+    assert [process.returncode for process in ended] == [0] * len(ended), ended[-1].stderr[-4000:]
     return ended
 
 

@@ -402,6 +402,9 @@ def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp
         assert choose_shift(load(run), None) == 1.0
         assert scheduler.with_settings(solver="euler").config.shift == 1.0
         assert scheduler.with_settings(solver="euler", shift=2.0).config.shift == 2.0
+        pipeline = load(run)
+        pipeline.scheduler = scheduler.with_settings(solver="euler", shift=2.0)
+        assert choose_shift(pipeline, None) == 2.0
     shifted = train(folder, data, tmp_path / "shifted", shift=3.0, sampling_shift=1.0)
     scheduler = FlowMatchScheduler.from_pretrained(shifted, subfolder="scheduler")
     assert (scheduler.config.shift, choose_shift(load(shifted), None)) == (1.0, 3.0)

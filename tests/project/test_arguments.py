@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
-from processes import run_processes
+from processes import make_tasks, run_tasks
 from training_runs import ROOT, load_script
 
 from diffusers_fm.arguments import (
@@ -212,7 +212,7 @@ def test_help_shows_groups_choices_and_defaults(file: Path) -> None:
 @pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.stem)
 def test_a_refused_script_ends_with_one_sentence(file: Path, tmp_path: Path) -> None:
     words = ["--pretrained_model_name_or_path=x", f"--output_dir={tmp_path / 'run'}", "--eval_batch_size=0"]
-    (ended,) = run_processes(file, words)
+    (ended,) = run_tasks(make_tasks(file, words))
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert ended.stderr.strip().splitlines()[-1] == f"{file.name}: --eval_batch_size must be at least 1, got 0."

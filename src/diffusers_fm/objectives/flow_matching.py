@@ -65,7 +65,7 @@ def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dime
     if shift is None:
         if config.use_dynamic_shifting:
             raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
-        return (config.flow_map or {}).get("flow_shift", config.shift)
+        return (config.flow_map or {}).get("flow_shift", config.shift) if config.solver == "flow_map" else config.shift
     pipeline.scheduler = pipeline.scheduler.with_settings(shift=shift, use_dynamic_shifting=False)
     return shift
 
