@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of all tests."""
 
+import own_home as own_home
+
+
+# isort: split
 import gc
 import multiprocessing
 from collections.abc import Iterator

@@ -84,13 +84,15 @@ class Judge:
         }
 
 
-def measure(run: Path, judge: Judge, accelerator: Accelerator) -> list[dict[str, Any]]:
+def measure(run: Path, widths: list[float], judge: Judge, accelerator: Accelerator) -> list[dict[str, Any]]:
     """
     A row of figures for each width.
 
     Args:
         run (`Path`):
             Output folder of a run.
+        widths (`list[float]`):
+            Widths of averages.
         judge ([`Judge`]):
             Of its samples.
         accelerator (`Accelerator`):
@@ -108,7 +110,7 @@ def measure(run: Path, judge: Judge, accelerator: Accelerator) -> list[dict[str,
     split = choose_split(load_splits(str(DIGITS)), "test")
     data = ImageData(split, ImageTransform(side, channels), label_column="label", num_classes=pipeline.num_classes)
     rows = []
-    for sigma_rel in WIDTHS:
+    for sigma_rel in widths:
         weights, profile_error = posthoc_ema(tracked, sigma_rel)
         model.load_state_dict(weights, strict=False)
         model.eval()
@@ -150,15 +152,16 @@ def draw(runs: dict[str, list[dict[str, Any]]], file: Path) -> None:
     plt.close(figure)
 
 
-def main(runs: list[Path], picture: Path, num_images: int) -> None:
+def main(runs: list[Path], widths: list[float], picture: Path, num_images: int) -> None:
     """Prints a row for each run and width, and draws them."""
     accelerator, judge = Accelerator(cpu=True), Judge(num_images)
-    draw({run.name: measure(run, judge, accelerator) for run in runs}, picture)
+    draw({run.name: measure(run, widths, judge, accelerator) for run in runs}, picture)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--widths", type=float, nargs="+", default=WIDTHS, help="Relative widths of the averages.")
     parser.add_argument("--picture", type=Path, default=Path("ema_width.png"))
     parser.add_argument("--num_images", type=int, default=1000)
     main(**vars(parser.parse_args()))

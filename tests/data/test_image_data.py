@@ -14,9 +14,11 @@ import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
+from safetensors import safe_open
 from sklearn.datasets import load_digits
 from training_runs import load_script, png
 
+from diffusers_fm.data import cache
 from diffusers_fm.data.images import ImageData
 from diffusers_fm.data.order import StreamSampler, make_loader
 from diffusers_fm.data.sources import choose_split, class_names, held_out_split_name, load_splits
@@ -391,7 +393,7 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
     first = ImageData(rows, transform, **options)
     alone = ImageData(rows, transform, max_unreadable=1, seed=3)
     expected = [alone[keys(6, epoch)] for epoch in range(2)]
-    shards = sorted((tmp_path / "decoded").glob("*.safetensors"))
+    shards = sorted((tmp_path / "decoded").rglob("*.safetensors"))
     assert len(shards) == (2 if buckets else 1)
     with monkeypatch.context() as patch:
         for name in ("image_size", "image_file"):
@@ -404,7 +406,7 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
                 found = data[keys(6, epoch)]
                 assert torch.equal(found["images"], batch["images"])
                 assert found.get("unreadable") == batch.get("unreadable")
-    assert sorted((tmp_path / "decoded").glob("*.safetensors")) == shards
+    assert sorted((tmp_path / "decoded").rglob("*.safetensors")) == shards
     # Another file, other settings: decoded anew.
     picture(9, size).save(tmp_path / "images" / "3.png")
     assert ImageData(rows, transform, **{**options, "max_unreadable": 0}).unreadable == {}
@@ -412,6 +414,11 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
     assert grey[keys(6)]["images"].shape[1] == 1
     more = ImageData(rows.select([5, 0]), transform, folder=tmp_path / "decoded")[keys(2)]["images"]
     assert torch.equal(more, ImageData(rows.select([5, 0]), transform)[keys(2)]["images"])
+    # Of other images nothing is opened.
+    opened = []
+    monkeypatch.setattr(cache, "safe_open", lambda file, **how: opened.append(file) or safe_open(file, **how))
+    ImageData(rows, replace(transform, channels=1), folder=tmp_path / "decoded")
+    assert len(opened) == len(set(opened)) == len(shards)
 
 
 def test_prepared_rows_are_found_again_until_they_are_prepared_anew(tmp_path: Path) -> None:
@@ -428,7 +435,7 @@ def test_prepared_rows_are_found_again_until_they_are_prepared_anew(tmp_path: Pa
         if level == 2 or not list((tmp_path / "data").iterdir()):
             datasets.Dataset.from_dict({"image": [file]}).to_parquet(tmp_path / "data" / "train.parquet")
         load(level)
-    assert len(list((tmp_path / "decoded").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "decoded").rglob("*.safetensors"))) == 2
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -59,7 +59,7 @@ SHORT = {
     "report_to": "none",
     "num_pairs": 4,
     "num_images": 20,
-    "num_solver_images": 4,
+    "num_solver_images": 2,
     "num_calls": 2,
     "num_rows": 1,
     "strength": 1.0,
@@ -85,6 +85,8 @@ SHORT = {
     "num_mixtures": 1,
     "cases": "32 x 32 PNG",
     "paths": "ot",
+    "widths": 0.05,
+    "videos_per_digit": 1,
 }
 # `pip` changes the environment of the tests. The pages' `make paper` is run by test_paper_in_small; the lines of
 # `make bench`, most of which stand in pages too, have a test below.

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from processes import run_file, server
@@ -64,11 +63,6 @@ RUNS = {
     "text": ("train_text_to_image", TEXT_TO_IMAGE, "model_index.json"),
     "adapters": ("train_text_to_image_lora", {**TEXT_TO_IMAGE, "rank": 2}, "pytorch_lora_weights.safetensors"),
 }
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 def untrained(run: str, folder: Path) -> tuple[Path, Path]:

@@ -6,17 +6,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from training_runs import command_line, environment, launch, load, make_dataset, read_log, save_untrained, train
 
 from diffusers_fm.training.checkpoints import latest_checkpoint, read_manifest
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 @pytest.fixture(scope="module")

@@ -34,11 +34,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
-
-
-@pytest.fixture(autouse=True)
 def _few_numbers_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Searches that fail, as those of networks that have learnt nothing do, try all of them."""
     few = (FITTED_CALLS, 20, 40)

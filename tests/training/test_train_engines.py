@@ -6,7 +6,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import datasets
 import engines
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -33,11 +32,6 @@ SD3_SCRIPT = ROOT / "training_scripts" / "train_text_to_image.py"
 
 # Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding.
 SMOOTH = {"adam_epsilon": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "datasets")
 
 
 def by_launcher(line: list[str], config: str, folder: Path) -> None:

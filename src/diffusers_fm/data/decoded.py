@@ -61,7 +61,8 @@ def read_once(folder: Path | None, key: str | None, read: Callable[[], list[torc
         return read()
     tensors = None
     try:
-        cache = TensorCache(folder, {"what": "decoded images"})
+        # One folder for each key: a cache reads the index of every shard beside its own.
+        cache = TensorCache(folder / key, {"what": "decoded images"})
         if key not in cache:
             tensors = read()
             with cache.writer() as writer:

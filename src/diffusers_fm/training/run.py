@@ -332,6 +332,8 @@ class TrainingRun(Generic[A]):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        # Workers end here: those that the garbage collector finds are waited for, 5 s each.
+        self._batches = iter(())
         self._progress_bar.close()
         self._stop.__exit__(*exception)
         unlock_folder(self.output_dir)
