@@ -17,7 +17,7 @@ quality:  ## check format and lint
 	ruff check
 
 types:  ## check the types
-	pyright
+	pyright --threads 2
 
 floors:  ## check that every room of the package imports only from the floors below it
 	lint-imports --no-cache --no-logo
