@@ -413,6 +413,9 @@ def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp
         assert scheduler.with_settings(solver="euler").config.shift == 1.0
         assert scheduler.with_settings(solver="euler", shift=2.0).config.shift == 2.0
         pipeline = load(run)
+        assert choose_shift(pipeline, 3.0) == choose_shift(pipeline, None) == 3.0
+        assert pipeline.scheduler.config.shift == 0.5
+        assert pipeline.scheduler.with_settings(solver="euler").config.shift == 3.0
         pipeline.scheduler = scheduler.with_settings(solver="euler", shift=2.0)
         assert choose_shift(pipeline, None) == 2.0
     shifted = train(folder, data, tmp_path / "shifted", shift=3.0, sampling_shift=1.0)
