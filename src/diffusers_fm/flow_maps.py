@@ -311,7 +311,12 @@ def flow_map_loss(
     return error if power == 0 else error * (error.detach() + offset / x[0].numel()).pow(-power)
 
 
-def moment_matching_losses(drawn: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def moment_matching_losses(
+    drawn: torch.Tensor,
+    real: torch.Tensor,
+    before: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Squared maximum mean discrepancy of drawn and real samples, as a loss for each drawn one (arXiv 1505.03906,
     equation 2; for the maps of a flow 2503.07565).
@@ -321,33 +326,49 @@ def moment_matching_losses(drawn: torch.Tensor, real: torch.Tensor) -> torch.Ten
     discrepancy without bias, up to the term of the real samples alone, and is least where both have one distribution:
     a regression learns the mean of what it cannot tell apart, this learns to draw such samples.
 
+    With `before` and `known` a control variate takes the noise of few drawn samples out: the means over them are
+    replaced by those of `k(x_i, x_j) - 2 k(x_i, before_j)`, and twice the mean of `k(x_i, y)` over the known `y` is
+    added. The gradient has the same expectation, and the less variance the nearer each `before` is to its sample.
+
     Args:
         drawn (`torch.Tensor` of shape `(num_drawn, ...)`):
             At least two independent samples.
         real (`torch.Tensor` of shape `(num_real, ...)`):
             At least one; values of the same shape, such as features of both.
+        before (`torch.Tensor` of shape `(num_drawn, ...)`, *optional*):
+            What another map, such as the one before training, draws from the noise of each sample.
+        known (`torch.Tensor` of shape `(num_known, ...)`, *optional*):
+            What that map draws from other noise, as much as can be had; with `before` alone.
 
     Returns:
         `torch.Tensor` of shape `(num_drawn,)`: at least float32.
 
     Raises:
-        ValueError: If there are too few samples.
+        ValueError: If there are too few samples, or one of `before` and `known` is missing.
     """
     count = len(drawn)
     if count < 2 or len(real) < 1:
         raise ValueError(f"Moment matching needs two drawn samples and a real one, got {count} and {len(real)}.")
+    if (before is None) != (known is None) or (before is not None and before.shape != drawn.shape):
+        shapes = [None if samples is None else tuple(samples.shape) for samples in (drawn, before, known)]
+        raise ValueError(f"`before` must have the shape of `drawn`, and goes with `known`, got {shapes}.")
     dtype = torch.promote_types(drawn.dtype, torch.float32)
     drawn, real = (samples.to(dtype).flatten(1) for samples in (drawn, real))
     across = torch.cdist(drawn, real)
     # Of the real samples alone, so that no drawn one changes the kernel; where they are all alike, of both.
     scale = torch.cdist(real, real).sum() / max(len(real) * (len(real) - 1), 1)
     scale = torch.where(scale > 0, scale, across.detach().mean()).clamp(min=torch.finfo(dtype).tiny)
-    # The distance of a sample to itself counts nothing.
-    within = torch.cdist(drawn, drawn) + torch.full_like(across[:, 0], math.inf).diag()
+    # The distance of a sample to itself, and to its own before, counts nothing.
+    own = torch.full_like(across[:, 0], math.inf).diag()
+    terms = [(torch.cdist(drawn, drawn) + own, 1 / (count - 1)), (across, -2 / len(real))]
+    if before is not None and known is not None:
+        before, known = (samples.to(dtype).flatten(1) for samples in (before, known))
+        terms.append((torch.cdist(drawn, before) + own, -2 / (count - 1)))
+        terms.append((torch.cdist(drawn, known), 2 / len(known)))
     losses = torch.zeros_like(across[:, 0])
     for width in KERNEL_WIDTHS:
-        alike, unlike = (torch.exp(-distance / (width * scale)) for distance in (within, across))
-        losses = losses + alike.sum(1) / (count - 1) - 2 * unlike.mean(1)
+        for distance, share in terms:
+            losses = losses + share * torch.exp(-distance / (width * scale)).sum(1)
     return losses
 
 

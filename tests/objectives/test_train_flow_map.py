@@ -25,12 +25,13 @@ from training_runs import (
 )
 
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
-from diffusers_fm.data.randomness import BatchSlice
-from diffusers_fm.flow_maps import OBJECTIVES, AverageVelocity, average_velocity
+from diffusers_fm.data.randomness import BatchSlice, make_generator
+from diffusers_fm.flow_maps import OBJECTIVES, AverageVelocity, average_velocity, sample_flow_map
 from diffusers_fm.models.interval import IntervalConditioning
+from diffusers_fm.objectives import moment_matching
 from diffusers_fm.objectives.flow_maps import IntervalModel, Trajectories, choose_flow_map, draw_intervals
 from diffusers_fm.objectives.flow_matching import choose_shift
-from diffusers_fm.objectives.moment_matching import MomentMatching
+from diffusers_fm.objectives.moment_matching import MAX_KNOWN, MomentMatching
 from diffusers_fm.paths import ConditionalPath, OTPath, VPPath, lift
 from diffusers_fm.timesteps import shift_time
 from diffusers_fm.training.checkpoints import MODEL_FILE
@@ -198,7 +199,6 @@ def test_two_processes_are_one(kind: dict, folder: Path, data: Path, tmp_path: P
         {"matching_steps": 2, "matching_groups": 2},
         {"matching_steps": 2, "matching_calls": 2},
         {"matching_steps": 2, "matching_rate": 1.0},
-        {"matching_steps": 2, "matching_weight": 1.0},
         {"ema_teacher": True},
         {"learned_guidance_scale": 3.0},
         {"flow_teacher": True, "learned_guidance_scale": 3.0},
@@ -328,7 +328,7 @@ def test_trajectories_are_those_of_the_map(path: ConditionalPath) -> None:
 
 
 @pytest.mark.parametrize("name", ["ot", "vp"])
-def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str) -> None:
+def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = FlowMatchPipeline(FlowMatchScheduler(path=name), transformer=tiny_dit(in_channels=1, num_layers=2))
     path = pipeline.scheduler.path
     words = {"pretrained_model_name_or_path": "x", "dataset_name": "x", "max_train_steps": 4}
@@ -383,10 +383,20 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str) -> 
     assert losses.shape == (64,)
     # The next step has them the other way round.
     assert torch.equal(two.losses(BatchSlice(0, 5, 0, 8, 8), halves, halves)[0], times.flip(0))
-    # The map as it was is at no distance from itself: all of its loss is of the comparison, with a weight.
-    twice = MomentMatching(dataclasses.replace(args, matching_weight=24.0), *made[1:])
-    same = velocity_of(before)
-    torch.testing.assert_close(twice.losses(part, same, same)[1], 2 * matching.losses(part, same, same)[1])
+    # The map as it was draws, in as many calls, what stands beside the samples, and more of their label.
+    same, sets = velocity_of(before), []
+    monkeypatch.setattr(moment_matching, "moment_matching_losses", lambda *some: sets.append(some) or losses[:32])
+    two.losses(part, same, same)
+    (one_call, _, two_calls, _), label = sets, int(two._draw_labels(BatchSlice(0, 4, 0, 2, 2))[1])
+    for drawn, _, own, known in (one_call, two_calls):
+        assert torch.equal(drawn, own)
+        torch.testing.assert_close(known.std(), drawn.std(), rtol=0.1, atol=0)
+    noise = make_generator(args.seed, "known samples", label, 3)
+    x = path.ratio_max * torch.randn(MAX_KNOWN, 1, 8, 8, generator=noise)
+    grid = [first[0].item(), middle[0].item(), path.ratio_min]
+    with torch.no_grad():
+        expected = sample_flow_map(same, x, grid, args=[torch.full((MAX_KNOWN,), label)])
+    torch.testing.assert_close(two_calls[3], expected)
 
 
 def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:
@@ -403,6 +413,9 @@ def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp
         assert scheduler.with_settings(solver="euler").config.shift == 1.0
         assert scheduler.with_settings(solver="euler", shift=2.0).config.shift == 2.0
         pipeline = load(run)
+        assert choose_shift(pipeline, 3.0) == choose_shift(pipeline, None) == 3.0
+        assert pipeline.scheduler.config.shift == 0.5
+        assert pipeline.scheduler.with_settings(solver="euler").config.shift == 3.0
         pipeline.scheduler = scheduler.with_settings(solver="euler", shift=2.0)
         assert choose_shift(pipeline, None) == 2.0
     shifted = train(folder, data, tmp_path / "shifted", shift=3.0, sampling_shift=1.0)

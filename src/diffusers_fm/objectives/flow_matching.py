@@ -66,7 +66,11 @@ def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dime
         if config.use_dynamic_shifting:
             raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
         return (config.flow_map or {}).get("flow_shift", config.shift) if config.solver == "flow_map" else config.shift
-    pipeline.scheduler = pipeline.scheduler.with_settings(shift=shift, use_dynamic_shifting=False)
+    settings: dict[str, Any] = {"shift": shift}
+    if config.solver == "flow_map" and config.flow_map:
+        # Its own shift is that of the map's calls.
+        settings = {"flow_map": {**config.flow_map, "flow_shift": shift}}
+    pipeline.scheduler = pipeline.scheduler.with_settings(**settings, use_dynamic_shifting=False)
     return shift
 
 

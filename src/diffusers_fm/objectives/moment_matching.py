@@ -11,20 +11,21 @@ from torch import nn
 
 from ..arguments import Arguments, Count, Positive, Range, Size, option
 from ..data.loading import TrainingData, num_in_memory, read_samples, rows_by_label
-from ..data.randomness import BatchSlice
+from ..data.randomness import BatchSlice, make_generator
 from ..flow_maps import AverageVelocity, moment_matching_losses
 from ..paths import lift
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.arguments import TrainingArguments
 from .auxiliary import choose_block, hidden_states
-from .flow_maps import IntervalModel, huber_losses
+from .flow_maps import IntervalModel
 
 
 # Data that are kept on the CPU, at most.
 MAX_SAMPLES = 2**16
-# Real samples with which those of a group are compared, at most.
+# Real samples with which those of a group are compared, at most, and samples of the map before.
 MAX_REAL = 512
+MAX_KNOWN = 1024
 # Time of the flow whose hidden states are features: little noise, as clean data have.
 FEATURE_TIME = 0.1
 
@@ -65,8 +66,7 @@ class MomentMatchingArguments(Arguments):
     )
     matching_groups: Count = option(4, "Sets in a step of a process, in place of its batch: each of one class.")
     matching_group: Annotated[Count, Range(2)] = option(64, "Samples of a set.")
-    matching_rate: Positive = option(0.05, "Share of the learning rate in these steps.")
-    matching_weight: Positive = option(12.0, "Weight of the comparison beside the distance from the map before it.")
+    matching_rate: Positive = option(0.1, "Share of the learning rate in these steps.")
 
     def check(self) -> None:
         if not (self.matching_steps and isinstance(self, TrainingArguments)):
@@ -85,7 +85,8 @@ class MomentMatching:
     Comparison of what a flow map draws in a few calls, the last of which learns, with the data of a label.
 
     Both are compared as they are and by the features that the map's own flow has of them: hidden states in the middle
-    of the network, a UNet's middle block, their mean over the image. Beside it the map is held to what it was before.
+    of the network, a UNet's middle block, their mean over the image. What the map before these steps draws from the
+    same noise takes most of the noise of few samples out of the comparison.
 
     Args:
         args ([`MomentMatchingArguments`]):
@@ -132,6 +133,7 @@ class MomentMatching:
         self._null_class = null_class if labels is not None and label_dropout else None
         self._data, self._dropout = data, label_dropout
         self._rows = rows_by_label(data, labels, self._null_class)
+        self._known: dict[tuple[int | None, int], tuple[torch.Tensor, torch.Tensor]] = {}
         with torch.no_grad():
             self._features_of_data = {
                 label: torch.cat(
@@ -161,38 +163,64 @@ class MomentMatching:
         noise = groups.normal("moment matching", (size, *self._data.shape[1:]), device)
         numbers = range(groups.offset, groups.offset + count)
         grids = [self._grids[(number + part.step) % len(self._grids)] for number in numbers]
-        conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
-        x = self._start(local, path.ratio_max * noise, grids, labels)
         t = torch.tensor([grid[-2] for grid in grids], dtype=torch.float64).repeat_interleave(size)
-        r = torch.full_like(t, path.ratio_min)
+        noise = path.ratio_max * noise
         with torch.no_grad():
-            held = self._before(x, r, t, *conditions)
-        average = u(x, r, t, *conditions).float()
-        losses = huber_losses(average - held.float(), args.huber_width)
-        drawn = (x - lift((t - r).to(x), x) * average).split(size)
-        compared = []
-        for samples, label, generator in zip(drawn, labels, groups.sample_generators("moment matching")):
+            before = self._last_call(self._before, self._start(self._before, noise, grids, labels), t, labels)
+        drawn = self._last_call(u, self._start(local, noise, grids, labels), t, labels)
+        losses = []
+        for samples, own, label, grid, generator in zip(
+            drawn.split(size), before.split(size), labels, grids, groups.sample_generators("moment matching")
+        ):
             rows = self._rows[label]
             chosen = torch.randperm(len(rows), generator=generator)[:MAX_REAL]
+            known, features_of_known = self._known_samples(label, grid)
+            with torch.no_grad():
+                features_of_own = self._features(own, label)
             features = self._features_of_data[label][chosen.to(device)]
-            compared.append(
-                moment_matching_losses(samples, self._data[rows[chosen]].to(device))
-                + moment_matching_losses(self._features(samples, label), features)
+            losses.append(
+                moment_matching_losses(samples, self._data[rows[chosen]].to(device), own, known.to(device))
+                + moment_matching_losses(self._features(samples, label), features, features_of_own, features_of_known)
             )
-        return path.time_at(t), losses + args.matching_weight * torch.cat(compared)
+        return path.time_at(t), torch.cat(losses)
+
+    def _last_call(
+        self, u: AverageVelocity, x: torch.Tensor, t: torch.Tensor, labels: list[int | None]
+    ) -> torch.Tensor:
+        """Data that a map draws of points at `t`, float32, the same number for each label."""
+        size, r = len(x) // len(labels), torch.full_like(t, self._path.ratio_min)
+        conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
+        return x - lift((t - r).to(x), x) * u(x, r, t, *conditions).float()
 
     @torch.no_grad()
     def _start(
-        self, local: AverageVelocity, noise: torch.Tensor, grids: list[list[float]], labels: list[int | None]
+        self, u: AverageVelocity, noise: torch.Tensor, grids: list[list[float]], labels: list[int | None]
     ) -> torch.Tensor:
         """Where the last calls of groups start, from their noise of shape `(matching_groups, matching_group, ...)`."""
         starts = []
         for x, grid, label in zip(noise, grids, labels):
             for start, end in zip(grid[:-2], grid[1:-1]):
                 t, r = (torch.full((len(x),), time, dtype=torch.float64) for time in (start, end))
-                x = x - (start - end) * local(x, r, t, *self._conditions(label, len(x)))
+                x = x - (start - end) * u(x, r, t, *self._conditions(label, len(x)))
             starts.append(x)
         return torch.cat(starts)
+
+    @torch.no_grad()
+    def _known_samples(self, label: int | None, grid: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples that the map before draws of a label, on the CPU, and their features; made once."""
+        key = label, len(grid)
+        if key not in self._known:
+            count = max(self._args.matching_group, min(MAX_KNOWN, MAX_SAMPLES // len(self._rows)))
+            generator = make_generator(self._args.seed, "known samples", label or 0, len(grid))
+            noise = self._path.ratio_max * torch.randn((count, *self._data.shape[1:]), generator=generator)
+            samples, features = [], []
+            for x in noise.to(self._device).split(self._args.eval_batch_size):
+                x = self._start(self._before, x[None], [grid], [label])
+                drawn = self._last_call(self._before, x, torch.full((len(x),), grid[-2], dtype=torch.float64), [label])
+                samples.append(drawn.cpu())
+                features.append(self._features(drawn, label))
+            self._known[key] = torch.cat(samples), torch.cat(features)
+        return self._known[key]
 
     def _draw_labels(self, groups: BatchSlice) -> list[int | None]:
         """Labels of groups, spread evenly over the data, of which some are dropped."""
