@@ -31,7 +31,7 @@ from diffusers_fm.models.interval import IntervalConditioning
 from diffusers_fm.objectives import moment_matching
 from diffusers_fm.objectives.flow_maps import IntervalModel, Trajectories, choose_flow_map, draw_intervals
 from diffusers_fm.objectives.flow_matching import choose_shift
-from diffusers_fm.objectives.moment_matching import MAX_KNOWN, MomentMatching
+from diffusers_fm.objectives.moment_matching import MomentMatching
 from diffusers_fm.paths import ConditionalPath, OTPath, VPPath, lift
 from diffusers_fm.timesteps import shift_time
 from diffusers_fm.training.checkpoints import MODEL_FILE
@@ -128,7 +128,9 @@ def test_a_resumed_run_is_an_uninterrupted_one(kind: str, folder: Path, data: Pa
     # The teacher of the run's own first step is in the checkpoint, the trajectories are drawn again.
     options |= {"num_trajectories": 20, "flow_steps": 1} if kind == "trajectories" else {}
     # So is the map as it was before its comparison with data.
-    options |= {"flow_steps": 1, "matching_steps": 3, "matching_group": 4} if kind == "matching" else {}
+    options |= (
+        {"flow_steps": 1, "matching_steps": 3, "matching_group": 4, "matching_known": 8} if kind == "matching" else {}
+    )
     whole = train(folder, data, tmp_path / "whole", **options, checkpointing_steps=2)
     part = tmp_path / "part"
     part.mkdir()
@@ -165,7 +167,7 @@ def test_training_begins_anew_with_the_map(folder: Path, data: Path, tmp_path: P
     [
         {},
         {"num_trajectories": 20, "flow_teacher": True, "flow_steps": 1, "use_ema": True},
-        {"matching_steps": 4, "matching_group": 4, "matching_groups": 2, "matching_calls": 2},
+        {"matching_steps": 4, "matching_group": 4, "matching_groups": 2, "matching_calls": 2, "matching_known": 8},
     ],
     ids=["own", "teacher", "matching"],
 )
@@ -199,6 +201,7 @@ def test_two_processes_are_one(kind: dict, folder: Path, data: Path, tmp_path: P
         {"matching_steps": 2, "matching_groups": 2},
         {"matching_steps": 2, "matching_calls": 2},
         {"matching_steps": 2, "matching_rate": 1.0},
+        {"matching_steps": 2, "matching_known": 9},
         {"ema_teacher": True},
         {"learned_guidance_scale": 3.0},
         {"flow_teacher": True, "learned_guidance_scale": 3.0},
@@ -213,7 +216,11 @@ def test_every_argument_changes_the_run(options: dict, folder: Path, data: Path,
     base |= (
         {"flow_teacher": True, "num_trajectories": 20} if {"trajectory_steps", "huber_width"} & set(options) else {}
     )
-    base |= {"matching_steps": 2} if [name for name in options if name.startswith("matching_")][1:] else {}
+    base |= (
+        {"matching_steps": 2, "matching_known": 8}
+        if [name for name in options if name.startswith("matching_")][1:]
+        else {}
+    )
     plain = train(folder, data, tmp_path / "plain", **base)
     other = train(folder, data, tmp_path / "other", **{**base, **options})
     first, second = weights(plain), weights(other)
@@ -392,10 +399,10 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str, mon
         assert torch.equal(drawn, own)
         torch.testing.assert_close(known.std(), drawn.std(), rtol=0.1, atol=0)
     noise = make_generator(args.seed, "known samples", label, 3)
-    x = path.ratio_max * torch.randn(MAX_KNOWN, 1, 8, 8, generator=noise)
+    x = path.ratio_max * torch.randn(1024, 1, 8, 8, generator=noise)
     grid = [first[0].item(), middle[0].item(), path.ratio_min]
     with torch.no_grad():
-        expected = sample_flow_map(same, x, grid, args=[torch.full((MAX_KNOWN,), label)])
+        expected = sample_flow_map(same, x, grid, args=[torch.full((1024,), label)])
     torch.testing.assert_close(two_calls[3], expected)
 
 

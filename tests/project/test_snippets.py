@@ -47,6 +47,7 @@ SHORT = {
     "max_train_steps": 1,
     "flow_steps": 0,
     "matching_steps": 1,
+    "matching_known": 2,
     "num_trajectories": 8,
     "max_train_samples": 8,
     "lr_scheduler": "constant_with_warmup",

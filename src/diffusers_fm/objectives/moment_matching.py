@@ -23,9 +23,8 @@ from .flow_maps import IntervalModel
 
 # Data that are kept on the CPU, at most.
 MAX_SAMPLES = 2**16
-# Real samples with which those of a group are compared, at most, and samples of the map before.
+# Real samples with which those of a group are compared, at most.
 MAX_REAL = 512
-MAX_KNOWN = 1024
 # Time of the flow whose hidden states are features: little noise, as clean data have.
 FEATURE_TIME = 0.1
 
@@ -66,6 +65,9 @@ class MomentMatchingArguments(Arguments):
     )
     matching_groups: Count = option(4, "Sets in a step of a process, in place of its batch: each of one class.")
     matching_group: Annotated[Count, Range(2)] = option(64, "Samples of a set.")
+    matching_known: Annotated[Count, Range(2)] = option(
+        1024, "Samples of each label that the map before these steps draws, of 65,536 in all at most."
+    )
     matching_rate: Positive = option(0.1, "Share of the learning rate in these steps.")
 
     def check(self) -> None:
@@ -210,7 +212,7 @@ class MomentMatching:
         """Samples that the map before draws of a label, on the CPU, and their features; made once."""
         key = label, len(grid)
         if key not in self._known:
-            count = max(self._args.matching_group, min(MAX_KNOWN, MAX_SAMPLES // len(self._rows)))
+            count = min(self._args.matching_known, max(2, MAX_SAMPLES // len(self._rows)))
             generator = make_generator(self._args.seed, "known samples", label or 0, len(grid))
             noise = self._path.ratio_max * torch.randn((count, *self._data.shape[1:]), generator=generator)
             samples, features = [], []
