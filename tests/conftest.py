@@ -5,9 +5,12 @@ import own_home as own_home
 
 
 # isort: split
+import functools
 import gc
 import multiprocessing
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 from torch.utils._pytree import tree_map_only
+from xdist.scheduler import LoadFileScheduling
 
 from diffusers_fm.models.networks import NETWORKS
 from diffusers_fm.paths import PATHS
@@ -23,8 +27,30 @@ from diffusers_fm.timesteps import DENSITIES
 from diffusers_fm.training import metrics
 
 
+ROOT = Path(__file__).parents[1]
+
 # Tests run in two processes, and tiny models gain nothing from more threads.
 torch.set_num_threads(1)
+
+
+class Scheduling(LoadFileScheduling):
+    """Whole files for a worker; all that start [`processes`] are for one of them, which alone starts their servers."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "processes" if _starts_processes(file) else file
+
+
+@functools.cache
+def _starts_processes(file: str) -> bool:
+    """Whether a file of tests imports them."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.search(r"^(from|import) (processes|engines)\b", text, re.MULTILINE) is not None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:
