@@ -12,8 +12,8 @@ Handwritten digits, from the pipeline that train_flow_matching.py makes:
 
     accelerate launch training_scripts/train_flow_map.py \
       --pretrained_model_name_or_path runs/dit-digits --dataset_name data/digits --output_dir runs/dit-digits-few \
-      --train_batch_size 64 --max_train_steps 4200 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
-      --lr_scheduler cosine --flow_teacher --flow_steps 2600 --num_trajectories 8192 --matching_steps 150 \
+      --train_batch_size 64 --max_train_steps 3800 --learning_rate 2e-3 --lr_warmup_steps 100 --use_ema --seed 0 \
+      --lr_scheduler cosine --flow_teacher --flow_steps 2400 --num_trajectories 8192 --matching_steps 140 \
       --equal_share 0.15 --noise_share 0.75 --data_share 0.75 --interval_warmup_steps 0 --first_block 1
 
 With guidance of scale 2 learned, so that a call takes half of the work:
