@@ -62,14 +62,13 @@ def choose_shift(pipeline: FlowMatchPipelineBase, shift: float | None, base_dime
     config = pipeline.scheduler.config
     if config.invert_sigmas:
         raise ValueError("A scheduler with `invert_sigmas` cannot be trained here: its time runs from noise to data.")
+    flow_map = (config.solver == "flow_map" and config.flow_map) or {}
     if shift is None:
         if config.use_dynamic_shifting:
             raise ValueError("The scheduler shifts times by image size (`use_dynamic_shifting`): give one --shift.")
-        return (config.flow_map or {}).get("flow_shift", config.shift) if config.solver == "flow_map" else config.shift
-    settings: dict[str, Any] = {"shift": shift}
-    if config.solver == "flow_map" and config.flow_map:
-        # Its own shift is that of the map's calls.
-        settings = {"flow_map": {**config.flow_map, "flow_shift": shift}}
+        return flow_map.get("flow_shift", config.shift)
+    # A flow map's own shift is that of its calls.
+    settings: dict[str, Any] = {"flow_map": {**flow_map, "flow_shift": shift}} if flow_map else {"shift": shift}
     pipeline.scheduler = pipeline.scheduler.with_settings(**settings, use_dynamic_shifting=False)
     return shift
 

@@ -12,8 +12,7 @@ from torch import nn
 from ..arguments import Arguments, Count, Positive, Range, Size, option
 from ..data.loading import TrainingData, num_in_memory, read_samples, rows_by_label
 from ..data.randomness import BatchSlice, make_generator
-from ..flow_maps import AverageVelocity, moment_matching_losses
-from ..paths import lift
+from ..flow_maps import AverageVelocity, flow_map, moment_matching_losses, sample_flow_map
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.arguments import TrainingArguments
@@ -166,10 +165,11 @@ class MomentMatching:
         numbers = range(groups.offset, groups.offset + count)
         grids = [self._grids[(number + part.step) % len(self._grids)] for number in numbers]
         t = torch.tensor([grid[-2] for grid in grids], dtype=torch.float64).repeat_interleave(size)
-        noise = path.ratio_max * noise
+        r, noise = torch.full_like(t, path.ratio_min), path.ratio_max * noise
+        conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
         with torch.no_grad():
-            before = self._last_call(self._before, self._start(self._before, noise, grids, labels), t, labels)
-        drawn = self._last_call(u, self._start(local, noise, grids, labels), t, labels)
+            before = flow_map(self._before, self._start(self._before, noise, grids, labels), r, t, conditions)
+        drawn = flow_map(u, self._start(local, noise, grids, labels), r, t, conditions)
         losses = []
         for samples, own, label, grid, generator in zip(
             drawn.split(size), before.split(size), labels, grids, groups.sample_generators("moment matching")
@@ -186,26 +186,17 @@ class MomentMatching:
             )
         return path.time_at(t), torch.cat(losses)
 
-    def _last_call(
-        self, u: AverageVelocity, x: torch.Tensor, t: torch.Tensor, labels: list[int | None]
-    ) -> torch.Tensor:
-        """Data that a map draws of points at `t`, float32, the same number for each label."""
-        size, r = len(x) // len(labels), torch.full_like(t, self._path.ratio_min)
-        conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
-        return x - lift((t - r).to(x), x) * u(x, r, t, *conditions).float()
-
     @torch.no_grad()
     def _start(
         self, u: AverageVelocity, noise: torch.Tensor, grids: list[list[float]], labels: list[int | None]
     ) -> torch.Tensor:
         """Where the last calls of groups start, from their noise of shape `(matching_groups, matching_group, ...)`."""
-        starts = []
-        for x, grid, label in zip(noise, grids, labels):
-            for start, end in zip(grid[:-2], grid[1:-1]):
-                t, r = (torch.full((len(x),), time, dtype=torch.float64) for time in (start, end))
-                x = x - (start - end) * u(x, r, t, *self._conditions(label, len(x)))
-            starts.append(x)
-        return torch.cat(starts)
+        return torch.cat(
+            [
+                sample_flow_map(u, x, grid[:-1], args=self._conditions(label, len(x))) if len(grid) > 2 else x
+                for x, grid, label in zip(noise, grids, labels)
+            ]
+        )
 
     @torch.no_grad()
     def _known_samples(self, label: int | None, grid: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,8 +208,7 @@ class MomentMatching:
             noise = self._path.ratio_max * torch.randn((count, *self._data.shape[1:]), generator=generator)
             samples, features = [], []
             for x in noise.to(self._device).split(self._args.eval_batch_size):
-                x = self._start(self._before, x[None], [grid], [label])
-                drawn = self._last_call(self._before, x, torch.full((len(x),), grid[-2], dtype=torch.float64), [label])
+                drawn = sample_flow_map(self._before, x, grid, args=self._conditions(label, len(x)))
                 samples.append(drawn.cpu())
                 features.append(self._features(drawn, label))
             self._known[key] = torch.cat(samples), torch.cat(features)
