@@ -160,6 +160,13 @@ def run_task(task: Task, place: Path) -> None:
         atexit._run_exitfuncs()
 
 
+def launch_task(task: Task, place: Path) -> None:
+    """All of a process that starts another one, as the launcher does, and waits for its end."""
+    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, place))
+    process.start()
+    process.join()
+
+
 def _be_client() -> None:
     """Have the client of the Hub read its variables again, and who talks to it."""
     for name in ("huggingface_hub.constants", "datasets.config"):

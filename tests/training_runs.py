@@ -4,7 +4,6 @@
 import importlib.util
 import io
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -128,11 +127,6 @@ def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config:
     if num_processes > 1:
         accelerate += ["--num_processes", str(num_processes), "--main_process_port", "0"]
     return [*accelerate, str(file), *line]
-
-
-def environment() -> dict[str, str]:
-    """The environment of such a command, in which this copy of the package is found."""
-    return {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
 
 
 def unused_arguments(file: Path, module: ModuleType) -> list[str]:

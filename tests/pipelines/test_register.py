@@ -16,15 +16,6 @@ import diffusers_fm
 from diffusers_fm import FlowMatchPipeline, FlowMatchScheduler
 
 
-def run_python(code: str, *arguments: Path) -> str:
-    """Runs code in a fresh interpreter, as a user's script would, and returns what it prints."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(diffusers_fm.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_names_that_the_loader_looks_up() -> None:
     assert diffusers.FlowMatchPipeline is FlowMatchPipeline
     assert set(LOADABLE_CLASSES["diffusers_fm"]) == {"ModelMixin", "SchedulerMixin"}
@@ -45,7 +36,7 @@ def test_entries_of_model_index(kind: str, tmp_path: Path) -> None:
         assert index[name] == ([None, None] if model is None else [library, type(model).__name__])
 
 
-def test_fresh_process_loads_with_the_stock_loader(tmp_path: Path) -> None:
+def test_fresh_process_imports_without_a_word_and_loads_with_the_stock_loader(tmp_path: Path) -> None:
     # Our pipelines, and stock pipelines that carry our scheduler. One process, because its imports take long.
     for kind in ("unet-classes", "sd3-vae"):
         tiny_pipeline(kind).save_pretrained(tmp_path / kind)
@@ -56,8 +47,10 @@ def test_fresh_process_loads_with_the_stock_loader(tmp_path: Path) -> None:
     for name in ("ddpm", "dit"):
         index = json.loads((tmp_path / name / "model_index.json").read_text())
         assert index["scheduler"] == ["diffusers_fm", "FlowMatchScheduler"]
-    printed = run_python(
+    code = (
         "import sys, diffusers_fm\n"
+        "for stream in (sys.stdout, sys.stderr):\n"
+        "    print('Imported.', file=stream)\n"
         "from diffusers import DDPMPipeline, DiffusionPipeline\n"
         "ours = [DiffusionPipeline.from_pretrained(folder) for folder in sys.argv[1:3]]\n"
         "stock = [DDPMPipeline.from_pretrained(sys.argv[3]), *map(DiffusionPipeline.from_pretrained, sys.argv[3:])]\n"
@@ -66,10 +59,16 @@ def test_fresh_process_loads_with_the_stock_loader(tmp_path: Path) -> None:
         "    print(pipeline(class_labels=1, num_inference_steps=1, output_type='np').images.shape)\n"
         "for pipeline in [*ours, *stock]:\n"
         "    assert type(pipeline.scheduler) is diffusers_fm.FlowMatchScheduler\n"
-        "    print(type(pipeline).__name__, pipeline.scheduler.config.solver)\n",
-        *(tmp_path / name for name in ("unet-classes", "sd3-vae", "ddpm", "dit")),
+        "    print(type(pipeline).__name__, pipeline.scheduler.config.solver)\n"
     )
-    assert printed.splitlines() == [
+    command = [sys.executable, "-c", code, *(tmp_path / name for name in ("unet-classes", "sd3-vae", "ddpm", "dit"))]
+    variables = {**os.environ, "PYTHONPATH": str(Path(diffusers_fm.__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    # The import itself prints nothing.
+    assert done.stderr.startswith("Imported.\n")
+    assert done.stdout.splitlines() == [
+        "Imported.",
         "(1, 8, 8, 1)",
         "(1, 16, 16, 3)",
         "FlowMatchPipeline euler",

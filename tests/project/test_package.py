@@ -5,8 +5,6 @@ import ast
 import configparser
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from importlib import import_module
 from importlib.metadata import version
@@ -143,12 +141,6 @@ def test_every_source_file_names_its_licence() -> None:
     ]
     assert sources
     assert without == []
-
-
-def test_import_prints_nothing() -> None:
-    command = [sys.executable, "-c", "import diffusers_fm"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-    assert (said.stdout, said.stderr) == ("", "")
 
 
 def test_contributing_has_the_floors_of_setup_cfg() -> None:

@@ -2,13 +2,15 @@
 """The output folder of a run: one run at a time, the user's files stay, nothing that is not finite is saved."""
 
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import command_line, environment, launch, load, make_dataset, read_log, save_untrained, train
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+from processes import Task, launch_task, server
+from training_runs import SCRIPT, command_line, launch, load, make_dataset, read_log, save_untrained, train
 
 from diffusers_fm.training.checkpoints import latest_checkpoint, read_manifest
 
@@ -137,7 +139,10 @@ def test_a_second_run_is_refused_and_the_end_of_the_launcher_is_a_signal(
 ) -> None:
     run = tmp_path / "run"
     line = command_line(*untrained, run, max_train_steps=10**6, checkpointing_steps=10**6)
-    launcher = subprocess.Popen(launch(line), env=environment(), stderr=subprocess.DEVNULL)
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(launch(line)[3:]))
+    _, variables = prepare_simple_launcher_cmd_env(args)
+    launcher = server().Process(target=launch_task, args=(Task([str(SCRIPT), *line], variables), tmp_path))
+    launcher.start()
     try:
         wait_for(lambda: (run / "log.jsonl").is_file() and (run / "log.jsonl").read_text().count("\n") > 3)
         log = (run / "log.jsonl").read_text()
@@ -148,7 +153,6 @@ def test_a_second_run_is_refused_and_the_end_of_the_launcher_is_a_signal(
         assert (run / "log.jsonl").read_text().startswith(log)
         # It is the launcher that is killed, without a chance to pass anything on.
         launcher.kill()
-        launcher.wait()
         wait_for(lambda: latest_checkpoint(run) is not None)
     finally:
         launcher.kill()

@@ -3,7 +3,6 @@
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import engines
@@ -32,14 +31,6 @@ SD3_SCRIPT = ROOT / "training_scripts" / "train_text_to_image.py"
 
 # Adam divides by the size of the gradient, and so makes noise of gradients that are zero but for rounding.
 SMOOTH = {"adam_epsilon": 1e-2}
-
-
-def by_launcher(line: list[str], config: str, folder: Path) -> None:
-    """Train by `accelerate launch`, as a user does."""
-    command = launch(line, num_processes=2, config=config)
-    done = subprocess.run(command, env=engines.variables(folder), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    engines.check_threads(done.stderr)
 
 
 def by_server(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
@@ -75,7 +66,7 @@ def test_shards_are_trained_saved_and_resumed_as_whole_weights_are(tmp_path: Pat
     whole = train(folder, data, tmp_path / "whole", train_batch_size=4, **options)
     sharded, resumed = tmp_path / "sharded", tmp_path / "resumed"
     options |= {"train_batch_size": 2}
-    by_launcher(command_line(folder, data, sharded, **options), "fsdp2.yaml", tmp_path)
+    by_server(command_line(folder, data, sharded, **options), "fsdp2.yaml")
     assert_same_weights(whole, sharded, atol=1e-6)
     assert_same_figures(whole, sharded)
     assert pipeline_files(sharded) == pipeline_files(whole)

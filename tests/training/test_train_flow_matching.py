@@ -308,6 +308,9 @@ def wait_for_steps(output_dir: Path, returncode: Callable[[], int | None]) -> No
 def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_path: Path, num_processes: int) -> None:
     output_dir, written = tmp_path / "run", tmp_path / "stderr"
     options = {"train_batch_size": 8 // num_processes, "max_train_steps": 100_000, "lr_scheduler": "constant"}
+    if num_processes > 1:
+        # With the launcher, as a user does it, and in shards.
+        data, folder = make_dataset(tmp_path / "data", side=16), save_untrained(tmp_path / "untrained", "dit-vae")
     line = command_line(folder, data, output_dir, **options)
     # One process is started without the launcher, which ends at SIGTERM without telling the script.
     if num_processes == 1:
@@ -317,7 +320,8 @@ def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_pa
         terminate, wait, kill = process.terminate, process.join, process.kill
     else:
         with written.open("w") as stderr:
-            process = subprocess.Popen(launch(line, num_processes), env=engines.variables(tmp_path), stderr=stderr)
+            command = launch(line, num_processes, config="fsdp2.yaml")
+            process = subprocess.Popen(command, env=engines.variables(tmp_path), stderr=stderr)
         returncode, terminate, wait, kill = process.poll, process.terminate, process.wait, process.kill
     try:
         wait_for_steps(output_dir, returncode)
@@ -333,6 +337,7 @@ def test_a_signal_stops_the_run_at_a_checkpoint(folder: Path, data: Path, tmp_pa
         assert returncode() == 128 + signal.SIGTERM
     else:
         engines.check_threads(written.read_text())
+        assert len(list((output_dir / f"checkpoint-{steps[0]}").rglob("*.distcp"))) == 4
     assert damage(output_dir / f"checkpoint-{steps[0]}") is None
     assert not (output_dir / "model_index.json").exists()
 
