@@ -41,6 +41,7 @@ class PromptMemo:
         self._names = list(inspect.signature(self._encode).parameters)
         self.encode = self._encode
         self.unverified: Any = None  # arguments whose padding nobody has compared with the encoders' own
+        self.asked: dict[str, Any] = {}  # arguments for the last caption
         self._axes: dict[Any, Tree] = {}
         self._masks: dict[Any, Tree] = {}
 
@@ -63,7 +64,7 @@ class PromptMemo:
 
     @torch.no_grad()
     def _one(self, single: dict[str, Any]) -> Tree:
-        key = _key(single)
+        key, self.asked = key_of(single), single
         if key not in self.kept:
             try:
                 tree = self._encode(**single)
@@ -117,7 +118,7 @@ def remembered(encode: Callable[..., Tree]) -> Callable[..., Tree]:
 
     def call(*args: Any, **kwargs: Any) -> Tree:
         arguments = {**dict(zip(names, args)), **kwargs}
-        key = _key(arguments)
+        key = key_of(arguments)
         try:
             hash(key)
         except TypeError:
@@ -213,7 +214,8 @@ def _together(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     return {**both, "batch_size": 2} if "batch_size" in both else both
 
 
-def _key(arguments: dict[str, Any]) -> Any:
+def key_of(arguments: dict[str, Any]) -> Any:
+    """Name by which the answer to arguments for one caption is kept."""
     return tuple((name, _frozen(value)) for name, value in sorted(arguments.items()) if name != "device")
 
 
@@ -225,4 +227,4 @@ def _frozen(value: Any) -> Any:
 
 def _options(single: dict[str, Any]) -> Any:
     """All but the words."""
-    return tuple((name, "words" if isinstance(value, (str, tuple)) else value) for name, value in _key(single))
+    return tuple((name, "words" if isinstance(value, (str, tuple)) else value) for name, value in key_of(single))

@@ -25,7 +25,7 @@ from ..data.latents import open_cache
 from ..data.randomness import BatchSlice
 from ..data.streams import StreamData
 from ..pipelines.one_step import StandIn, Tree, leaves, map_tensors
-from ..pipelines.prompt_memo import PromptMemo
+from ..pipelines.prompt_memo import PromptMemo, key_of
 from .arguments import TextToImageArguments
 
 
@@ -353,8 +353,8 @@ def cache_captions(
         # The arguments that the pipeline gives, with the marker where captions stand.
         text.memo, trained, text.trained = memo, text.trained, []
         encode([MARKER])
-        (sample,) = kept
-        keys = {caption: _with_caption(sample, caption) for caption in distinct}
+        arguments = {caption: _with_caption(memo.asked, caption) for caption in distinct}
+        keys = {caption: key_of(arguments[caption]) for caption in distinct}
         missing = sorted(caption for caption in distinct if keys[caption] not in kept)
         accelerator.wait_for_everyone()
         work = missing[accelerator.process_index :: accelerator.num_processes]
@@ -362,7 +362,7 @@ def cache_captions(
             bar = tqdm(work, desc="Caching text embeddings", disable=not accelerator.is_local_main_process)
             with cache.writer() as writer:
                 for caption in bar:
-                    encode([caption])
+                    memo(**arguments[caption])
                     writer.add([kept.digest(keys[caption])], [leaves(kept.pop(keys[caption]))])
             accelerator.wait_for_everyone()
             cache.refresh()
@@ -371,6 +371,6 @@ def cache_captions(
     logger.info("Embeddings of %d captions are in %s, %d of them new.", len(distinct), folder, len(missing))
 
 
-def _with_caption(key: Any, caption: str) -> Any:
-    """The key of the marker with another caption."""
-    return tuple((name, (caption,) if value == (MARKER,) else value) for name, value in key)
+def _with_caption(arguments: dict[str, Any], caption: str) -> dict[str, Any]:
+    """Arguments of `encode_prompt` for the marker, with another caption in its place."""
+    return {name: [caption] if value == [MARKER] else value for name, value in arguments.items()}
