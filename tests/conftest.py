@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pipelines
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -105,6 +106,16 @@ def what_a_test_registers_goes_with_it() -> Iterator[None]:
     for table, entries in zip(tables, before):
         table.clear()
         table.update(entries)
+
+
+@pytest.fixture(scope="module")
+def networks_of_one_level() -> Iterator[None]:
+    """Tiny UNets have one level, and take half as long: for tests of many steps, whatever the network is."""
+    one: dict[str, Any] = {"block_out_channels": (8,)}
+    one |= {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_pipelines, "tiny_unet", functools.partial(tiny_pipelines.tiny_unet, **one))
+        yield
 
 
 @pytest.fixture

@@ -29,6 +29,9 @@ from diffusers_fm.training.checkpoints import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("networks_of_one_level")
+
+
 def prepare(accelerator: Accelerator, seed: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = torch.nn.Linear(3, 3)

@@ -30,6 +30,9 @@ from diffusers_fm.training.posthoc_ema import (
 )
 
 
+pytestmark = pytest.mark.usefixtures("networks_of_one_level")
+
+
 def random_walk(model: torch.nn.Module, num_steps: int) -> list[list[torch.Tensor]]:
     """Weights as an optimizer might leave them after each step."""
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,8 @@ from training_runs import SCRIPT, command_line, make_dataset, read_log, save_unt
 from diffusers_fm.training.checkpoints import latest_checkpoint
 
 
+pytestmark = pytest.mark.usefixtures("networks_of_one_level")
+
 STEPS = 42
 
 # What a run is hit by, one after the other: a signal that asks or one that does not, at a random moment of the loop,

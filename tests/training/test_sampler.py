@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings of sampling that a run finds out and saves."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,10 @@ from diffusers_fm.schedulers.recommendation import CALLS, FITTED_CALLS
 from diffusers_fm.training.sampler import num_searched
 
 
+# A search calls the network some hundred times.
+pytestmark = pytest.mark.usefixtures("networks_of_one_level")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("data"))
@@ -40,13 +43,6 @@ def _few_numbers_of_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     few = (FITTED_CALLS, 20, 40)
     assert set(few) <= set(CALLS)
     monkeypatch.setattr("diffusers_fm.schedulers.recommendation.CALLS", few)
-
-
-@pytest.fixture(autouse=True)
-def _networks_of_one_level(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A search calls the network some hundred times."""
-    one = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-    monkeypatch.setattr("tiny_pipelines.tiny_unet", functools.partial(tiny_unet, **one))
 
 
 def pixels_of(data: Path, channels: int, side: int) -> torch.Tensor:

@@ -37,6 +37,9 @@ from diffusers_fm.training.metrics import (
 from diffusers_fm.training.run import TrainingRun
 
 
+pytestmark = pytest.mark.usefixtures("networks_of_one_level")
+
+
 def test_operations_of_a_linear_layer() -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 7))
     forward = 2 * 4 * (3 * 5 + 5 * 7)
