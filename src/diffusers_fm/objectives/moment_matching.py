@@ -62,8 +62,8 @@ class MomentMatchingArguments(Arguments):
     matching_calls: Count = option(
         1, "Sets in turn are drawn in 1 to this many calls, each of which the last one learns."
     )
-    matching_groups: Count = option(4, "Sets in a step of a process, in place of its batch: each of one class.")
-    matching_group: Annotated[Count, Range(2)] = option(64, "Samples of a set.")
+    matching_groups: Count = option(16, "Sets in a step of a process, in place of its batch: each of one class.")
+    matching_group: Annotated[Count, Range(2)] = option(16, "Samples of a set.")
     matching_known: Annotated[Count, Range(2)] = option(
         1024, "Samples of each label that the map before these steps draws, of 65,536 in all at most."
     )
