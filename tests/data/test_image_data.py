@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of all kinds become the same batches, in an order that depends on the seed alone."""
 
+import gc
 import io
 import re
 import struct
@@ -498,6 +499,10 @@ def test_workers_do_not_matter() -> None:
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No data set can be read from"):
         load_splits(str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match=r"No data set can be read from 'runs/nothing': Couldn't reach"):
+            load_splits("runs/nothing")
     with pytest.raises(ValueError, match="got neither"):
         load_splits()
     with pytest.raises(ValueError, match="got both"):
@@ -536,8 +541,12 @@ def test_empty_data_and_unreadable_images_are_named() -> None:
     with pytest.raises(ValueError, match="row 1 of the data set cannot be read: there is none"):
         ImageData(datasets.Dataset.from_dict({"image": files}), GREY)
     lazy = ImageData(datasets.Dataset.from_dict({"image": files}), GREY, memory_budget=0)
+    batches = iter(make_loader(lazy, StreamSampler(3, 0, 3), num_workers=1))
     with pytest.raises(ValueError, match="row 1 of the data set"):
-        next(iter(make_loader(lazy, StreamSampler(3, 0, 3), num_workers=1)))
+        next(batches)
+    # In the cycle of the error the iterator would lose its queues first, and wait for the worker.
+    gc.collect()
+    del batches
 
 
 @pytest.mark.parametrize("lacking", ["label", "caption"])

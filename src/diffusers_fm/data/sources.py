@@ -110,7 +110,7 @@ def _reading(dataset_name: str | None, train_data_dir: str | None) -> Iterator[N
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, datasets.exceptions.DatasetsError) as error:
+    except (FileNotFoundError, NotADirectoryError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"No data set can be read from {dataset_name or train_data_dir!r}: {error}") from error
 
 
