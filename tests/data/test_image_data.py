@@ -422,6 +422,26 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
     assert len(opened) == len(set(opened)) == len(shards)
 
 
+def test_kept_images_are_those_of_the_files_that_rows_name_in_a_folder(tmp_path: Path) -> None:
+    for name, level in (("own", 1), ("other", 9)):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("L", (8, 8), level).save(tmp_path / name / "0.png")
+    features = datasets.Features({"image": datasets.Image()})
+
+    def levels(*folders: Path, path: str = "0.png") -> list[int]:
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}]}, features=features)
+        data = ImageData(rows, replace(GREY, folders=folders), folder=tmp_path / "decoded", max_unreadable=1)
+        return [] if data.unreadable else data[keys(1)]["images"].unique().tolist()
+
+    assert levels(tmp_path / "own") == [1]
+    PIL.Image.new("L", (8, 8), 200).save(tmp_path / "own" / "0.png")
+    assert levels(tmp_path / "own") == [200]
+    # What was out of bounds is read when its folder is named.
+    other = str(tmp_path / "other" / "0.png")
+    assert levels(tmp_path / "own", path=other) == []
+    assert levels(tmp_path / "own", tmp_path / "other", path=other) == [9]
+
+
 def test_prepared_rows_are_found_again_until_they_are_prepared_anew(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
 
