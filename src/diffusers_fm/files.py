@@ -159,12 +159,12 @@ def make_way(folder: Path, name: str) -> str:
     return name
 
 
-def set_aside(path: Path, name: str | None = None) -> None:
-    """Rename what is not the run's and stands in its way, with a warning."""
+def set_aside(path: Path, name: str | None = None, why: str = "was not written by this run") -> None:
+    """Rename what stands in a run's way, with a warning that says why it does not belong to it."""
     names = (f"{name or path.name}.kept-{number}" for number in itertools.count(1))
     kept = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     path.rename(kept)
-    logger.warning("%s was not written by this run and stood in its way: it is %s now.", path, kept)
+    logger.warning("%s %s and stood in its way: it is %s now.", path, why, kept)
 
 
 @contextmanager

@@ -36,9 +36,13 @@ BETWEEN = (
 COLUMNS = 8
 
 
-def real(caption: str, rows: datasets.Dataset) -> PIL.Image.Image:
+def real(caption: str, splits: datasets.DatasetDict) -> PIL.Image.Image:
     """The real emoji whose first caption it is."""
-    return next(row["image"] for row in rows if row["text"][0] == caption)
+    places = (
+        (split, number) for split in splits.values() for number, text in enumerate(split["text"]) if text[0] == caption
+    )
+    split, number = next(places)
+    return split[number]["image"]
 
 
 def on_sphere(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
@@ -50,7 +54,6 @@ def on_sphere(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.
 def main(args: argparse.Namespace) -> None:
     """Draw the picture, a row for each image."""
     splits = datasets.load_dataset(str(EMOJI))
-    rows = [row for split in splits.values() for row in split]
     pipeline = StableDiffusion3Pipeline.from_pretrained(args.folder, text_encoder_3=None, tokenizer_3=None)
     pipeline.set_progress_bar_config(disable=True)
     flow, size = StockFlow(pipeline), {"height": SIDE, "width": SIDE}
@@ -79,7 +82,7 @@ def main(args: argparse.Namespace) -> None:
         names.append(row["text"][0])
 
     for source, wanted in EDITS[: args.num_rows]:
-        image = real(source, rows)
+        image = real(source, splits)
         drawn = flow.edit(
             [image] * (COLUMNS - 2),
             source,
@@ -95,7 +98,8 @@ def main(args: argparse.Namespace) -> None:
 
     for first, second in BETWEEN[: args.num_rows]:
         noise = [
-            flow.encode(real(caption, rows), caption, args.num_inference_steps, **call) for caption in (first, second)
+            flow.encode(real(caption, splits), caption, args.num_inference_steps, **call)
+            for caption in (first, second)
         ]
         shares = np.linspace(0, 1, COLUMNS)
         points = torch.cat([on_sphere(*noise, float(share)) for share in shares])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of all kinds become the same batches, in an order that depends on the seed alone."""
 
+import gc
 import io
 import re
 import struct
@@ -421,6 +422,26 @@ def test_images_are_decoded_once_for_all_processes_and_runs(
     assert len(opened) == len(set(opened)) == len(shards)
 
 
+def test_kept_images_are_those_of_the_files_that_rows_name_in_a_folder(tmp_path: Path) -> None:
+    for name, level in (("own", 1), ("other", 9)):
+        (tmp_path / name).mkdir()
+        PIL.Image.new("L", (8, 8), level).save(tmp_path / name / "0.png")
+    features = datasets.Features({"image": datasets.Image()})
+
+    def levels(*folders: Path, path: str = "0.png") -> list[int]:
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": path}]}, features=features)
+        data = ImageData(rows, replace(GREY, folders=folders), folder=tmp_path / "decoded", max_unreadable=1)
+        return [] if data.unreadable else data[keys(1)]["images"].unique().tolist()
+
+    assert levels(tmp_path / "own") == [1]
+    PIL.Image.new("L", (8, 8), 200).save(tmp_path / "own" / "0.png")
+    assert levels(tmp_path / "own") == [200]
+    # What was out of bounds is read when its folder is named.
+    other = str(tmp_path / "other" / "0.png")
+    assert levels(tmp_path / "own", path=other) == []
+    assert levels(tmp_path / "own", tmp_path / "other", path=other) == [9]
+
+
 def test_prepared_rows_are_found_again_until_they_are_prepared_anew(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
 
@@ -498,6 +519,10 @@ def test_workers_do_not_matter() -> None:
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No data set can be read from"):
         load_splits(str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match=r"No data set can be read from 'runs/nothing': Couldn't reach"):
+            load_splits("runs/nothing")
     with pytest.raises(ValueError, match="got neither"):
         load_splits()
     with pytest.raises(ValueError, match="got both"):
@@ -536,8 +561,12 @@ def test_empty_data_and_unreadable_images_are_named() -> None:
     with pytest.raises(ValueError, match="row 1 of the data set cannot be read: there is none"):
         ImageData(datasets.Dataset.from_dict({"image": files}), GREY)
     lazy = ImageData(datasets.Dataset.from_dict({"image": files}), GREY, memory_budget=0)
+    batches = iter(make_loader(lazy, StreamSampler(3, 0, 3), num_workers=1))
     with pytest.raises(ValueError, match="row 1 of the data set"):
-        next(iter(make_loader(lazy, StreamSampler(3, 0, 3), num_workers=1)))
+        next(batches)
+    # In the cycle of the error the iterator would lose its queues first, and wait for the worker.
+    gc.collect()
+    del batches
 
 
 @pytest.mark.parametrize("lacking", ["label", "caption"])

@@ -101,6 +101,11 @@ def test_files_of_rows_are_all_read_or_named(tmp_path: Path, caplog: pytest.LogC
 
     assert rows("cats.parquet", "photos of a train.parquet", "tests.parquet") == {"train": 3}
     assert rows("train-0.parquet", "train-1.parquet", "test.parquet") == {"train": 2, "test": 1}
+    # As `datasets` writes them.
+    assert rows("cats-train-00000-of-00002.parquet", "cats-train-00001-of-00002.parquet", "cats-test.parquet") == {
+        "train": 2,
+        "test": 1,
+    }
     assert not [record for record in caplog.records if "left out" in record.getMessage()]
     assert rows("train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "more.parquet") == {"train": 2}
     assert "2 files of" in caplog.text
@@ -175,6 +180,9 @@ def test_metadata_that_cannot_be_used_is_one_sentence(tmp_path: Path, caplog: py
     file.write_bytes("file_name,text\n0.png,Bär\n".encode("cp1252"))
     with pytest.raises(ValueError, match=r"metadata.csv' is not UTF-8 \(.* at byte 22\): save it as UTF-8\.$"):
         sizes(folder)
+    (write(tmp_path / "b", "0.png") / "0.txt").write_bytes("Bär".encode("cp1252"))
+    with pytest.raises(ValueError, match=r"0.txt' is not UTF-8 \(.* at byte 1\): save it as UTF-8\.$"):
+        sizes(tmp_path / "b")
     file.write_text("file_name;text\n0.png;b\n")
     with pytest.raises(ValueError, match=r"has no column 'file_name'; its columns are \['file_name;text'\]"):
         sizes(folder)

@@ -119,6 +119,21 @@ def test_precision_and_recall_of_known_sets(rng: np.random.Generator) -> None:
     assert recall == pytest.approx(0.5, abs=0.01)
 
 
+def test_data_that_are_sorted_by_class_have_the_figures_of_shuffled_ones(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    def save(name: str, labels: np.ndarray) -> None:
+        features = rng.normal(size=(len(labels), 4)) + 8 * np.eye(4)[labels]
+        store.compute(name, len(labels), len(labels), lambda numbers: {"features": features, "logits": features})
+
+    store, classes = ResultStore(tmp_path, fake_accelerator(), {}), np.repeat(np.arange(4), 100)
+    save("samples", rng.permutation(classes)[:100])
+    save("data", classes)
+    found = measures.quality(store, "samples", "data", SimpleNamespace(name="classifier"))
+    # Of samples and data of one distribution; the first hundred of the data are of one class.
+    assert min(found["precision"], found["recall"]) > 0.6
+
+
 def test_nearest_finds_the_nearest(rng: np.random.Generator) -> None:
     reference = rng.normal(size=(50, 7)).astype(np.float32)
     rows = rng.permutation(50)
@@ -290,6 +305,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             parameter.mul_(0.05)
     FlowMatchPipeline(scheduler=FlowMatchScheduler(), transformer=transformer).save_pretrained(folder)
     return folder
+
+
+def test_labels_are_matched_by_name_with_those_of_the_model(model: Path, tmp_path: Path) -> None:
+    pipeline = FlowMatchPipeline.from_pretrained(model)
+    pipeline.register_to_config(id2label={str(label): name for label, name in enumerate("abcde")})
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("edcba"))})
+    rows = {"image": [PIL.Image.new("L", (8, 8), level) for level in range(5)], "label": [0, 1, 2, 3, 4]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    script = load_script(SCRIPT)
+    args = script.ScriptArguments(
+        pretrained_model_name_or_path=str(model), dataset_name=str(tmp_path), output_dir="x", features="classifier"
+    )
+    images, _, num_classes = script.load_data(args, 8, 1, pipeline)
+    assert num_classes == 5
+    assert images.labels.tolist() == [4, 3, 2, 1, 0]
 
 
 @pytest.fixture(scope="module")

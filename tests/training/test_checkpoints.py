@@ -12,7 +12,7 @@ import pytest
 import torch
 import xxhash
 from accelerate import Accelerator
-from training_runs import make_dataset, save_untrained, train
+from training_runs import make_dataset, read_log, save_untrained, train
 
 from diffusers_fm.files import unlock_folder
 from diffusers_fm.training.checkpoints import (
@@ -240,6 +240,26 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def exchanged_labels(rows: datasets.Dataset) -> datasets.Dataset:
     return rows.map(lambda row: {"label": 1 - row["label"] if row["label"] < 2 else 2})
+
+
+def test_later_checkpoints_make_way_for_a_run_that_goes_on_from_an_earlier_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, data = save_untrained(tmp_path / "untrained", "unet-classes"), make_dataset(tmp_path / "data")
+    run, options = tmp_path / "run", {"checkpointing_steps": 1, "lr_scheduler": "constant"}
+    train(folder, data, run, max_train_steps=4, **options)
+    options |= {"resume_from_checkpoint": "checkpoint-2", "learning_rate": 1e-5}
+    train(folder, data, run, max_train_steps=3, **options)
+    said = [record.getMessage() for record in caplog.records if record.name == "diffusers_fm.files"]
+    assert [message.split(": ")[0].rpartition("/")[2] for message in said] == [
+        f"checkpoint-{step} is later than step 2, which this run goes on from, and stood in its way" for step in (3, 4)
+    ]
+    # The newest is now of the run that was begun last, and nothing is lost.
+    assert find_checkpoint(run, "latest") == run / "checkpoint-3"
+    assert damage(run / "checkpoint-4.kept-1") is None
+    options["resume_from_checkpoint"] = "latest"
+    train(folder, data, run, max_train_steps=5, **options)
+    assert [rate for _, rate in read_log(run, "learning_rate")][2:] == [1e-5] * 3
 
 
 # The length of a stream is not always known, and its rows are not read beforehand: shards and first row tell it.

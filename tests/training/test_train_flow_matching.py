@@ -708,6 +708,12 @@ def test_length_in_epochs(folder: Path, data: Path, tmp_path: Path) -> None:
     # 60 samples in steps of 8.
     assert [line[0] for line in read_log(output_dir, "loss")][-1] == 8
     assert json.loads((output_dir / "training_args.json").read_text())["max_train_steps"] == 8
+    # Of 60 samples 32 are seen in two steps; the others take seven steps of four.
+    options |= {"train_batch_size": 16, "max_train_steps": 2, "checkpointing_steps": 2}
+    first = train(folder, data, tmp_path / "first", **options)
+    options |= {"train_batch_size": 4, "max_train_steps": None}
+    resumed = train(folder, data, tmp_path / "resumed", resume_from_checkpoint=first / "checkpoint-2", **options)
+    assert [line[0] for line in read_log(resumed, "loss")][-1] == 2 + 7
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import PIL
 import pyarrow.compute as pc
 import torch
 from tqdm.auto import tqdm
@@ -31,19 +32,23 @@ MEMORY_BUDGET = 512 * 2**20
 READ_AT_ONCE = 64
 
 
-def column_key(files: datasets.Dataset, rows: np.ndarray) -> str | None:
+def column_key(files: datasets.Dataset, rows: np.ndarray, folders: Sequence[Path] | None = None) -> str | None:
     """
     Digest of an undecoded image column: of its Arrow files or contents, and of paths, sizes and times of the image
-    files that it names; `None` where these are on the network.
+    files that it names, in the folders in which they may be; `None` where these are on the network. What can be read
+    depends on Pillow.
     """
     # A folder that is prepared anew keeps its fingerprint; its files do not keep their times.
     prepared = [f"{file['filename']} {os.stat(file['filename']).st_mtime_ns}" for file in files.cache_files]
-    parts: list[bytes | str] = [files._fingerprint, *prepared, rows.tobytes()]
+    parts: list[bytes | str] = [files._fingerprint, *prepared, rows.tobytes(), PIL.__version__]
+    parts += map(str, folders or ())
     column = files.column_names[0]
     batches: Any = files.with_format("arrow").iter(10_000)
     for batch in batches:
         cells = batch[column].combine_chunks()
         for path in pc.filter(cells.field("path"), pc.is_null(cells.field("bytes"))).drop_null().to_pylist():
+            if folders is not None and "://" not in path:
+                path = os.path.join(folders[0], path)
             try:
                 for file in [path, *(frame_files(path) if os.path.isdir(path) else ())]:
                     state = os.stat(file)

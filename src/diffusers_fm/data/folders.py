@@ -170,9 +170,7 @@ def _captions(root: Path, images: list[str], left_out: dict[str, list[str]], kin
     reason = f".txt files, no {_OTHERS[kind]}"
     texts = set(left_out[reason])
     files = {path: f"{os.path.splitext(path)[0]}.txt" for path in images}
-    captions = {
-        path: (root / file).read_text(encoding="utf-8-sig").strip() for path, file in files.items() if file in texts
-    }
+    captions = {path: _read_text(root / file).strip() for path, file in files.items() if file in texts}
     left_out[reason] = sorted(texts - {files[path] for path in captions})
     if not left_out[reason]:
         del left_out[reason]
@@ -265,22 +263,29 @@ def _with_metadata(
     return table.take(pa.array([row for _, row in order], type=pa.int64()))
 
 
-def _read_metadata(file: Path) -> pa.Table:
+def _read_text(file: Path) -> str:
+    """A text in UTF-8, or in UTF-16 with its mark; a `ValueError` names the file."""
+    content = file.read_bytes()
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        if file.suffix == ".parquet":
-            return pyarrow.parquet.read_table(file)
-        content = file.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        text = content.decode("utf-16" if wide else "utf-8-sig")
-        if file.suffix == ".csv":
-            return pa.Table.from_pandas(pd.read_csv(io.StringIO(text)), preserve_index=False)
-        # A block holds whole rows.
-        options = pyarrow.json.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1))
-        return pyarrow.json.read_json(io.BytesIO(text.encode()), read_options=options)
+        return content.decode("utf-16" if wide else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{str(file)!r} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8."
         ) from error
+
+
+def _read_metadata(file: Path) -> pa.Table:
+    text = "" if file.suffix == ".parquet" else _read_text(file)
+    try:
+        if file.suffix == ".parquet":
+            return pyarrow.parquet.read_table(file)
+        if file.suffix == ".csv":
+            return pa.Table.from_pandas(pd.read_csv(io.StringIO(text)), preserve_index=False)
+        # A block holds whole rows.
+        content = text.encode()
+        options = pyarrow.json.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1))
+        return pyarrow.json.read_json(io.BytesIO(content), read_options=options)
     except (pa.ArrowException, ValueError) as error:
         raise ValueError(f"{str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
 

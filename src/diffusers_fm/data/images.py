@@ -228,7 +228,8 @@ class ImageData(Dataset):
         self._stack: torch.Tensor | None = None
         # Images that are not square take more; decoding stops where it no longer fits.
         fits = len(self) * transform.least_bytes <= memory_budget
-        key = column_key(self._files, self._rows) if folder is not None and (fits or transform.buckets) else None
+        is_kept = folder is not None and (fits or bool(transform.buckets))
+        key = column_key(self._files, self._rows, transform.folders) if is_kept else None
         if transform.buckets:
             sizes_key = key and content_key("sizes", key, transform.resolution)
             sizes, bad = read_once(folder, sizes_key, lambda: read_sizes(self._files, self._rows, transform))

@@ -2,7 +2,7 @@
 """Latents of a batch, encoded in training or kept on disk."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,7 @@ def cache_images(
         accelerator.wait_for_everyone()
         cache.refresh()
         _share_unreadable(data)
+        _note_twins(data, keys, cache)
     logger.info("%s of %d images are in %s, %d of them new.", what.capitalize(), len(data), folder, len(missing))
     return cache, CachedRecords(cache, keys)
 
@@ -244,3 +245,15 @@ def _share_unreadable(data: ImageData) -> None:
     """Every process learns of what any of them could not read: no process asks the cache for that."""
     for index, (row, reason) in gather_object(sorted(data.unreadable.items())):
         data.note_unreadable(UnreadableImageError.of(index, row, reason))
+
+
+def _note_twins(data: ImageData, keys: Sequence[Sequence[str]], cache: TensorCache) -> None:
+    """Images that are not in the cache because one with the same bytes could not be read cannot be read either."""
+    reasons = {key: reason for index, (_, reason) in data.unreadable.items() for key in keys[index]}
+    for index, of_image in enumerate(keys):
+        if index not in data.unreadable and any(key not in cache for key in of_image):
+
+            def refuse(index: int, reason: str = reasons[of_image[0]]) -> None:
+                raise ValueError(reason)
+
+            data.read_or_note(index, refuse)

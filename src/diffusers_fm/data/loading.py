@@ -327,12 +327,20 @@ def with_labels_of_model(pipeline: FlowMatchPipelineBase, split: DatasetT, label
                 len(names),
             )
         return split
+    matched = matched_by_name(pipeline, split, label_column)
+    if matched is split:
+        adopt_class_names(pipeline, names)
+    return matched
+
+
+def matched_by_name(pipeline: FlowMatchPipelineBase, split: DatasetT, label_column: str) -> DatasetT:
+    """A split whose labels are those that a pipeline has for the same names of classes; otherwise as it is."""
+    names = class_names(split, label_column) if label_column in (split.features or {}) else None
     known = {name: int(label) for label, name in (pipeline.config.id2label or {}).items()}
     same = names is not None and set(known) == set(names.values()) and len(known) == len(names)
     if same and names != {label: name for name, label in known.items()} and isinstance(split, datasets.Dataset):
         logger.info("Labels of the data are matched by name with those of the model.")
         return split.align_labels_with_mapping(known, label_column)
-    adopt_class_names(pipeline, names)
     return split
 
 

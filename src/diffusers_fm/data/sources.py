@@ -48,6 +48,7 @@ _MODULES = {
     ".zip": "imagefolder",
 }
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d+-of-\d+$")
+_NUMBER_OF_SHARD = re.compile(r"-\d+-of-\d+$")
 
 
 def load_splits(
@@ -110,7 +111,7 @@ def _reading(dataset_name: str | None, train_data_dir: str | None) -> Iterator[N
         raise ValueError(f"Exactly one of --dataset_name and --train_data_dir must be given, got {given}.")
     try:
         yield
-    except (FileNotFoundError, NotADirectoryError, datasets.exceptions.DatasetsError) as error:
+    except (FileNotFoundError, NotADirectoryError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"No data set can be read from {dataset_name or train_data_dir!r}: {error}") from error
 
 
@@ -190,9 +191,11 @@ def _find_files(folder: Path, cache_dir: str | None) -> tuple[Counter[str], list
 
 
 def _splits_of_files(folder: Path, files: list[str]) -> dict[str, list[str]]:
-    """Files of each split: by names of shards, else by folders or names that begin with the word of a split."""
+    """Files of each split: by names of shards, else by folders or names that begin or end with a split's word."""
     stems = {file: os.path.splitext(os.path.basename(file))[0] for file in files}
     shards = {file: match[1] for file, stem in stems.items() if (match := _SHARD.match(stem))}
+    # Shards may have the name of the data set before that of the split.
+    stems = {file: _NUMBER_OF_SHARD.sub("", stem) for file, stem in stems.items()}
     parents = {file: Path(file).relative_to(folder).parts[:-1] for file in files}
     split_of = shards or {
         file: word[0]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..data.images import ImageData
-from ..data.randomness import make_generator
+from ..data.randomness import epoch_order, make_generator
 from .distances import frechet_distance, inception_score, kernel_distance, nearest, precision_and_recall
 from .features import FeatureExtractor
 from .sampling import SOLVER_CHOICES, Sampler, SolverChoice, straightness, to_bytes, trajectories
@@ -72,8 +72,10 @@ def quality(store: ResultStore, samples: str, reference: str, extractor: Feature
     features, against = store.read(samples, "features"), store.read(reference, "features")
     kernel, kernel_std = kernel_distance(features, against)
     score, score_std = inception_score(store.read(samples, "logits"), num_splits=min(10, len(features)))
+    # As many of either, chosen at random: data sets are sorted by class.
     number = min(len(features), len(against))
-    precision, recall = precision_and_recall(features[:number], against[:number])
+    some, others = (each[epoch_order(0, 0, len(each))[:number]] for each in (features, against))
+    precision, recall = precision_and_recall(some, others)
     figures = {
         "frechet_distance": frechet_distance(features, against),
         "kernel_distance": kernel,

@@ -81,6 +81,15 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
+def set_later_aside(output_dir: Path, step: int) -> None:
+    """Rename the checkpoints of a run that went further than the step from which it is resumed."""
+    for later in _checkpoint_steps(output_dir):
+        if later > step:
+            set_aside(
+                output_dir / f"checkpoint-{later}", why=f"is later than step {step}, which this run goes on from,"
+            )
+
+
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
     Checkpoint that a run starts from, or `None` to start afresh: `"latest"` for the newest whole one in `output_dir`,
