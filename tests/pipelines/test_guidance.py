@@ -15,9 +15,15 @@ from diffusers import (
     TangentialClassifierFreeGuidance,
 )
 from helpers import GaussianMixture, draw_mixture
-from tiny_pipelines import generators, tiny_pipeline, tiny_unet
+from tiny_pipelines import generators, tiny_class_embedder, tiny_pipeline, tiny_sd3, tiny_unet
 
-from diffusers_fm import FlowMatchEditPipeline, FlowMatchInversePipeline, FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm import (
+    FlowMatchEditPipeline,
+    FlowMatchInversePipeline,
+    FlowMatchPipeline,
+    FlowMatchScheduler,
+    FlowMatchUpscalePipeline,
+)
 from diffusers_fm.pipelines.guidance import Guidance
 
 
@@ -231,6 +237,23 @@ def test_what_a_guider_cannot_do_is_refused(settings: dict[str, Any], call: dict
     components = tiny_pipeline("unet-classes").components | settings
     with pytest.raises(ValueError, match=message):
         draw(FlowMatchPipeline(**components, num_classes=5), **call)
+
+
+def test_a_guider_needs_labels_where_only_the_null_class_is_there() -> None:
+    guider, message = ClassifierFreeGuidance(3.0), "A `guider` needs classes and a null class"
+    plain = FlowMatchPipeline(
+        FlowMatchScheduler(),
+        transformer=tiny_sd3(),
+        class_embedder=tiny_class_embedder(num_classes=0),
+        guider=guider,
+    )
+    unet = tiny_unet(in_channels=2, out_channels=1, num_class_embeds=1)
+    upscaler = FlowMatchUpscalePipeline(FlowMatchScheduler(), unet=unet, num_classes=0, scale_factor=2, guider=guider)
+    assert (plain.null_class, upscaler.null_class) == (0, 0)
+    with pytest.raises(ValueError, match=message):
+        plain(num_inference_steps=1)
+    with pytest.raises(ValueError, match=message):
+        upscaler(torch.zeros(1, 1, 4, 4), num_inference_steps=1)
 
 
 def test_pipelines_without_a_sampling_loop_of_their_own_refuse_a_guider() -> None:

@@ -505,6 +505,21 @@ def test_callback_can_stop_and_switch_guidance() -> None:
     assert recorder.batch_sizes == [2, 1, 1]
 
 
+@pytest.mark.parametrize("solver", [None, "euler", "dopri5"])
+def test_a_call_from_a_callback_is_the_call_by_itself(solver: str | None) -> None:
+    pipeline = tiny_pipeline("unet", solver="ab2", default_num_inference_steps=4)
+    call: dict[str, Any] = {"solver": solver, "num_inference_steps": None, "output_type": "latent"}
+    alone, inner = images_of(pipeline, **call), []
+
+    def callback(given: FlowMatchPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        assert given.scheduler.config.solver == "midpoint"
+        inner.append(images_of(given, **call))
+        return {}
+
+    images_of(pipeline, solver="midpoint", num_inference_steps=1, callback_on_step_end=callback)
+    assert torch.equal(inner[0], alone)
+
+
 def test_callback_objects_name_their_tensors() -> None:
     class Halve(PipelineCallback):
         tensor_inputs = ["latents"]

@@ -134,7 +134,9 @@ def estimate_scheduler(
         raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
     if eta is None:
         eta = 1.0 if solver in (None, "euler") else 0.0
-    changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}
+    # `stochastic_sampling` would take the place of `eta`.
+    changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False}
+    changes |= {"stochastic_sampling": False, "eta": eta}
     if eta > 0:
         changes |= {"sampling_path": "ot", "s_churn": 0.0, "solver": "euler"}
     if solver is not None:

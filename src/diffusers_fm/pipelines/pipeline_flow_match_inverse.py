@@ -187,7 +187,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             network = NetworkField(self, self.guidance_scale)
             return estimate(lambda x_t, t: network(x_t, t.to(x_t), *args), x_t, i)
 
-        with self._begin(SamplingCall(self.scheduler, guidance_scale, len(times))):
+        with self._begin(SamplingCall(self._own_scheduler, guidance_scale, len(times))):
             latents, nfe = self._sample(scheduler, answer, latents, options)
         num_backward = estimate.num_backward
 
@@ -214,7 +214,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
-        return estimate_scheduler(self.scheduler, eta, solver)
+        return estimate_scheduler(self._own_scheduler, eta, solver)
 
     def _autoencoder(self) -> tuple[Callable[..., torch.Tensor] | None, Callable[..., torch.Tensor] | None]:
         vae = self.vae
