@@ -168,6 +168,30 @@ def test_a_guider_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(draw(pipeline), guided, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["set", "from_pipe", "from_pretrained"])
+def test_the_settings_of_a_guider_go_with_it(way: str, tmp_path: Path) -> None:
+    plain = tiny_pipeline("unet-classes")
+    components = plain.components | {"guider": ClassifierFreeGuidance(3.0), "guiding_network": plain.unet}
+    settings: dict[str, Any] = {"guidance_space": "epsilon", "guidance_interval": [0.1, 0.9]}
+    pipeline = FlowMatchPipeline(**components, num_classes=5, **settings)
+    if way == "set":
+        pipeline.guider = None
+        FlowMatchEditPipeline.from_pipe(pipeline)
+    elif way == "from_pipe":
+        assert FlowMatchEditPipeline.from_pipe(pipeline).config.guidance_space == "epsilon"
+        pipeline = FlowMatchPipeline.from_pipe(pipeline, guider=None)
+    else:
+        pipeline.save_pretrained(tmp_path / "guided")
+        pipeline = FlowMatchPipeline.from_pretrained(tmp_path / "guided", guider=None)
+    pipeline.save_pretrained(tmp_path / "plain")
+    loaded = FlowMatchPipeline.from_pretrained(tmp_path / "plain")
+    for each in (pipeline, loaded):
+        each.set_progress_bar_config(disable=True)
+        assert (each.guider, each.guiding_network) == (None, None)
+        assert not each.config.get("guidance_space") and not each.config.get("guidance_interval")
+        assert torch.equal(draw(each), draw(plain))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_zeroed_first_steps_are_no_part_of_a_solvers_history(path: str) -> None:
     settings = {"path": path, "solver": "abm3", "sampling_path": "angle"}

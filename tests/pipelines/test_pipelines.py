@@ -431,6 +431,22 @@ def test_unet_without_a_sample_size_needs_one() -> None:
     assert images_of(pipeline, height=8, width=4).shape == (3, 1, 8, 4)
 
 
+def test_unet_without_a_sample_size_takes_that_of_the_data() -> None:
+    pipeline, same = (FlowMatchPipeline(FlowMatchScheduler(), unet=tiny_unet(sample_size=size)) for size in (None, 8))
+    for each in (pipeline, same):
+        each.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert pipeline.makes_pictures
+    for call in (
+        lambda each: each.encode(images, num_inference_steps=2),
+        lambda each: each.decode(2 * images - 1, num_inference_steps=2, output_type="latent"),
+        lambda each: each.log_likelihood(images, num_steps=2, generator=torch.Generator().manual_seed(0)).log_prob,
+    ):
+        assert torch.equal(call(pipeline), call(same))
+    with pytest.raises(ValueError, match=r"the shape \(2, 1, height, width\) for this pipeline, got \(2, 3, 8, 8\)"):
+        pipeline.encode(images.expand(2, 3, 8, 8))
+
+
 def test_unet_of_a_rectangular_size() -> None:
     pipeline = FlowMatchPipeline(FlowMatchScheduler(), unet=tiny_unet(sample_size=(4, 8)))
     assert pipeline.sample_shape == (1, 4, 8)
