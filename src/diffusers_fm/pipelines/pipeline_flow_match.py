@@ -503,7 +503,7 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
             check_noise("images", images)
             self._check_shape("images", images, self.image_channels, 1)
             return images.to(self._execution_device, torch.float32)
-        pixels = read_images("images", images, self.image_processor).to(
+        pixels = read_images("images", images, self.image_processor, self.image_channels).to(
             self._execution_device, torch.float32
         )
         self._check_shape("images", pixels, self.image_channels, self.vae_scale_factor)

@@ -210,7 +210,10 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
     ) -> tuple[torch.Tensor, MaskOperator]:
         """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting, as in a call."""
-        return masked_images(image, mask_image, self.image_processor, self._execution_device, num_images_per_image)
+        return masked_images(
+            *(image, mask_image, self.image_processor, self._execution_device),
+            *(num_images_per_image, self.image_channels),
+        )
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
