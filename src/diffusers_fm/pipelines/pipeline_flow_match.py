@@ -351,7 +351,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
 
         A [`~diffusers.DDPMPipeline`] for a UNet without classes, with the scheduler of
         [`FlowMatchScheduler.to_stock`]; a [`~diffusers.DDIMPipeline`] on the path `vp_discrete` or after
-        [`with_velocity`]; a [`~diffusers.DiTPipeline`] for a DiT whose grid is `trailing`, with guidance, and in
+        [`with_velocity`], the same where the grid is `leading`, or `trailing` and the number of steps divides
+        `num_train_timesteps`; a [`~diffusers.DiTPipeline`] for a DiT whose grid is `trailing`, with guidance, and in
         pixels by an autoencoder that is the identity. Nothing else of diffusers samples a flow of such networks.
 
         Returns:
