@@ -59,6 +59,7 @@ from diffusers_fm.evaluation.measures import (
     generate,
     likelihood,
     measure_features,
+    measure_samples,
     neighbours,
     quality,
     solvers,
@@ -440,9 +441,10 @@ def main(args: ScriptArguments) -> None:
     # 3. Measures
     if wanted & {"quality", "neighbours"}:
         steps = {"num_inference_steps": num_steps}
-        generate(store, "samples", sampler, extractor, args.num_images, batch_size, **steps)
+        generate(store, "samples", sampler, args.num_images, batch_size, **steps)
     if "quality" in wanted and extractor is not None:
-        metrics["quality"] = quality(store, "samples", "train", extractor) | {
+        measure_samples(store, "sample-features", "samples", sampler, extractor, args.num_images, batch_size)
+        metrics["quality"] = quality(store, "sample-features", "train", extractor) | {
             "features": extractor.name,
             "images": args.num_images,
             "num_inference_steps": num_steps,
@@ -452,7 +454,7 @@ def main(args: ScriptArguments) -> None:
             measure_features(store, "held-out", held_out, extractor, batch_size)
             metrics["quality_of_held_out_images"] = quality(store, "held-out", "train", extractor)
         if extractor.name == "classifier" and pipeline.num_classes == num_classes:
-            metrics["quality"]["read_as_asked"] = accuracy(store, "samples")
+            metrics["quality"]["read_as_asked"] = accuracy(store, "sample-features")
             if held_out is not None:
                 metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out")
     if "likelihood" in wanted:

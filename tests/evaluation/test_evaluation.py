@@ -418,6 +418,18 @@ def test_images_that_cannot_be_read_do_not_end_an_evaluation(model: Path, tmp_pa
     assert figures["dataset_name"] == "data"
 
 
+def test_samples_that_are_there_are_measured(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_classifier, "__defaults__", (0, 2, 8))
+    run_script(load_script(SCRIPT), command_line(model, data, tmp_path, metrics="neighbours"))
+    monkeypatch.setattr(Sampler, "draw", None)
+    run_script(load_script(SCRIPT), command_line(model, data, tmp_path, metrics="quality"))
+    figures = json.loads((tmp_path / "metrics.json").read_text())["quality"]
+    assert math.isfinite(figures["classifier_frechet_distance"])
+    assert 0 <= figures["read_as_asked"] <= 1
+
+
 # Stock pipelines
 
 
