@@ -25,8 +25,9 @@ FID, KID, precision and recall of a model of photographs, on four GPUs:
       --pretrained_model_name_or_path runs/unet-imagenet64 --train_data_dir /data/imagenet/train \
       --output_dir evaluation --metrics quality --num_images 50000 --eval_batch_size 250
 
-Interrupted, the same command goes on where it was. Every image has a seed of its own, and figures depend neither on
-the number of processes nor, but for rounding, on the batch size.
+Interrupted, the same command goes on where it was. Every sample has a seed of its own, and figures depend neither on
+the number of processes nor, but for rounding, on the batch size; but for the likelihood, whose dequantisation noise and
+probes are drawn for a batch: another --eval_batch_size gives another estimate of the same figure.
 """
 
 import copy
