@@ -26,8 +26,8 @@ FID, KID, precision and recall of a model of photographs, on four GPUs:
       --output_dir evaluation --metrics quality --num_images 50000 --eval_batch_size 250
 
 Interrupted, the same command goes on where it was. Every sample has a seed of its own, and figures depend neither on
-the number of processes nor, but for rounding, on the batch size. Only the likelihood draws its dequantisation noise and
-probes for a batch: another --eval_batch_size gives another estimate of it.
+the number of processes nor, but for rounding, on the batch size. Only the likelihood draws its noise and probes for a
+batch: another --eval_batch_size gives another estimate of it.
 """
 
 import copy
