@@ -25,10 +25,12 @@ FID, KID, precision and recall of a model of photographs, on four GPUs:
       --pretrained_model_name_or_path runs/unet-imagenet64 --train_data_dir /data/imagenet/train \
       --output_dir evaluation --metrics quality --num_images 50000 --eval_batch_size 250
 
-Interrupted, the same command goes on where it was. Every image has a seed of its own, and figures depend neither on
-the number of processes nor, but for rounding, on the batch size.
+Interrupted, the same command goes on where it was. Every sample has a seed of its own, and figures depend neither on
+the number of processes nor, but for rounding, on the batch size. Only the likelihood draws its noise and probes for a
+batch: another --eval_batch_size gives another estimate of it.
 """
 
+import copy
 import logging
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -60,6 +62,7 @@ from diffusers_fm.evaluation.measures import (
     generate,
     likelihood,
     measure_features,
+    measure_samples,
     neighbours,
     quality,
     solvers,
@@ -97,7 +100,7 @@ STOCK_METRICS = ("likelihood", "solvers", "trajectories", "loss")
 MIN_IMAGES = 4
 
 # Results do not depend on these.
-FREE = ("output_dir", "metrics", "use_cpu", "mixed_precision", "cache_dir")
+FREE = ("output_dir", "metrics", "use_cpu", "cache_dir")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,12 @@ class MeasurementArguments(Arguments):
     metrics: list[str] = option(list(METRICS), "Figures to measure; by default all.", METRICS)
     seed: Size = option(0, "Seed of the samples' noise and of dequantisation.")
     eval_batch_size: Free[Count] = option(64, "Images of a process at once.")
-    mixed_precision: str | None = option(None, "Precision of the network's arithmetic.", ["no", "fp16", "bf16"])
+    mixed_precision: str | None = option(
+        None,
+        "Precision of the network's arithmetic in samples and loss; likelihood, solvers and trajectories, which are"
+        " of the exact flow, are in float32.",
+        ["no", "fp16", "bf16"],
+    )
     use_cpu: Free[bool] = option(False, "Use the CPU although there is an accelerator.")
 
     def check(self) -> None:
@@ -283,6 +291,26 @@ def weights_digest(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): checksum(file) for file in files}
 
 
+def open_store(args: ScriptArguments, accelerator: Accelerator, folder: Path) -> ResultStore:
+    """Results of this evaluation, bound to all that they depend on."""
+    fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
+    # Also a precision that the launcher sets; none was written in folders of earlier versions.
+    precision = None if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    fingerprint |= {"mixed_precision": precision, "weights": weights_digest(folder)}
+    return ResultStore(Path(args.output_dir) / "results", accelerator, fingerprint)
+
+
+def flow_within(pipeline: Any) -> Any:
+    """A pipeline, or of one that samples a flow map a copy that samples the flow within it."""
+    scheduler = pipeline.scheduler
+    if scheduler.config.get("solver") != "flow_map":
+        return pipeline
+    logger.info("The model is a flow map: likelihood, solvers and trajectories are those of the flow within it.")
+    flow = copy.copy(pipeline)
+    vars(flow)["scheduler"] = scheduler.with_settings(solver="euler")
+    return flow
+
+
 def write_neighbours(
     output_dir: Path, store: ResultStore, train_data: ImageData, closest: np.ndarray, rows: np.ndarray
 ) -> None:
@@ -341,15 +369,14 @@ def measure_stock(args: ScriptArguments, accelerator: Accelerator, pipeline: Dif
         )
 
     # 1. Flow and data
-    flow, field = StockFlow(pipeline), TrainedField(pipeline, "transformer", {})
+    flow, field = StockFlow(flow_within(pipeline)), TrainedField(pipeline, "transformer", {})
     side = args.resolution or field.default_size[0]
     field.check_size((side, side))
     with accelerator.main_process_first():
         channels = pipeline.components["vae"].config.in_channels
         train_data, held_out, _ = load_data(args, side, channels)
     check_held_out(held_out, wanted)
-    fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
-    store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(folder)})
+    store = open_store(args, accelerator, folder)
     metrics: dict[str, Any] = {
         "model": last_part(args.pretrained_model_name_or_path),
         "dataset_name": last_part(args.dataset_name or args.train_data_dir or ""),
@@ -422,11 +449,11 @@ def main(args: ScriptArguments) -> None:
         raise ValueError("A latent pipeline has no likelihood of pixels: leave `likelihood` out of --metrics.")
 
     # 2. Where results are kept, and what they depend on
-    fingerprint = {name: value for name, value in args.saved().items() if name not in FREE}
-    store = ResultStore(output_dir / "results", accelerator, {**fingerprint, "weights": weights_digest(Path(source))})
+    store = open_store(args, accelerator, Path(source))
     order = epoch_order(args.seed, 0, len(train_data))
     labels = train_data.labels[order] if pipeline.num_classes and train_data.labels is not None else None
     sampler = Sampler(pipeline, labels, args.seed, args.guidance_scale)
+    flow_sampler = Sampler(flow_within(pipeline), labels, args.seed, args.guidance_scale)
     extractor = None
     if wanted & {"quality", "solvers"} and args.features != "none":
         extractor = choose_features(args, train_data, num_classes, store, accelerator)
@@ -443,9 +470,11 @@ def main(args: ScriptArguments) -> None:
     # 3. Measures
     if wanted & {"quality", "neighbours"}:
         steps = {"num_inference_steps": num_steps}
-        generate(store, "samples", sampler, extractor, args.num_images, batch_size, **steps)
+        with accelerator.autocast():
+            generate(store, "samples", sampler, args.num_images, batch_size, **steps)
     if "quality" in wanted and extractor is not None:
-        metrics["quality"] = quality(store, "samples", "train", extractor) | {
+        measure_samples(store, "sample-features", "samples", sampler, extractor, args.num_images, batch_size)
+        metrics["quality"] = quality(store, "sample-features", "train", extractor) | {
             "features": extractor.name,
             "images": args.num_images,
             "num_inference_steps": num_steps,
@@ -455,13 +484,13 @@ def main(args: ScriptArguments) -> None:
             measure_features(store, "held-out", held_out, extractor, batch_size)
             metrics["quality_of_held_out_images"] = quality(store, "held-out", "train", extractor)
         if extractor.name == "classifier" and pipeline.num_classes == num_classes:
-            metrics["quality"]["read_as_asked"] = accuracy(store, "samples")
+            metrics["quality"]["read_as_asked"] = accuracy(store, "sample-features")
             if held_out is not None:
                 metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out")
     if "likelihood" in wanted:
         metrics["likelihood"] = likelihood(
             store,
-            sampler,
+            flow_sampler,
             held_out,
             batch_size,
             tuple(sorted(args.num_draws)),
@@ -480,9 +509,9 @@ def main(args: ScriptArguments) -> None:
         )
     if "solvers" in wanted:
         count, calls = args.num_solver_images, tuple(args.num_calls)
-        metrics["solvers"] = solvers(store, sampler, extractor, "train", count, batch_size, calls)
+        metrics["solvers"] = solvers(store, flow_sampler, extractor, "train", count, batch_size, calls)
     if "trajectories" in wanted:
-        metrics["trajectories"] = trajectory_figures(store, sampler, args.num_solver_images, batch_size)
+        metrics["trajectories"] = trajectory_figures(store, flow_sampler, args.num_solver_images, batch_size)
 
     # 4. Files
     if accelerator.is_main_process:

@@ -48,6 +48,7 @@ from diffusers_fm.text_to_image.setup import (
     choose_scheduler,
     choose_sizes,
     freeze,
+    images_of,
     open_pipeline,
     prepare_data,
     save_pipeline,
@@ -71,6 +72,14 @@ class ScriptArguments(TextToImageArguments, FlowMapArguments):
             raise ValueError("--call_columns is not for flow maps: train the flow with train_text_to_image.py.")
         if self.save_stock:
             raise ValueError("--save_stock does not go with a flow map, which needs diffusers-fm's scheduler.")
+        if self.class_prompt is not None and self.class_data_dir is not None:
+            count = len(images_of(self.class_data_dir))
+            if count < self.num_class_images:
+                raise ValueError(
+                    f"--class_prompt needs --num_class_images {self.num_class_images} images in --class_data_dir"
+                    f" {self.class_data_dir!r}, got {count}: an untrained map draws none; train_text_to_image.py and"
+                    " train_text_to_image_lora.py draw them."
+                )
         if self.learned_guidance_max is not None and any(word.startswith("guidance_scale=") for word in self.call):
             raise ValueError("--call guidance_scale does not go with --learned_guidance_max, which draws the scales.")
 

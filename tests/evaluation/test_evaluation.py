@@ -448,6 +448,53 @@ def test_images_that_cannot_be_read_do_not_end_an_evaluation(model: Path, tmp_pa
     assert figures["dataset_name"] == "data"
 
 
+def test_samples_that_are_there_are_measured(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_classifier, "__defaults__", (0, 2, 8))
+    run_script(load_script(SCRIPT), command_line(model, data, tmp_path, metrics="neighbours"))
+    monkeypatch.setattr(Sampler, "draw", None)
+    run_script(load_script(SCRIPT), command_line(model, data, tmp_path, metrics="quality"))
+    figures = json.loads((tmp_path / "metrics.json").read_text())["quality"]
+    assert math.isfinite(figures["classifier_frechet_distance"])
+    assert 0 <= figures["read_as_asked"] <= 1
+
+
+def test_of_a_flow_map_the_flow_within_it_is_measured(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "TOLERANCES", (1e-2,))
+    monkeypatch.setattr(measures, "REFERENCE_TOLERANCE", 1e-3)
+    pipeline = FlowMatchPipeline.from_pretrained(model)
+    shared = {"flow_shift": 1.0, "num_inference_steps": 2}
+    pipeline.scheduler = FlowMatchScheduler(solver="flow_map", shift=0.5, flow_map=shared)
+    pipeline.save_pretrained(tmp_path / "map")
+    options = {"metrics": ["likelihood", "solvers", "trajectories"], "features": "none", "num_solver_images": 2}
+    options |= {"max_validation_samples": 4, "num_draws": 1, "likelihood_steps": 2}
+    figures = []
+    for folder in (model, tmp_path / "map"):
+        run_script(load_script(SCRIPT), command_line(folder, data, tmp_path / "out" / folder.name, **options))
+        figures.append(json.loads((tmp_path / "out" / folder.name / "metrics.json").read_text()))
+    assert figures[0] == figures[1] | {"model": figures[0]["model"]}
+
+
+def test_samples_are_in_the_precision_that_is_asked_for(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precisions, draw = [], Sampler.draw
+
+    def watched(*words: object, **options: object) -> object:
+        precisions.append(torch.is_autocast_enabled("cpu"))
+        return draw(*words, **options)
+
+    monkeypatch.setattr(Sampler, "draw", watched)
+    options = {"metrics": "neighbours", "num_images": 8, "num_inference_steps": 1}
+    run_script(load_script(SCRIPT), command_line(model, data, tmp_path / "out", **options, mixed_precision="bf16"))
+    assert precisions == [True]
+    with pytest.raises(ValueError, match=r"another evaluation \(mixed_precision was bf16 and is None\)"):
+        run_script(load_script(SCRIPT), command_line(model, data, tmp_path / "out", **options))
+
+
 # Stock pipelines
 
 
@@ -493,6 +540,14 @@ def test_a_stock_pipeline_is_measured(tmp_path: Path, monkeypatch: pytest.Monkey
     assert metrics["latent_likelihood"]["nats_per_dim"] == pytest.approx(expected, rel=1e-6)
     assert metrics["loss"]["validation_loss"] > 0
     assert (tmp_path / "out" / "error_by_calls.png").exists()
+    # Of a flow map the flow within it is measured.
+    shift = pipeline.scheduler.config.shift
+    pipeline.scheduler = FlowMatchScheduler(solver="flow_map", shift=0.5, flow_map={"flow_shift": shift})
+    pipeline.save_pretrained(tmp_path / "map")
+    changed = options | {"metrics": "trajectories", "resolution": 16}
+    run_script(load_script(SCRIPT), command_line(tmp_path / "map", data, tmp_path / "of-map", **changed))
+    of_map = json.loads((tmp_path / "of-map" / "metrics.json").read_text())
+    assert of_map["trajectories"] == metrics["trajectories"]
     line = command_line(tmp_path / "model", data, tmp_path / "no", **options | {"metrics": "neighbours"})
     with pytest.raises(ValueError, match="Of the stock StableDiffusion3Pipeline --metrics can be .*, got neighbours"):
         run_script(load_script(SCRIPT), line)

@@ -406,6 +406,32 @@ def test_matching_is_least_for_a_map_that_draws_data_of_the_label(name: str, mon
     torch.testing.assert_close(two_calls[3], expected)
 
 
+@pytest.mark.parametrize("final", ["zero", "sigma_min"])
+def test_matching_compares_what_the_pipeline_draws(final: str) -> None:
+    """Also on VE, whose points at the end of the path are not straight ones."""
+    scheduler = FlowMatchScheduler(path="ve", final_sigmas_type=final)
+    pipeline = FlowMatchPipeline(scheduler, transformer=tiny_dit(in_channels=1, num_layers=2))
+    pipeline.set_progress_bar_config(disable=True)
+    words = {"pretrained_model_name_or_path": "x", "dataset_name": "x", "max_train_steps": 4}
+    args = script.ScriptArguments(**words, matching_steps=4, matching_known=4, matching_calls=2)
+    choose_flow_map(pipeline, args, 0, 1.0)
+    scheduler, device = pipeline.scheduler, torch.device("cpu")
+    path, before = scheduler.path, IntervalModel(pipeline).requires_grad_(False).eval()
+
+    def velocity_of(model: IntervalModel) -> AverageVelocity:
+        return average_velocity(lambda x, r, t, labels: model(x, t, labels, r), path, time_scale=1000)
+
+    data, labels = torch.randn(4, 1, 8, 8), torch.zeros(4, dtype=torch.long)
+    matching = MomentMatching(args, before, velocity_of, scheduler, data, labels, pipeline.null_class, 0.0, device)
+    for grid in matching._grids:
+        noise = torch.randn(4, 1, 8, 8, generator=make_generator(args.seed, "known samples", 0, len(grid)))
+        # The pipeline starts from noise and data.
+        latents = path.sigma(torch.ones(())) / scheduler.init_noise_sigma * noise
+        options = {"class_labels": [0] * 4, "output_type": "latent", "latents": latents}
+        expected = pipeline(**options, num_inference_steps=len(grid) - 1).images
+        torch.testing.assert_close(matching._known_samples(0, grid)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_map_that_is_trained_on_keeps_its_blocks(folder: Path, data: Path, tmp_path: Path) -> None:
     first = train(folder, data, tmp_path / "first", first_block=1)
     second = train(first, data, tmp_path / "second")

@@ -15,9 +15,15 @@ from diffusers import (
     TangentialClassifierFreeGuidance,
 )
 from helpers import GaussianMixture, draw_mixture
-from tiny_pipelines import generators, tiny_pipeline, tiny_unet
+from tiny_pipelines import generators, tiny_class_embedder, tiny_pipeline, tiny_sd3, tiny_unet
 
-from diffusers_fm import FlowMatchEditPipeline, FlowMatchInversePipeline, FlowMatchPipeline, FlowMatchScheduler
+from diffusers_fm import (
+    FlowMatchEditPipeline,
+    FlowMatchInversePipeline,
+    FlowMatchPipeline,
+    FlowMatchScheduler,
+    FlowMatchUpscalePipeline,
+)
 from diffusers_fm.pipelines.guidance import Guidance
 
 
@@ -162,6 +168,30 @@ def test_a_guider_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(draw(pipeline), guided, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("way", ["set", "from_pipe", "from_pretrained"])
+def test_the_settings_of_a_guider_go_with_it(way: str, tmp_path: Path) -> None:
+    plain = tiny_pipeline("unet-classes")
+    components = plain.components | {"guider": ClassifierFreeGuidance(3.0), "guiding_network": plain.unet}
+    settings: dict[str, Any] = {"guidance_space": "epsilon", "guidance_interval": [0.1, 0.9]}
+    pipeline = FlowMatchPipeline(**components, num_classes=5, **settings)
+    if way == "set":
+        pipeline.guider = None
+        FlowMatchEditPipeline.from_pipe(pipeline)
+    elif way == "from_pipe":
+        assert FlowMatchEditPipeline.from_pipe(pipeline).config.guidance_space == "epsilon"
+        pipeline = FlowMatchPipeline.from_pipe(pipeline, guider=None)
+    else:
+        pipeline.save_pretrained(tmp_path / "guided")
+        pipeline = FlowMatchPipeline.from_pretrained(tmp_path / "guided", guider=None)
+    pipeline.save_pretrained(tmp_path / "plain")
+    loaded = FlowMatchPipeline.from_pretrained(tmp_path / "plain")
+    for each in (pipeline, loaded):
+        each.set_progress_bar_config(disable=True)
+        assert (each.guider, each.guiding_network) == (None, None)
+        assert not each.config.get("guidance_space") and not each.config.get("guidance_interval")
+        assert torch.equal(draw(each), draw(plain))
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_zeroed_first_steps_are_no_part_of_a_solvers_history(path: str) -> None:
     settings = {"path": path, "solver": "abm3", "sampling_path": "angle"}
@@ -231,6 +261,23 @@ def test_what_a_guider_cannot_do_is_refused(settings: dict[str, Any], call: dict
     components = tiny_pipeline("unet-classes").components | settings
     with pytest.raises(ValueError, match=message):
         draw(FlowMatchPipeline(**components, num_classes=5), **call)
+
+
+def test_a_guider_needs_labels_where_only_the_null_class_is_there() -> None:
+    guider, message = ClassifierFreeGuidance(3.0), "A `guider` needs classes and a null class"
+    plain = FlowMatchPipeline(
+        FlowMatchScheduler(),
+        transformer=tiny_sd3(),
+        class_embedder=tiny_class_embedder(num_classes=0),
+        guider=guider,
+    )
+    unet = tiny_unet(in_channels=2, out_channels=1, num_class_embeds=1)
+    upscaler = FlowMatchUpscalePipeline(FlowMatchScheduler(), unet=unet, num_classes=0, scale_factor=2, guider=guider)
+    assert (plain.null_class, upscaler.null_class) == (0, 0)
+    with pytest.raises(ValueError, match=message):
+        plain(num_inference_steps=1)
+    with pytest.raises(ValueError, match=message):
+        upscaler(torch.zeros(1, 1, 4, 4), num_inference_steps=1)
 
 
 def test_pipelines_without_a_sampling_loop_of_their_own_refuse_a_guider() -> None:

@@ -248,6 +248,24 @@ def test_all_unknown_is_the_plain_pipeline() -> None:
         assert output.nfe == expected.nfe == 4
 
 
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_eta_takes_the_place_of_stochastic_sampling(eta: float) -> None:
+    pipelines = [inverse_pipeline("unet"), inverse_pipeline("unet", stochastic_sampling=True)]
+    images = images_of(pipelines[0], 1)
+    plain, stochastic = (
+        pipeline(
+            image=images,
+            mask_image=left_half(images),
+            eta=eta,
+            num_inference_steps=3,
+            generator=generators(1),
+            output_type="latent",
+        ).images
+        for pipeline in pipelines
+    )
+    assert torch.equal(stochastic, plain)
+
+
 def test_a_callback_sees_each_step_and_may_stop() -> None:
     pipeline = inverse_pipeline("unet")
     images, seen = images_of(pipeline, 1), []

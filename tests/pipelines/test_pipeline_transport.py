@@ -169,3 +169,22 @@ def test_images_that_do_not_fit_are_named() -> None:
         pipeline.interpolate(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8), num_images=1)
     with pytest.raises(ValueError, match="`class_labels` must be given"):
         tiny_pipeline("unet-classes").encode(torch.rand(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("unet", "L"), ("dit-vae", "RGB")])
+def test_pictures_with_a_palette_or_of_bits_are_read_as_they_look(kind: str, mode: str) -> None:
+    pipeline = tiny_pipeline(kind)
+    side = pipeline.sample_shape[1] * pipeline.vae_scale_factor
+    grey = PIL.Image.linear_gradient("L").resize((side, side))
+    for picture in (grey.convert("RGB").quantize(16), grey.point(lambda level: 255 * (level > 90))):
+        assert torch.equal(pipeline.to_data(picture.convert("P")), pipeline.to_data(picture.convert(mode)))
+    if mode == "L":
+        bits = grey.convert("1")
+        assert torch.equal(pipeline.to_data(bits), pipeline.to_data(bits.convert("L")))
+        assert pipeline.to_data(bits).unique().tolist() == [-1.0, 1.0]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F", "CMYK"])
+def test_pictures_of_other_numbers_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"`images` must be PIL images of the modes 1, P, L, .*, got {mode}: convert"):
+        tiny_pipeline("unet").to_data(PIL.Image.new(mode, (8, 8)))

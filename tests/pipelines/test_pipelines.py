@@ -431,6 +431,22 @@ def test_unet_without_a_sample_size_needs_one() -> None:
     assert images_of(pipeline, height=8, width=4).shape == (3, 1, 8, 4)
 
 
+def test_unet_without_a_sample_size_takes_that_of_the_data() -> None:
+    pipeline, same = (FlowMatchPipeline(FlowMatchScheduler(), unet=tiny_unet(sample_size=size)) for size in (None, 8))
+    for each in (pipeline, same):
+        each.set_progress_bar_config(disable=True)
+    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert pipeline.makes_pictures
+    for call in (
+        lambda each: each.encode(images, num_inference_steps=2),
+        lambda each: each.decode(2 * images - 1, num_inference_steps=2, output_type="latent"),
+        lambda each: each.log_likelihood(images, num_steps=2, generator=torch.Generator().manual_seed(0)).log_prob,
+    ):
+        assert torch.equal(call(pipeline), call(same))
+    with pytest.raises(ValueError, match=r"the shape \(2, 1, height, width\) for this pipeline, got \(2, 3, 8, 8\)"):
+        pipeline.encode(images.expand(2, 3, 8, 8))
+
+
 def test_unet_of_a_rectangular_size() -> None:
     pipeline = FlowMatchPipeline(FlowMatchScheduler(), unet=tiny_unet(sample_size=(4, 8)))
     assert pipeline.sample_shape == (1, 4, 8)
@@ -503,6 +519,21 @@ def test_callback_can_stop_and_switch_guidance() -> None:
     output = pipeline([1], guidance_scale=2.0, num_inference_steps=9, callback_on_step_end=callback)
     assert output.nfe == 3
     assert recorder.batch_sizes == [2, 1, 1]
+
+
+@pytest.mark.parametrize("solver", [None, "euler", "dopri5"])
+def test_a_call_from_a_callback_is_the_call_by_itself(solver: str | None) -> None:
+    pipeline = tiny_pipeline("unet", solver="ab2", default_num_inference_steps=4)
+    call: dict[str, Any] = {"solver": solver, "num_inference_steps": None, "output_type": "latent"}
+    alone, inner = images_of(pipeline, **call), []
+
+    def callback(given: FlowMatchPipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        assert given.scheduler.config.solver == "midpoint"
+        inner.append(images_of(given, **call))
+        return {}
+
+    images_of(pipeline, solver="midpoint", num_inference_steps=1, callback_on_step_end=callback)
+    assert torch.equal(inner[0], alone)
 
 
 def test_callback_objects_name_their_tensors() -> None:

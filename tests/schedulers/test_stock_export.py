@@ -163,6 +163,14 @@ def test_the_folders_need_nothing_of_this_package(tmp_path: Path) -> None:
     [
         ("unet", {}, "FlowMatchEulerDiscreteScheduler cannot give the same images: it lacks timestep_spacing 'trail"),
         ("unet", {"path": "vp_discrete", "solver": "ab2"}, "DDIMScheduler cannot give .* it lacks solver 'ab2'"),
+        *(
+            (
+                "unet",
+                {"path": "vp_discrete", "timestep_spacing": spacing},
+                f"lacks timestep_spacing '{spacing}' .not 'le",
+            )
+            for spacing in ("linspace", "graded")
+        ),
         ("unet-classes", {}, "samples a UNet2DModel with 5 classes in pixels by flow matching: DDPMPipeline reads no"),
         ("dit-vae", {"timestep_spacing": "linspace"}, "it lacks timestep_spacing 'linspace' .not 'trailing'"),
         ("dit-vae", {"shift_terminal": 0.1}, "it lacks shift_terminal 0.1"),
@@ -172,6 +180,18 @@ def test_the_folders_need_nothing_of_this_package(tmp_path: Path) -> None:
 def test_no_stock_pipeline_is_said_why(kind: str, scheduler: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_pipeline(kind, **scheduler).to_stock()
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("leading", 5), ("leading", 30), ("trailing", 8)])
+def test_ddim_gives_the_same_images_on_its_grids(spacing: str, steps: int) -> None:
+    pipeline = tiny_pipeline("unet", path="vp_discrete", prediction_type="v_prediction", timestep_spacing=spacing)
+    stock = pipeline.to_stock()
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = pipeline(latents=noise, num_inference_steps=steps, output_type="np").images
+    generator = torch.Generator().manual_seed(0)
+    theirs = stock(batch_size=2, generator=generator, num_inference_steps=steps, output_type="np").images
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
 
 
 def test_a_stock_scheduler_stays() -> None:

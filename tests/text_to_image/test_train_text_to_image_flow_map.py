@@ -101,6 +101,10 @@ def test_two_processes_are_one(model: Path, data: Path, tmp_path: Path) -> None:
         ({"save_stock": True}, "--save_stock does not go with a flow map"),
         ({"ema_teacher": True}, "--ema_teacher needs --use_ema"),
         ({"weighting_scheme": "min_snr"}, "--weighting_scheme must be none"),
+        (
+            {"class_prompt": "a dog", "instance_prompt": "a sks dog", "class_data_dir": "/nowhere"},
+            "--class_prompt needs --num_class_images 100 images in --class_data_dir '/nowhere', got 0",
+        ),
         ({"first_block": 2}, "`first_block` must be an integer from 1 to 1"),
     ],
 )

@@ -42,22 +42,31 @@ def measure_features(
     store.compute(name, len(data), batch_size, work)
 
 
-def generate(
-    store: ResultStore,
-    name: str,
-    sampler: Sampler,
-    extractor: FeatureExtractor | None,
-    count: int,
-    batch_size: int,
-    **options: Any,
-) -> None:
-    """Draw samples 0 to `count - 1` as uint8 `images`, with features, logits and labels, under `name`."""
+def generate(store: ResultStore, name: str, sampler: Sampler, count: int, batch_size: int, **options: Any) -> None:
+    """Draw samples 0 to `count - 1` as uint8 `images`, with labels, under `name`."""
 
     def work(numbers: range) -> dict[str, np.ndarray]:
-        labels, results = sampler.labels(numbers), {}
-        results["images"] = images = to_bytes(sampler.draw(numbers, **options).images)
-        if extractor is not None:
-            results["features"], results["logits"] = extractor(torch.from_numpy(images))
+        labels, images = sampler.labels(numbers), to_bytes(sampler.draw(numbers, **options).images)
+        return {"images": images} if labels is None else {"images": images, "labels": np.array(labels)}
+
+    store.compute(name, count, batch_size, work)
+
+
+def measure_samples(
+    store: ResultStore,
+    name: str,
+    samples: str,
+    sampler: Sampler,
+    extractor: FeatureExtractor,
+    count: int,
+    batch_size: int,
+) -> None:
+    """Compute features, logits and labels of what [`generate`] has drawn under `samples`, under `name`."""
+
+    def work(numbers: range) -> dict[str, np.ndarray]:
+        images = store.batch(samples, "images", numbers.start // batch_size)
+        features, logits = extractor(torch.from_numpy(images))
+        results, labels = {"features": features, "logits": logits}, sampler.labels(numbers)
         return results if labels is None else {**results, "labels": np.array(labels)}
 
     store.compute(name, count, batch_size, work)

@@ -53,25 +53,31 @@ class ResultStore:
 
     def compute(self, name: str, count: int, batch_size: int, work: Work) -> None:
         """Do the `count` items that are not done; `work` gives arrays by name, a row for each item of a range."""
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
         accelerator = self._accelerator
         batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
         mine = list(enumerate(batches))[accelerator.process_index :: accelerator.num_processes]
         for number, items in tqdm(mine, desc=name, disable=not accelerator.is_main_process):
-            file = folder / f"{number:06d}.npz"
+            file = self._file(name, number)
             if not file.is_file():
                 results = work(items)
                 with written_aside(file) as aside:
                     np.savez(aside, **results)
         accelerator.wait_for_everyone()
 
+    def batch(self, name: str, array: str, number: int) -> np.ndarray:
+        """Rows of an array in one batch of the results `name`."""
+        with np.load(self._file(name, number)) as results:
+            return results[array]
+
     def batches(self, name: str, array: str) -> Iterator[np.ndarray]:
         """Rows of an array of the results `name`, batch by batch, in the order of the items."""
         for file in sorted((self.folder / name).glob("[0-9]*.npz")):
-            with np.load(file) as results:
-                yield results[array]
+            yield self.batch(name, array, int(file.stem))
 
     def read(self, name: str, array: str) -> np.ndarray:
         """All rows of [`batches`] in one array."""
         return np.concatenate(list(self.batches(name, array)))
+
+    def _file(self, name: str, number: int) -> Path:
+        return self.folder / name / f"{number:06d}.npz"

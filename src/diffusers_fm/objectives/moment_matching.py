@@ -12,7 +12,8 @@ from torch import nn
 from ..arguments import Arguments, Count, Positive, Range, Size, option
 from ..data.loading import TrainingData, num_in_memory, read_samples, rows_by_label
 from ..data.randomness import BatchSlice, make_generator
-from ..flow_maps import AverageVelocity, flow_map, moment_matching_losses, sample_flow_map
+from ..flow_maps import AverageVelocity, moment_matching_losses, sample_flow_map
+from ..paths import lift
 from ..precision import to_float64
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from ..training.arguments import TrainingArguments
@@ -44,7 +45,7 @@ def call_times(scheduler: FlowMatchScheduler, calls: int) -> list[float]:
     """Straight times of a scheduler's calls, from noise to data, and their end."""
     scheduler = scheduler.with_settings()
     scheduler.set_timesteps(calls)
-    return to_float64(scheduler.sigmas).clamp(scheduler.path.ratio_min, scheduler.path.ratio_max).tolist()
+    return to_float64(scheduler.sigmas).clamp(max=scheduler.path.ratio_max).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +166,11 @@ class MomentMatching:
         numbers = range(groups.offset, groups.offset + count)
         grids = [self._grids[(number + part.step) % len(self._grids)] for number in numbers]
         t = torch.tensor([grid[-2] for grid in grids], dtype=torch.float64).repeat_interleave(size)
-        r, noise = torch.full_like(t, path.ratio_min), path.ratio_max * noise
+        noise = path.ratio_max * noise
         conditions = [torch.cat(each) for each in zip(*(self._conditions(label, size) for label in labels))]
         with torch.no_grad():
-            before = flow_map(self._before, self._start(self._before, noise, grids, labels), r, t, conditions)
-        drawn = flow_map(u, self._start(local, noise, grids, labels), r, t, conditions)
+            before = self._end(self._before, self._start(self._before, noise, grids, labels), t, conditions)
+        drawn = self._end(u, self._start(local, noise, grids, labels), t, conditions)
         losses = []
         for samples, own, label, grid, generator in zip(
             drawn.split(size), before.split(size), labels, grids, groups.sample_generators("moment matching")
@@ -198,6 +199,20 @@ class MomentMatching:
             ]
         )
 
+    def _end(
+        self, u: AverageVelocity, x: torch.Tensor, t: torch.Tensor, conditions: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        What the scheduler makes of straight points by its last call: the path's own points, to compare with data.
+
+        On VE the path ends before straight time 0. The network knows of no later end, and the step goes on to where
+        the scheduler's grid ends.
+        """
+        path, end = self._path, self._grids[0][-1]
+        r = torch.full_like(t, path.ratio_min)
+        x = (x - lift(t - end, x) * u(x, r, t, *conditions)).to(x.dtype)
+        return path.from_straight(x, r)[0] if end > 0 else x
+
     @torch.no_grad()
     def _known_samples(self, label: int | None, grid: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples that the map before draws of a label, on the CPU, and their features; made once."""
@@ -208,7 +223,9 @@ class MomentMatching:
             noise = self._path.ratio_max * torch.randn((count, *self._data.shape[1:]), generator=generator)
             samples, features = [], []
             for x in noise.to(self._device).split(self._args.eval_batch_size):
-                drawn = sample_flow_map(self._before, x, grid, args=self._conditions(label, len(x)))
+                start = self._start(self._before, x[None], [grid], [label])
+                t = torch.full((len(x),), grid[-2], dtype=torch.float64)
+                drawn = self._end(self._before, start, t, self._conditions(label, len(x)))
                 samples.append(drawn.cpu())
                 features.append(self._features(drawn, label))
             self._known[key] = torch.cat(samples), torch.cat(features)

@@ -95,6 +95,11 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         self.__dict__["scheduler"] = scheduler
 
     @property
+    def _own_scheduler(self) -> FlowMatchScheduler:
+        """The pipeline's scheduler, in a call too: what another call from a callback begins with."""
+        return self.__dict__["scheduler"]
+
+    @property
     def _call(self) -> SamplingCall:
         """The call in progress in this thread; elsewhere the one that began last, so that any thread can stop it."""
         return CALLS.get().get(id(self)) or self._last_call or SamplingCall(self.scheduler)
@@ -162,9 +167,10 @@ class FlowMatchPipelineBase(FlowMatchComponents):
                 raise ValueError(
                     f"The solver {options.solver!r} chooses its own steps, and a `guider` needs one with fixed steps."
                 )
-            if self.guiding_network is None and self.null_class is None:
+            # A model of the null class alone has no labels in whose place that could stand.
+            if self.guiding_network is None and (self.null_class is None or self.num_classes == 0):
                 raise ValueError(
-                    "A `guider` needs a null class or a `guiding_network`, and this pipeline has neither."
+                    "A `guider` needs classes and a null class, or a `guiding_network`, and this pipeline has neither."
                 )
         if scale != 1.0 and self.num_classes == 0:
             raise ValueError(f"`guidance_scale` {scale} needs classes, and this pipeline has none: use 1.")
@@ -207,16 +213,16 @@ class FlowMatchPipelineBase(FlowMatchComponents):
         `predict` takes the place of [`predict_guided`]. Returns x_t at t = 0, in float32, and the number of calls of
         the network.
         """
+        scheduler = self._own_scheduler
         if options.is_adaptive:
-            check_flow(self.scheduler, f"The solver {options.solver!r}")
+            check_flow(scheduler, f"The solver {options.solver!r}")
             # Each sample takes its own steps.
             steps = {"num_steps": None, "rtol": options.rtol, "atol": options.atol, "step_control": "per_sample"}
-            with self._begin(SamplingCall(self.scheduler, options.guidance_scale)):
+            with self._begin(SamplingCall(scheduler, options.guidance_scale)):
                 field = NetworkField(self, options.guidance_scale, predict)
                 solution = self._transport(field, latents, 1.0, 0.0, args, method=options.solver, **steps)
             return solution.x.float(), int(solution.evaluations.max())
 
-        scheduler = self.scheduler
         scheduler = copy.copy(scheduler) if options.solver is None else scheduler.with_settings(solver=options.solver)
         self._lay_out(scheduler, latents, options)
         answer = self.predict_guided if predict is None else predict

@@ -16,6 +16,9 @@ from diffusers.image_processor import VaeImageProcessor
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
+# Modes of PIL images whose numbers are levels from 0 to 255 of channels.
+MODES = ("L", "LA", "RGB", "RGBA")
+
 # How far outside [0, 1] rounding may leave a value of an image.
 ROUNDING = 1e-3
 
@@ -63,7 +66,7 @@ def check_noise(name: str, noise: torch.Tensor) -> None:
         )
 
 
-def read_images(name: str, images: Images, processor: VaeImageProcessor) -> torch.Tensor:
+def read_images(name: str, images: Images, processor: VaeImageProcessor, channels: int | None = None) -> torch.Tensor:
     """
     Images as a batch for a network.
 
@@ -75,12 +78,15 @@ def read_images(name: str, images: Images, processor: VaeImageProcessor) -> torc
             `(batch_size, channels, height, width)`, floating-point with values in [0, 1].
         processor (`VaeImageProcessor`):
             Makes the batch.
+        channels (`int`, *optional*):
+            Channels that are wanted: of 1, PIL images with a palette become grey, else of colour.
 
     Returns:
         `torch.Tensor` of shape `(batch_size, channels, height, width)`: As the processor gives it.
 
     Raises:
-        ValueError: If there is no image, or values of arrays and tensors are integers or out of range.
+        ValueError: If there is no image, values of arrays and tensors are integers or out of range, or the numbers of
+            PIL images are no levels from 0 to 255.
     """
     parts = images if isinstance(images, list) else [images]
     if not parts:
@@ -105,15 +111,30 @@ def read_images(name: str, images: Images, processor: VaeImageProcessor) -> torc
             part = part.clip(0, 1)
         elif not isinstance(part, PIL.Image.Image):
             raise ValueError(f"`{name}` must be PIL images, arrays or tensors, got {part!r}.")
+        else:
+            part = _with_levels(name, part, channels)
         read.append(part)
     return processor.preprocess(read if isinstance(images, list) else read[0])
 
 
-def read_frames(name: str, images: Images, processor: VaeImageProcessor) -> torch.Tensor:
+def _with_levels(name: str, image: PIL.Image.Image, channels: int | None) -> PIL.Image.Image:
+    """A PIL image of one of `MODES`: numbers of the other modes are bits, places in a palette, or of another scale."""
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode == "P":
+        return image.convert({1: "L", 4: "RGBA"}.get(channels or 3, "RGB"))
+    if image.mode not in MODES:
+        raise ValueError(
+            f"`{name}` must be PIL images of the modes 1, P, {', '.join(MODES)}, got {image.mode}: convert them first."
+        )
+    return image
+
+
+def read_frames(name: str, images: Images, processor: VaeImageProcessor, channels: int | None = None) -> torch.Tensor:
     """[`read_images`], or videos, as tensors of shape `(batch_size, frames, channels, height, width)`: then of shape
     `(batch_size, channels, frames, height, width)`."""
     if not (isinstance(images, torch.Tensor) and images.ndim == 5):
-        return read_images(name, images, processor)
+        return read_images(name, images, processor, channels)
     return read_images(name, images.flatten(0, 1), processor).unflatten(0, images.shape[:2]).transpose(1, 2)
 
 

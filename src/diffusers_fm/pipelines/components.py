@@ -20,7 +20,6 @@ from diffusers import (
     ModelMixin,
     SchedulerMixin,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     UNet2DModel,
 )
 from diffusers.guiders import BaseGuidance
@@ -40,7 +39,7 @@ from ..models.networks import argument_names, call_network, is_registered
 from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 from .cards import pipeline_content
 from .checks import Labels, is_whole
-from .guidance import check_guidance_settings
+from .guidance import GUIDANCE_SETTINGS, check_guidance_settings, without_guidance
 from .sampling import default_steps
 
 
@@ -82,6 +81,7 @@ class KeepDtypeMixin:
         Raises:
             ValueError: If a component is missing, or they do not fit together.
         """
+        kwargs = without_guidance(kwargs)
         cast = kwargs.get("torch_dtype") is not None or kwargs.get("dtype") is not None
         # The cast is the last thing that diffusers' method does, by a call of `to`.
         made = cls if cast else type(cls.__name__, (cls,), {"to": lambda self, **_: self})
@@ -206,36 +206,6 @@ def check_upscale_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
         raise ValueError(f"The autoencoder has {vae.config.latent_channels} latent channels, the network {channels}.")
 
 
-def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
-    """Raise a `ValueError` for a Stable Diffusion 3 pipeline that diffusers would refuse in a matrix product."""
-    config = pipeline.transformer.config
-    if pipeline.vae is not None and pipeline.vae.config.latent_channels != config.in_channels:
-        raise ValueError(
-            f"The autoencoder has {pipeline.vae.config.latent_channels} latent channels, the transformer"
-            f" {config.in_channels}."
-        )
-    clips = [model for model in (pipeline.text_encoder, pipeline.text_encoder_2) if model is not None]
-    if len(clips) == 2:
-        pooled = sum(model.config.projection_dim for model in clips)
-        if pooled != config.pooled_projection_dim:
-            raise ValueError(
-                f"`text_encoder` and `text_encoder_2` project to {pooled} dimensions together, the transformer's"
-                f" `pooled_projection_dim` is {config.pooled_projection_dim}."
-            )
-        width = sum(model.config.hidden_size for model in clips)
-        if width > config.joint_attention_dim:
-            raise ValueError(
-                f"`text_encoder` and `text_encoder_2` are {width} wide together, the transformer's"
-                f" `joint_attention_dim` is {config.joint_attention_dim}."
-            )
-    t5 = pipeline.text_encoder_3
-    if t5 is not None and t5.config.d_model != config.joint_attention_dim:
-        raise ValueError(
-            f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
-            f" {config.joint_attention_dim}."
-        )
-
-
 class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     """
     Components of a pipeline with its classes, its sizes and the call of its network; see [`FlowMatchPipeline`].
@@ -294,7 +264,12 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "transformer" and value is not None:
             keep_labels(value)
+        leaves = name == "guider" and value is None and self.__dict__.get("guider") is not None
         super().__setattr__(name, value)
+        if leaves:
+            # They mean nothing without a guider, and are refused when the pipeline is loaded or shared.
+            self.guiding_network = None
+            self.register_to_config(**dict.fromkeys(GUIDANCE_SETTINGS))
 
     @staticmethod
     def _check_channels(network: ModelMixin, vae: ModelMixin | None) -> None:
@@ -321,6 +296,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
             ValueError: If the folder is that of an untrained pipeline, or does not hold exactly one network.
             OSError: If the Hub does not give the pipeline, or there are no safetensors.
         """
+        kwargs = without_guidance(kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir() and (folder.is_absolute() or len(folder.parts) > 2):
             raise ValueError(f"{str(folder)!r} is neither a folder nor the id of a repository on the Hub.")
@@ -431,7 +407,13 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
     @property
     def makes_pictures(self) -> bool:
         """True if samples are pictures: of two dimensions, and of 1, 3 or 4 channels."""
-        return len(self.sample_shape) == 3 and self.image_channels in (1, 3, 4)
+        return self._num_dims == 3 and self.image_channels in (1, 3, 4)
+
+    @property
+    def _num_dims(self) -> int:
+        """Number of dimensions of a sample, channels included, which a network of any size has too."""
+        size = unwrap_module(self.denoiser).config.sample_size
+        return 3 if size is None or isinstance(size, int) else 1 + len(size)
 
     @property
     def size_multiple(self) -> int:
@@ -568,7 +550,7 @@ class FlowMatchComponents(KeepDtypeMixin, PushMixin, DiffusionPipeline):
         """Shape of x_t for images of a size in pixels, by default the network's; a `ValueError` for a wrong size."""
         network = unwrap_module(self.denoiser)
         config = network.config
-        if height is None and width is None and len(self.sample_shape) != 3:
+        if height is None and width is None and self._num_dims != 3:
             return self.sample_shape
         if height is None or width is None:
             _, default_height, default_width = self.sample_shape

@@ -128,7 +128,7 @@ def edit_images(
         pixels = decode(edited)
         # Scaled to [-1, 1] and back, a number in [0, 1] may lose its last bit; an autoencoder would lose far more.
         processor = VaeImageProcessor(do_resize=False, do_normalize=False, vae_latent_channels=0)
-        as_given = read_frames("image", image, processor).to(pixels).reshape(pixels.shape)
+        as_given = read_frames("image", image, processor, pixels.shape[1]).to(pixels).reshape(pixels.shape)
         kept = torch.where(lift(unchanged, pixels).bool(), as_given, pixels)
         images = write_frames(kept, processor, options.output_type, (~unchanged).tolist())
     pipeline.maybe_free_model_hooks()

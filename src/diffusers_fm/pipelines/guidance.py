@@ -18,6 +18,8 @@ from ..schedulers.scheduling_flow_match import FlowMatchScheduler
 
 # What a guider is handed: noise - data, or an estimate of the data or of the noise.
 SPACES = ("velocity", "sample", "epsilon")
+# What a pipeline's configuration holds beside the guider.
+GUIDANCE_SETTINGS = ("guidance_space", "guidance_interval")
 # Guiders whose papers mean the estimate of the data; where nothing is said, the others get the velocity.
 DATA_GUIDERS = ("AdaptiveProjectedGuidance", "AdaptiveProjectedMixGuidance")
 
@@ -46,6 +48,13 @@ def check_guidance_settings(guider: Any, network: object, space: str | None, int
         raise ValueError(f"`guidance_interval` must be two rising sigmas in [0, 1], got {interval!r}.")
     if guider is None and (network, space, interval) != (None, None, None):
         raise ValueError("`guiding_network`, `guidance_space` and `guidance_interval` need a `guider`, got none.")
+
+
+def without_guidance(components: dict[str, Any]) -> dict[str, Any]:
+    """Components given to a pipeline: one that is given no guider, `None`, is not left with another's settings."""
+    if "guider" not in components or components["guider"] is not None:
+        return components
+    return dict.fromkeys(("guiding_network", *GUIDANCE_SETTINGS)) | components
 
 
 class Guidance:

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 from ..models.networks import NETWORKS
 from ..models.pixel_autoencoder import can_be_identity, set_identity
 from .base import FlowMatchPipelineBase
-from .components import check_one_network, check_sd3_components, has_weights
+from .components import check_one_network, has_weights
 from .pipeline_flow_match import FlowMatchPipeline
 from .pipeline_flow_match_audio import FlowMatchAudioPipeline
 from .pipeline_flow_match_upscale import FlowMatchUpscalePipeline
@@ -61,6 +61,36 @@ OWN_CLASSES = {own.__name__: own for own in (FlowMatchUpscalePipeline, FlowMatch
 TEXT_PARTS = ("text_encoder", "tokenizer")
 # Files of a repository with which empty models and tokenizers are made.
 WITHOUT_WEIGHTS = ["*.json", "*.txt", "*.model"]
+
+
+def check_sd3_components(pipeline: StableDiffusion3Pipeline) -> None:
+    """Raise a `ValueError` for a Stable Diffusion 3 pipeline that diffusers would refuse in a matrix product."""
+    config = pipeline.transformer.config
+    if pipeline.vae is not None and pipeline.vae.config.latent_channels != config.in_channels:
+        raise ValueError(
+            f"The autoencoder has {pipeline.vae.config.latent_channels} latent channels, the transformer"
+            f" {config.in_channels}."
+        )
+    clips = [model for model in (pipeline.text_encoder, pipeline.text_encoder_2) if model is not None]
+    if len(clips) == 2:
+        pooled = sum(model.config.projection_dim for model in clips)
+        if pooled != config.pooled_projection_dim:
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` project to {pooled} dimensions together, the transformer's"
+                f" `pooled_projection_dim` is {config.pooled_projection_dim}."
+            )
+        width = sum(model.config.hidden_size for model in clips)
+        if width > config.joint_attention_dim:
+            raise ValueError(
+                f"`text_encoder` and `text_encoder_2` are {width} wide together, the transformer's"
+                f" `joint_attention_dim` is {config.joint_attention_dim}."
+            )
+    t5 = pipeline.text_encoder_3
+    if t5 is not None and t5.config.d_model != config.joint_attention_dim:
+        raise ValueError(
+            f"`text_encoder_3` is {t5.config.d_model} wide, the transformer's `joint_attention_dim` is"
+            f" {config.joint_attention_dim}."
+        )
 
 
 def init_pipeline(

@@ -97,19 +97,20 @@ def masked_images(
     processor: VaeImageProcessor,
     device: torch.device,
     copies: int = 1,
+    channels: int | None = None,
 ) -> tuple[torch.Tensor, MaskOperator]:
     """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting."""
     if image is None or mask_image is None:
         missing = "image" if image is None else "mask_image"
         raise ValueError(f"`image` and `mask_image` go together, got no `{missing}`.")
     as_mask = VaeImageProcessor(do_resize=False, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
-    pixels = read_images("image", image, processor).to(device, torch.float32)
+    pixels = read_images("image", image, processor, channels).to(device, torch.float32)
     # Masks are often Boolean.
     if isinstance(mask_image, np.ndarray):
         mask_image = mask_image.astype(np.float32)
     elif isinstance(mask_image, torch.Tensor):
         mask_image = mask_image.float()
-    unknown = read_images("mask_image", mask_image, as_mask).to(device, torch.float32)
+    unknown = read_images("mask_image", mask_image, as_mask, 1).to(device, torch.float32)
     if unknown.shape[-2:] != pixels.shape[-2:]:
         raise ValueError(
             f"`mask_image` must have the size of `image`, {size_text(pixels)}, got {size_text(unknown)} (height x"
@@ -134,7 +135,9 @@ def estimate_scheduler(
         raise ValueError(f"`eta` must be a number in [0, 1], got {eta!r}.")
     if eta is None:
         eta = 1.0 if solver in (None, "euler") else 0.0
-    changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False, "eta": eta}
+    # `stochastic_sampling` would take the place of `eta`.
+    changes: dict[str, Any] = {"prediction_type": "sample", "invert_sigmas": False}
+    changes |= {"stochastic_sampling": False, "eta": eta}
     if eta > 0:
         changes |= {"sampling_path": "ot", "s_churn": 0.0, "solver": "euler"}
     if solver is not None:

@@ -351,7 +351,8 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
 
         A [`~diffusers.DDPMPipeline`] for a UNet without classes, with the scheduler of
         [`FlowMatchScheduler.to_stock`]; a [`~diffusers.DDIMPipeline`] on the path `vp_discrete` or after
-        [`with_velocity`]; a [`~diffusers.DiTPipeline`] for a DiT whose grid is `trailing`, with guidance, and in
+        [`with_velocity`], the same where the grid is `leading`, or `trailing` and the number of steps divides
+        `num_train_timesteps`; a [`~diffusers.DiTPipeline`] for a DiT whose grid is `trailing`, with guidance, and in
         pixels by an autoencoder that is the identity. Nothing else of diffusers samples a flow of such networks.
 
         Returns:
@@ -499,18 +500,20 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         Raises:
             ValueError: If number of channels or size do not fit the pipeline.
         """
-        if len(self.sample_shape) != 3:
+        if self._num_dims != 3:
             check_noise("images", images)
             self._check_shape("images", images, self.image_channels, 1)
             return images.to(self._execution_device, torch.float32)
-        pixels = read_images("images", images, self.image_processor).to(self._execution_device, torch.float32)
+        pixels = read_images("images", images, self.image_processor, self.image_channels).to(
+            self._execution_device, torch.float32
+        )
         self._check_shape("images", pixels, self.image_channels, self.vae_scale_factor)
         return pixels if self.vae is None else encode_latents(self.vae, pixels, sample=False)
 
     def _check_shape(self, name: str, data: torch.Tensor, channels: int, factor: int) -> None:
         """Raise a `ValueError` for other pixels than the model's, with a `factor` of 1 for what the network takes."""
         shape, scale = tuple(data.shape), self.vae_scale_factor // factor
-        if len(self.sample_shape) != 3:
+        if self._num_dims != 3:
             expected = (shape[0] if shape else 0, *self.sample_shape)
             if shape != expected:
                 raise ValueError(f"`{name}` must have the shape {expected} for this pipeline, got {shape}.")
@@ -518,8 +521,9 @@ class FlowMatchPipeline(FlowMatchPipelineBase):
         if len(shape) == 4 and shape[1] == channels:
             self.latent_shape(shape[2] * scale, shape[3] * scale)
             return
-        height, width = (side * factor for side in self.sample_shape[1:])
-        expected = (shape[0] if shape else 0, channels, height, width)
+        any_size = unwrap_module(self.denoiser).config.sample_size is None
+        sides = ("height", "width") if any_size else tuple(side * factor for side in self.sample_shape[1:])
+        expected = f"({', '.join(map(str, (shape[0] if shape else 0, channels, *sides)))})"
         raise ValueError(f"`{name}` must have the shape {expected} for this pipeline, got {shape}.")
 
     def _check_space(self, latent_space: bool) -> None:

@@ -187,7 +187,7 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
             network = NetworkField(self, self.guidance_scale)
             return estimate(lambda x_t, t: network(x_t, t.to(x_t), *args), x_t, i)
 
-        with self._begin(SamplingCall(self.scheduler, guidance_scale, len(times))):
+        with self._begin(SamplingCall(self._own_scheduler, guidance_scale, len(times))):
             latents, nfe = self._sample(scheduler, answer, latents, options)
         num_backward = estimate.num_backward
 
@@ -210,11 +210,14 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
     ) -> tuple[torch.Tensor, MaskOperator]:
         """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting, as in a call."""
-        return masked_images(image, mask_image, self.image_processor, self._execution_device, num_images_per_image)
+        return masked_images(
+            *(image, mask_image, self.image_processor, self._execution_device),
+            *(num_images_per_image, self.image_channels),
+        )
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
-        return estimate_scheduler(self.scheduler, eta, solver)
+        return estimate_scheduler(self._own_scheduler, eta, solver)
 
     def _autoencoder(self) -> tuple[Callable[..., torch.Tensor] | None, Callable[..., torch.Tensor] | None]:
         vae = self.vae

@@ -441,7 +441,8 @@ class StockFlow:
         if (image is None) == (measurement is None):
             raise ValueError("Give `image` and `mask_image`, or `measurement` and `operator`, and not both pairs.")
         if image is not None:
-            measurement, operator = masked_images(image, mask_image, _processor(normalize=True), self.device)
+            processor, channels = _processor(normalize=True), self._image_channels
+            measurement, operator = masked_images(image, mask_image, processor, self.device, channels=channels)
             size = self._size(measurement)
         assert measurement is not None and operator is not None
         measurement, size = measurement.to(self.device, torch.float32), size or {}
@@ -478,11 +479,15 @@ class StockFlow:
         images = latents if output_type == "latent" else write_frames(pixels, _processor(), output_type)
         return FlowMatchInversePipelineOutput(images, len(times), estimate.num_backward, residuals)
 
+    @property
+    def _image_channels(self) -> int | None:
+        vae: Any = self.pipeline.components.get("vae")
+        return None if vae is None else vae.config.get("in_channels")
+
     def _read(self, images: Images) -> torch.Tensor:
         """Pixels in [-1, 1] at their own size."""
-        pixels = read_frames("image", images, _processor(normalize=True)).to(self.device, torch.float32)
-        vae: Any = self.pipeline.components.get("vae")
-        channels = None if vae is None else vae.config.get("in_channels")
+        channels = self._image_channels
+        pixels = read_frames("image", images, _processor(normalize=True), channels).to(self.device, torch.float32)
         # Some autoencoders count the channels of patches.
         if channels in (1, 3, 4) and pixels.shape[1] != channels:
             raise ValueError(f"`image` must have {channels} channels, got {pixels.shape[1]}.")

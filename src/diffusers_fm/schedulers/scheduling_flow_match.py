@@ -216,8 +216,10 @@ class FlowMatchScheduler(PushMixin, SamplingLoop):
 
         From `FlowMatchEulerDiscreteScheduler` it gives the same images (grid, shift, Euler). From the scheduler of a
         diffusion checkpoint (DDIM, DDPM, PNDM, Euler, DPM-Solver, ...) it takes the betas, the prediction type and the
-        timesteps, and Euler gives the images of DDIM with eta = 0. `kwargs` change what is taken over, and keys of the
-        source that have no meaning here are kept, so that its class can be built from ours again.
+        timesteps, and Euler gives the images of DDIM with eta = 0; of `DDIMScheduler` itself on the grid `leading`,
+        and on `trailing` where the steps divide `num_train_timesteps`: elsewhere it steps beside its grid. `kwargs`
+        change what is taken over, and keys of the source that have no meaning here are kept, so that its class can be
+        built from ours again.
 
         Args:
             config (`Mapping[str, Any]`):

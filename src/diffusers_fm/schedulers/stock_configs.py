@@ -237,12 +237,16 @@ def stock_flow_config(
 
 
 def stock_diffusion_config(config: Mapping[str, Any], path: ConditionalPath) -> dict[str, Any]:
-    """The configuration of `DDIMScheduler` that gives the images of a configuration of ours."""
+    """
+    The configuration of `DDIMScheduler` that gives the images of a configuration of ours; on the grid `trailing` where
+    the number of steps divides `num_train_timesteps`.
+    """
     obstacles = [] if isinstance(path, DiscreteVPPath) else [f"the path {path} (not vp_discrete)"]
     behaviour = {"solver": "euler", "sampling_path": "ot", "eta": 0.0, "s_churn": 0.0} | dict.fromkeys(GRIDS, False)
     obstacles += [f"{key} {config[key]!r} (not {value!r})" for key, value in behaviour.items() if config[key] != value]
-    if config["timestep_spacing"] == "graded":
-        obstacles += ["timestep_spacing 'graded'"]
+    # DDIMScheduler goes down by the same number of timesteps in each step, wherever the next one of its grid lies.
+    if config["timestep_spacing"] in ("graded", "linspace"):
+        obstacles += [f"timestep_spacing {config['timestep_spacing']!r} (not 'leading' or 'trailing')"]
     if getattr(path, "snr_shift_scale", 1.0) != 1.0:
         obstacles += ["snr_shift_scale (not 1.0)"]
     if obstacles:

@@ -81,7 +81,9 @@ class CaptionArguments(Arguments):
     )
     class_data_dir: str | None = option(None, "Folder of the images of the --class_prompt.")
     num_class_images: Size = option(
-        100, "Images of the --class_prompt; the pipeline draws those that are missing.", source="diffusers' examples"
+        100,
+        "Images of the --class_prompt; the pipeline draws those that are missing, but for a flow map.",
+        source="diffusers' examples",
     )
     prior_loss_weight: NotNegative = option(
         1.0, "Weight of the loss of the images of the --class_prompt.", source="diffusers' examples"

@@ -275,12 +275,12 @@ def class_images(args: TextToImageArguments) -> tuple[str, str] | None:
     """Folder and caption of the images of a class that are learned beside those of an instance, if there are any."""
     folder = args.class_data_dir
     # A dry run draws none.
-    if args.class_prompt is None or folder is None or not _images_of(folder):
+    if args.class_prompt is None or folder is None or not images_of(folder):
         return None
     return folder, args.class_prompt
 
 
-def _images_of(folder: str) -> list[Path]:
+def images_of(folder: str) -> list[Path]:
     """Images of a folder of class images."""
     return [file for file in Path(folder).expanduser().glob("*") if file.suffix.lower() in image_suffixes()]
 
@@ -295,7 +295,7 @@ def draw_class_images(run: TrainingRun[Any], args: TextToImageArguments, field: 
     def file_of(number: int) -> Path:
         return folder / f"class-{number:05d}.png"
 
-    count = len(_images_of(args.class_data_dir))
+    count = len(images_of(args.class_data_dir))
     # A file that is there stays.
     free = (number for number in itertools.count(count) if not file_of(number).exists())
     missing = list(itertools.islice(free, max(args.num_class_images - count, 0)))

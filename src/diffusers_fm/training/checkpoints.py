@@ -81,15 +81,6 @@ def latest_checkpoint(output_dir: Path) -> Path | None:
     return None
 
 
-def set_later_aside(output_dir: Path, step: int) -> None:
-    """Rename the checkpoints of a run that went further than the step from which it is resumed."""
-    for later in _checkpoint_steps(output_dir):
-        if later > step:
-            set_aside(
-                output_dir / f"checkpoint-{later}", why=f"is later than step {step}, which this run goes on from,"
-            )
-
-
 def find_checkpoint(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
     """
     Checkpoint that a run starts from, or `None` to start afresh: `"latest"` for the newest whole one in `output_dir`,
@@ -312,6 +303,13 @@ class CheckpointWriter:
         self._accelerator, self._output_dir, self._total_limit = accelerator, output_dir, total_limit
         self._failed_in_a_row = 0
         self.last = last
+
+    def set_later_aside(self, step: int) -> None:
+        """Rename the checkpoints of a run that went further than the step from which it is resumed."""
+        for later in _checkpoint_steps(self._output_dir):
+            if later > step:
+                why = f"is later than step {step}, which this run goes on from,"
+                set_aside(self._output_dir / f"checkpoint-{later}", why=why)
 
     def save(self, step: int, state: dict[str, Any], rotate: bool) -> bool:
         """Save a checkpoint; if it cannot be, log it and return `False`, or raise if that was the third in a row."""

@@ -27,14 +27,7 @@ from ..files import lock_folder, replace_contents, replace_text, unlock_folder
 from ..hub.publisher import Publisher
 from ..pipelines.init_pipeline import init_pipeline
 from .arguments import TrainingArguments, warmup, warn_of_settings
-from .checkpoints import (
-    CheckpointWriter,
-    agree_on_checkpoint,
-    find_checkpoint,
-    handle_model_files,
-    load_checkpoint,
-    set_later_aside,
-)
+from .checkpoints import CheckpointWriter, agree_on_checkpoint, find_checkpoint, handle_model_files, load_checkpoint
 from .distributed import SHARDING, EvalWeights, StopSignal, failures, make_accelerator, with_compiled_network
 from .ema import NUM_SNAPSHOTS, ConstantDecay, PowerFunction, make_ema, remove_later_snapshots
 from .metrics import RunLog, RunMetrics, clip_gradients
@@ -245,7 +238,7 @@ class TrainingRun(Generic[A]):
         self.log = RunLog(accelerator, self.output_dir, self.first_step, self._manifest.get("tracker_run_id"))
         self.log.start_trackers(args.tracker_project_name, args.saved())
         if accelerator.is_main_process:
-            set_later_aside(self.output_dir, self.first_step)
+            self._checkpoints.set_later_aside(self.first_step)
             remove_later_snapshots(self.output_dir, self.first_step)
             replace_text(self.output_dir / "training_args.json", json.dumps(args.saved(), indent=2) + "\n")
         trained, total = (sum(p.numel() for p in each) for each in (self._parameters, self.model.parameters()))
