@@ -83,7 +83,7 @@ def test_fewer_steps_than_were_done_are_refused(untrained: tuple[Path, Path], tm
     with pytest.raises(ValueError, match=r"--max_train_steps 3 is fewer than the 4 steps that .*checkpoint-4"):
         train(*untrained, run, max_train_steps=3, resume_from_checkpoint="latest")
     # By epochs, of 20 images in steps of 8.
-    with pytest.raises(ValueError, match="--max_train_steps 3 is fewer"):
+    with pytest.raises(ValueError, match="--num_train_epochs 1, 3 steps, is fewer than the 4 steps"):
         train(*untrained, run, max_train_steps=None, num_train_epochs=1, resume_from_checkpoint="latest")
     # Nor is anything else of a run touched that cannot be resumed so.
     for options in ({"optimizer": "adafactor"}, {"train_batch_size": 64}):

@@ -272,12 +272,11 @@ class TrainingRun(Generic[A]):
                 raise ValueError("It is not known how many samples the stream has: give --max_train_steps.")
             # A step may have had another number of samples before.
             left = args.num_train_epochs * num_samples - self.first_sample
-            length = self.first_step + max(0, math.ceil(left / self.global_batch_size))
+            length = self.first_step + math.ceil(left / self.global_batch_size)
         if length < self.first_step:
-            raise ValueError(
-                f"--max_train_steps {length} is fewer than the {self.first_step} steps that {self.checkpoint} has"
-                " done."
-            )
+            by_epochs = f"--num_train_epochs {args.num_train_epochs}, {length} steps,"
+            given = by_epochs if args.max_train_steps is None else f"--max_train_steps {length}"
+            raise ValueError(f"{given} is fewer than the {self.first_step} steps that {self.checkpoint} has done.")
         return length
 
     def _load_checkpoint(self, checkpoint: Path) -> None:
