@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tiny_pipelines import NUM_CLASSES, tiny_pipeline
@@ -127,6 +129,12 @@ def launch(line: list[str], num_processes: int = 1, file: Path = SCRIPT, config:
     if num_processes > 1:
         accelerate += ["--num_processes", str(num_processes), "--main_process_port", "0"]
     return [*accelerate, str(file), *line]
+
+
+def launch_arguments(line: list[str], **command: Any) -> Namespace:
+    """What accelerate's launcher reads in the command of [`launch`]."""
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args(launch(line, **command)[3:]))
+    return args
 
 
 def unused_arguments(file: Path, module: ModuleType) -> list[str]:

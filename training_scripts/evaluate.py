@@ -473,7 +473,7 @@ def main(args: ScriptArguments) -> None:
         with accelerator.autocast():
             generate(store, "samples", sampler, args.num_images, batch_size, **steps)
     if "quality" in wanted and extractor is not None:
-        measure_samples(store, "sample-features", "samples", sampler, extractor, args.num_images, batch_size)
+        measure_samples(store, "sample-features", "samples", extractor, args.num_images, batch_size)
         metrics["quality"] = quality(store, "sample-features", "train", extractor) | {
             "features": extractor.name,
             "images": args.num_images,
@@ -484,7 +484,7 @@ def main(args: ScriptArguments) -> None:
             measure_features(store, "held-out", held_out, extractor, batch_size)
             metrics["quality_of_held_out_images"] = quality(store, "held-out", "train", extractor)
         if extractor.name == "classifier" and pipeline.num_classes == num_classes:
-            metrics["quality"]["read_as_asked"] = accuracy(store, "sample-features")
+            metrics["quality"]["read_as_asked"] = accuracy(store, "sample-features", "samples")
             if held_out is not None:
                 metrics["quality"]["held_out_read_right"] = accuracy(store, "held-out")
     if "likelihood" in wanted:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from processes import Task, launch_task, server
-from training_runs import SCRIPT, command_line, launch, load, make_dataset, read_log, save_untrained, train
+from training_runs import SCRIPT, command_line, launch_arguments, load, make_dataset, read_log, save_untrained, train
 
 from diffusers_fm.training.checkpoints import latest_checkpoint, read_manifest
 
@@ -139,8 +138,7 @@ def test_a_second_run_is_refused_and_the_end_of_the_launcher_is_a_signal(
 ) -> None:
     run = tmp_path / "run"
     line = command_line(*untrained, run, max_train_steps=10**6, checkpointing_steps=10**6)
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(launch(line)[3:]))
-    _, variables = prepare_simple_launcher_cmd_env(args)
+    _, variables = prepare_simple_launcher_cmd_env(launch_arguments(line))
     launcher = server().Process(target=launch_task, args=(Task([str(SCRIPT), *line], variables), tmp_path))
     launcher.start()
     try:

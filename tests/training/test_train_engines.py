@@ -7,7 +7,6 @@ from pathlib import Path
 
 import engines
 import pytest
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from processes import check_processes
 from tiny_text_to_image import save_colours, tiny_stable_diffusion_3
@@ -16,7 +15,7 @@ from training_runs import (
     SCRIPT,
     assert_same_weights,
     command_line,
-    launch,
+    launch_arguments,
     load,
     load_script,
     make_dataset,
@@ -35,8 +34,7 @@ SMOOTH = {"adam_epsilon": 1e-2}
 
 def by_server(line: list[str], config: str | None = None, file: Path = SCRIPT) -> None:
     """Train in processes that get the variables of accelerate's launcher and need not import anything."""
-    words = launch(line, num_processes=2, file=file, config=config)
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args(words[3:]))
+    args = launch_arguments(line, num_processes=2, file=file, config=config)
     variables = {name: value for name, value in prepare_multi_gpu_env(args).items() if os.environ.get(name) != value}
     ended = check_processes(file, line, 2, engines.prepare, **variables)
     engines.check_threads("".join(process.stderr for process in ended))

@@ -53,21 +53,14 @@ def generate(store: ResultStore, name: str, sampler: Sampler, count: int, batch_
 
 
 def measure_samples(
-    store: ResultStore,
-    name: str,
-    samples: str,
-    sampler: Sampler,
-    extractor: FeatureExtractor,
-    count: int,
-    batch_size: int,
+    store: ResultStore, name: str, samples: str, extractor: FeatureExtractor, count: int, batch_size: int
 ) -> None:
-    """Compute features, logits and labels of what [`generate`] has drawn under `samples`, under `name`."""
+    """Compute features and logits of what [`generate`] has drawn under `samples`, under `name`."""
 
     def work(numbers: range) -> dict[str, np.ndarray]:
         images = store.batch(samples, "images", numbers.start // batch_size)
         features, logits = extractor(torch.from_numpy(images))
-        results, labels = {"features": features, "logits": logits}, sampler.labels(numbers)
-        return results if labels is None else {**results, "labels": np.array(labels)}
+        return {"features": features, "logits": logits}
 
     store.compute(name, count, batch_size, work)
 
@@ -104,9 +97,9 @@ def _figure_name(name: str, extractor: FeatureExtractor) -> str:
     return name
 
 
-def accuracy(store: ResultStore, name: str) -> float:
-    """Share of the images that the classifier reads as their labels."""
-    return float((store.read(name, "logits").argmax(1) == store.read(name, "labels")).mean())
+def accuracy(store: ResultStore, name: str, images: str | None = None) -> float:
+    """Share of the images that the classifier reads as their labels, which stand with the images or the logits."""
+    return float((store.read(name, "logits").argmax(1) == store.read(images or name, "labels")).mean())
 
 
 def likelihood(

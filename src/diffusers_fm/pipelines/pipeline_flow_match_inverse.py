@@ -210,10 +210,8 @@ class FlowMatchInversePipeline(FlowMatchPipeline):
         self, image: Images | None, mask_image: Images | None, num_images_per_image: int = 1
     ) -> tuple[torch.Tensor, MaskOperator]:
         """Measurement of shape `(batch_size, channels, height, width)` and operator of inpainting, as in a call."""
-        return masked_images(
-            *(image, mask_image, self.image_processor, self._execution_device),
-            *(num_images_per_image, self.image_channels),
-        )
+        device, channels = self._execution_device, self.image_channels
+        return masked_images(image, mask_image, self.image_processor, device, num_images_per_image, channels)
 
     def prepare_scheduler(self, eta: float | None = None, solver: str | None = None) -> FlowMatchScheduler:
         """Copy of the scheduler for a call, whose steps take estimates of the data."""
